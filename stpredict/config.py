@@ -1,0 +1,154 @@
+"""Loading configs: OmegaConf reads, merges and interpolates, pydantic validates. Torch-free.
+
+A YAML file may name a ``base`` file (relative to itself, or a list of them) that it changes; ``key=value``
+overrides come last. Errors name the file, the key and the nearest valid key.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from data_pipeline.errors import UsageError
+
+T = TypeVar("T")
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """The YAML mapping in ``path``, merged over its ``base`` files. UsageError names what is wrong and where."""
+    return _read(Path(path), ())
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    if path.resolve() in seen:
+        raise UsageError(f"{path}: `base` leads back to the file itself; remove one of the references")
+    try:
+        node = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a folder; give a .yaml file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UsageError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(node, DictConfig):
+        raise UsageError(f"{path}: the top level must be a mapping of keys to values")
+    bases = node.pop("base", None) or []
+    bases = [bases] if isinstance(bases, str) else list(bases)
+    seen = (*seen, path.resolve())
+    return OmegaConf.merge(*(_read(path.parent / base, seen) for base in bases), node)
+
+
+def apply_overrides(node: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """``node`` with ``key=value`` overrides applied; values are YAML, keys may be dotted."""
+    for override in overrides:
+        if "=" not in override.lstrip("="):
+            raise UsageError(f"override {override!r}: write key=value, for example training.steps=100")
+    try:
+        return OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UsageError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from None
+
+
+def resolve(node: DictConfig, where: str | Path, run_of: Callable[[str], Path] | None = None) -> dict[str, Any]:
+    """``node`` as plain data with every interpolation resolved; ``${run:NAME}`` becomes ``run_of(NAME)``."""
+
+    def run_resolver(name: str) -> str:
+        if run_of is None:
+            raise UsageError(f"{where}: ${{run:{name}}} has a meaning only inside a pipeline; give a path")
+        return str(run_of(name))
+
+    OmegaConf.register_resolver("run", run_resolver, replace=True)
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UsageError):  # from run_resolver
+            raise error.__cause__ from None
+        raise UsageError(f"{where}: {_one_line(error)}") from None
+    finally:
+        OmegaConf.clear_resolver("run")
+
+
+def validate(kind: type[T] | Any, data: dict[str, Any], where: str | Path) -> T:
+    """``data`` as the pydantic type ``kind``; UsageError names file, key and the nearest valid key."""
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(kind, item, where) for item in error.errors())) from None
+
+
+def load(
+    kind: type[T] | Any,
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    run_of: Callable[[str], Path] | None = None,
+) -> T:
+    """Reads, merges, overrides, resolves and validates one config file."""
+    node = apply_overrides(read_yaml(Path(path)), overrides)
+    return validate(kind, resolve(node, path, run_of), path)
+
+
+def as_yaml(config: BaseModel) -> str:
+    """The resolved config, enough to rerun it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def canonical_json(config: BaseModel) -> str:
+    """A config as text that is the same whenever the config is: what fingerprints hash."""
+    return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def _explain(kind: Any, item: dict[str, Any], where: str | Path) -> str:
+    # For a discriminated union pydantic puts the tag in front of the key; people write no tag.
+    location = list(item["loc"])
+    model, at, node = _follow(kind, location)
+    key = ".".join(str(part) for part in at)
+    if item["type"] == "extra_forbidden" and model is not None:
+        valid = list(model.model_fields)
+        near = difflib.get_close_matches(str(at[-1]), valid, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
+        return f"{where}: unknown key {key!r}; {hint}"
+    if item["type"] == "missing":
+        return f"{where}: key {key!r} is missing"
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        key = ".".join([*map(str, at), "kind"])
+        known = ", ".join(str(_tag(model)) for model in _models(node))
+        got = f"is {item['ctx']['tag']!r}" if "tag" in item["ctx"] else "is missing"
+        return f"{where}: key {key!r} {got}; known kinds: {known}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: key {key!r}: {message}" if key else f"{where}: {message}"
+
+
+def _follow(kind: Any, location: list) -> tuple[type[BaseModel] | None, list, Any]:
+    """Who owns the last key of ``location``, the location without union tags, and the type it leads to."""
+    model, at, node = None, [], kind
+    for part in location:
+        models = _models(node)
+        if len(models) > 1 and (tagged := [m for m in models if _tag(m) == part]):
+            node = tagged[0]
+            continue
+        model = models[0] if models else None
+        at.append(part)
+        field = model.model_fields.get(part) if model else None
+        node = field.annotation if field else node
+    return model, at, node
+
+
+def _models(node: Any) -> list[type[BaseModel]]:
+    if isinstance(node, type) and issubclass(node, BaseModel):
+        return [node]
+    return [model for arg in get_args(node) for model in _models(arg)]
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    field = model.model_fields.get("kind")
+    return field.default if field else None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

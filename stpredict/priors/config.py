@@ -1,0 +1,33 @@
+"""Configs of the priors."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from data_pipeline.config import Config
+
+
+class NextBlockConfig(Config):
+    """LLaMA-style transformer that predicts the next block of tokens (NBP). The defaults are NBP-XL (700 M).
+
+    ``block`` is (T, H, W) in tokens; (1, 1, 1) is next-token prediction. ``rope_axes`` 3 rotates by
+    (t, h, w); 1 by the position in the sequence, as LLaMA does.
+    """
+
+    kind: Literal["next_block"] = "next_block"
+    layers: int = Field(24, ge=1)
+    width: int = Field(1536, ge=1)
+    heads: int = Field(16, ge=1)
+    mlp_width: int = Field(4096, ge=1)
+    block: tuple[int, int, int] = (1, 1, 16)
+    rope_axes: Literal[1, 3] = 3
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        return self
+
+
+PriorConfig = NextBlockConfig

@@ -1,0 +1,153 @@
+"""A run directory: what one job wrote, and where. Torch-free, so that a login node can read it.
+
+config.yaml  status.json  metrics.jsonl  environment.json  tensorboard/  logs/rank_N.log
+checkpoints/step_00001000/  export/  samples/
+"""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+State = Literal["pending", "running", "done", "failed", "preempted"]
+
+
+class Status(BaseModel):
+    """Contents of status.json. ``step`` of ``steps`` counts ``unit``s of the job's own work."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: str
+    state: State = "pending"
+    step: int = 0
+    steps: int | None = None
+    unit: str = "step"
+    phase: str = ""
+    values: dict[str, float] = {}
+    heartbeat: str | None = None
+    started: str | None = None
+    finished: str | None = None
+    host: str | None = None
+    pid: int | None = None
+    slurm_job_id: str | None = None
+    fingerprint: str | None = None
+    error: str | None = None
+
+
+class Run:
+    """Paths and small files of one run directory. Nothing is created before something is written."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    config_path = property(lambda self: self.path / "config.yaml")
+    status_path = property(lambda self: self.path / "status.json")
+    metrics_path = property(lambda self: self.path / "metrics.jsonl")
+    environment_path = property(lambda self: self.path / "environment.json")
+    tensorboard = property(lambda self: self.path / "tensorboard")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    export = property(lambda self: self.path / "export")
+    samples = property(lambda self: self.path / "samples")
+    logs = property(lambda self: self.path / "logs")
+
+    def log_path(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank}.log"
+
+    def status(self) -> Status | None:
+        """What status.json says, or None where there is none."""
+        try:
+            return Status.model_validate_json(self.status_path.read_text())
+        except FileNotFoundError:
+            return None
+
+    def update_status(self, **changes: Any) -> Status:
+        """Merges ``changes`` into status.json and stamps the heartbeat. One writer at a time: rank 0, or the
+        launcher before the ranks start and after they end."""
+        status = self.status()
+        fields = status.model_dump() if status else {}
+        status = Status.model_validate({**fields, **changes, "heartbeat": now()})
+        write_atomically(self.status_path, status.model_dump_json(indent=1) + "\n")
+        return status
+
+    def write_config(self, text: str) -> None:
+        write_atomically(self.config_path, text)
+
+    def write_environment(self) -> None:
+        """Versions, git commit and diff, and hardware: what a person needs to know to repeat the run."""
+        environment = {
+            "written": now(),
+            "command": sys.argv,
+            "python": sys.version,
+            "platform": platform.platform(),
+            "host": socket.gethostname(),
+            "cpus": os.cpu_count(),
+            "packages": {d.name: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())},
+            "git_commit": _git("rev-parse", "HEAD"),
+            "git_diff": _git("diff", "HEAD"),
+        }
+        write_atomically(self.environment_path, json.dumps(environment, indent=1) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line cut short by a kill is left out.
+
+        A run that was killed repeats the steps since its last checkpoint: the later row counts.
+        """
+        try:
+            lines = self.metrics_path.read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        rows = {}
+        for number, line in enumerate(lines):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                if number == len(lines) - 1:
+                    break
+                raise
+            rows[row["step"], row.get("split", "train")] = row
+        return [rows[key] for key in sorted(rows)]
+
+
+class Progress:
+    """Reports a job's progress to status.json, at most twice a second: what bars and `status` show."""
+
+    def __init__(self, run: Run, steps: int | None, unit: str, interval_s: float = 0.5):
+        self.run, self.steps, self.unit, self.interval_s = run, steps, unit, interval_s
+        self._last = 0.0
+
+    def update(self, step: int, phase: str = "", **values: float) -> None:
+        at = time.monotonic()
+        if at - self._last < self.interval_s and step != self.steps:
+            return
+        self._last = at
+        self.run.update_status(step=step, steps=self.steps, unit=self.unit, phase=phase, values=values)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the folder of this source, or None where the package is not in a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,68 @@
+"""Configs of the tokenizers."""
+
+from math import prod
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from data_pipeline.config import Config
+
+
+class CausalCnnConfig(Config):
+    """Causal 3D CNN with FSQ (NBP). The defaults are the published tokenizer: 370,372,105 parameters.
+
+    Frames are compressed by ``spatial_factor`` in space and ``temporal_factor`` in time; the first frame
+    stands alone, so 1 + temporal_factor * n frames become 1 + n latent frames.
+    """
+
+    kind: Literal["causal_cnn"] = "causal_cnn"
+    video_channels: int = 3
+    patch: int = Field(1, ge=1, description="pixels folded into channels by the stem, per side; 1 as published")
+    channels: tuple[int, ...] = (128, 256, 256, 512)
+    blocks: tuple[int, ...] = Field((4, 4, 4, 4), description="residual blocks of each encoder stage")
+    decoder_blocks: tuple[int, ...] | None = Field(None, description="the same for the decoder; default: as encoder")
+    strides: tuple[tuple[int, int, int], ...] = Field(
+        ((1, 2, 2), (2, 2, 2), (2, 2, 2)), description="(t, h, w) of the convolution after each stage but the last"
+    )
+    middle_blocks: int = Field(4, ge=0)
+    groups: int = Field(32, ge=1, description="groups of every GroupNorm, per frame")
+    levels: tuple[int, ...] = Field((8, 8, 8, 5, 5, 5), description="FSQ levels; their product is the codebook size")
+
+    @model_validator(mode="after")
+    def _stages_agree(self):
+        stages = len(self.channels)
+        decoder = self.decoder_blocks or self.blocks
+        if not len(self.blocks) == len(decoder) == stages or len(self.strides) != stages - 1:
+            raise ValueError(
+                f"{stages} channels need {stages} entries in blocks and decoder_blocks and {stages - 1} strides"
+            )
+        if any(c % self.groups for c in self.channels):
+            raise ValueError(f"every entry of channels must be a multiple of groups ({self.groups})")
+        if any(t not in (1, 2) or h != w or h not in (1, 2) for t, h, w in self.strides):
+            raise ValueError("strides must be 1 or 2, the same for height and width")
+        return self
+
+    @property
+    def codebook_size(self) -> int:
+        return prod(self.levels)
+
+    @property
+    def temporal_factor(self) -> int:
+        return prod(stride[0] for stride in self.strides)
+
+    @property
+    def spatial_factor(self) -> int:
+        return self.patch * prod(stride[1] for stride in self.strides)
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The token grid (T', H', W') of a clip; ValueError where the clip does not fit the factors."""
+        t, s = self.temporal_factor, self.spatial_factor
+        if (frames - 1) % t or height % s or width % s:
+            raise ValueError(
+                f"a clip of {frames} frames of {height}x{width} does not fit this tokenizer: "
+                f"it takes 1 + {t}n frames and sides that are multiples of {s}"
+            )
+        return 1 + (frames - 1) // t, height // s, width // s
+
+
+TokenizerConfig = CausalCnnConfig

@@ -1,0 +1,54 @@
+"""Configs of the training engine."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from data_pipeline.config import Config
+
+
+class OptimizerConfig(Config):
+    kind: Literal["adam", "adamw"] = "adamw"
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="of matrices and convolutions; norms and slopes never decay")
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the steps: linear warm-up, then ``kind`` down to ``final`` times the peak."""
+
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int | None = Field(None, ge=0)
+    warmup_ratio: float | None = Field(None, ge=0, lt=1, description="share of all steps")
+    final: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_warmup(self):
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        return self
+
+
+class CheckpointConfig(Config):
+    every: int = Field(1000, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class TrainingConfig(Config):
+    """One training run: ``batch_size`` counts samples over all ranks and accumulation steps."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples per rank and forward; default: no accumulation"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    clip_norm: float | None = Field(1.0, gt=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and TensorBoard")
+    validate_every: int = Field(500, ge=1, description="steps between validations")
+    picture_every: int = Field(500, ge=1, description="steps between TensorBoard pictures")
