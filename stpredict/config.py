@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from data_pipeline.errors import UsageError
@@ -67,9 +67,10 @@ def resolve(node: DictConfig, where: str | Path, run_of: Callable[[str], Path] |
     try:
         return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, UsageError):  # from run_resolver
-            raise error.__cause__ from None
-        raise UsageError(f"{where}: {_one_line(error)}") from None
+        if isinstance(cause := _root(error), UsageError):  # from run_of
+            raise cause from None
+        key = f"key {error.full_key!r}: " if error.full_key else ""
+        raise UsageError(f"{where}: {key}{_explain_omegaconf(error)}") from None
     finally:
         OmegaConf.clear_resolver("run")
 
@@ -150,5 +151,18 @@ def _tag(model: type[BaseModel]) -> Any:
     return field.default if field else None
 
 
-def _one_line(error: BaseException) -> str:
+def _explain_omegaconf(error: OmegaConfBaseException) -> str:
+    if isinstance(error, MissingMandatoryValue):
+        return "has no value (???) yet; give one, for example on the command line: key=value"
+    return str(error).splitlines()[0]  # the other lines repeat the key
+
+
+def _root(error: BaseException) -> BaseException:
+    """OmegaConf wraps what a resolver raised, sometimes twice."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())

@@ -33,6 +33,7 @@ class Status(BaseModel):
     unit: str = "step"
     phase: str = ""
     values: dict[str, float] = {}
+    eta_s: float | None = None
     heartbeat: str | None = None
     started: str | None = None
     finished: str | None = None
@@ -89,6 +90,7 @@ class Run:
             "python": sys.version,
             "platform": platform.platform(),
             "host": socket.gethostname(),
+            "directory": str(Path.cwd()),
             "cpus": os.cpu_count(),
             "packages": {d.name: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())},
             "git_commit": _git("rev-parse", "HEAD"),
@@ -97,23 +99,19 @@ class Run:
         write_atomically(self.environment_path, json.dumps(environment, indent=1) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line cut short by a kill is left out.
+        """The rows of metrics.jsonl in order of step.
 
-        A run that was killed repeats the steps since its last checkpoint: the later row counts.
+        A run that was killed repeats the steps since its last checkpoint, and may have left half a line: the
+        later row of a step counts, half a line does not.
         """
-        try:
-            lines = self.metrics_path.read_text().splitlines()
-        except FileNotFoundError:
-            return []
         rows = {}
-        for number, line in enumerate(lines):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                if number == len(lines) - 1:
-                    break
-                raise
-            rows[row["step"], row.get("split", "train")] = row
+        if self.metrics_path.exists():
+            for line in self.metrics_path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                rows[row["step"], row["split"]] = row
         return [rows[key] for key in sorted(rows)]
 
 
@@ -123,13 +121,23 @@ class Progress:
     def __init__(self, run: Run, steps: int | None, unit: str, interval_s: float = 0.5):
         self.run, self.steps, self.unit, self.interval_s = run, steps, unit, interval_s
         self._last = 0.0
+        self._first: tuple[float, int] | None = None
 
     def update(self, step: int, phase: str = "", **values: float) -> None:
         at = time.monotonic()
+        self._first = self._first or (at, step)
         if at - self._last < self.interval_s and step != self.steps:
             return
         self._last = at
-        self.run.update_status(step=step, steps=self.steps, unit=self.unit, phase=phase, values=values)
+        fields = {"step": step, "steps": self.steps, "unit": self.unit, "phase": phase, "values": values}
+        self.run.update_status(**fields, eta_s=self._eta(at, step))
+
+    def _eta(self, at: float, step: int) -> float | None:
+        """Seconds left at the mean rate since this process began, which after a resume is not step 0."""
+        first_at, first_step = self._first
+        if self.steps is None or step == first_step:
+            return None
+        return round((self.steps - step) * (at - first_at) / (step - first_step), 1)
 
 
 def now() -> str:

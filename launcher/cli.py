@@ -1,0 +1,232 @@
+"""The ``stpredict`` command. Each sub-command imports what it needs when it runs, so that ``--help`` is immediate."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, or config.yaml of an earlier run")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="changes, e.g. training.steps=100 run=runs/b")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="directory of a run or of a pipeline's run")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.callback()
+def stpredict(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks (anywhere on the line)")] = False,
+) -> None:
+    """Train video and spatiotemporal predictors: tokenizers, priors and forecasters, from shards to reports.
+
+    \b
+    stpredict launch configs/pipelines/demo.yaml   the whole pipeline
+    stpredict status runs/demo                     how far it is
+    stpredict train configs/tokenizers/demo.yaml   one of its jobs
+
+    Exit status: 0 done, 1 failed, 2 bad usage, 75 stopped early: run the same command again to continue.
+    """
+    if debug:
+        os.environ["STPREDICT_DEBUG"] = "1"  # the ranks inherit it
+
+
+@app.command()
+def shard(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder of videos, or YAML of kind shard")],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="directory to fill (default: the YAML's run)")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make WebDataset shards and a manifest from a data set.
+
+    \b
+    stpredict shard ~/videos runs/shards   class = name of the sub-folder
+    stpredict shard configs/data/demo.yaml
+    """
+    from launcher import jobs
+
+    raise typer.Exit(jobs.run(jobs.load_shard_job(source, out, overrides or ())))
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train a tokenizer or a prior: the config says which. Stopped, it continues from its last checkpoint.
+
+    \b
+    stpredict train configs/tokenizers/demo.yaml run=runs/tokenizer
+    stpredict train runs/tokenizer/config.yaml     the same again
+    """
+    _run(config, overrides, "train")
+
+
+@app.command()
+def encode(config: Config, overrides: Overrides = None) -> None:
+    """Cache the latents of every clip with a trained tokenizer."""
+    _run(config, overrides, "encode")
+
+
+@app.command()
+def generate(config: Config, overrides: Overrides = None) -> None:
+    """Continue held-out videos: some frames given, the rest predicted. Writes .mp4, .gif and .npy."""
+    _run(config, overrides, "generate")
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Measure what `generate` wrote: metrics.json, a table, pictures."""
+    _run(config, overrides, "evaluate")
+
+
+def _run(config: Path, overrides: list[str] | None, command: str) -> None:
+    from launcher import jobs
+
+    raise typer.Exit(jobs.run(jobs.load_job(config, overrides or (), command)))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run, run of a pipeline, or YAML of kind report")],
+) -> None:
+    """Write one self-contained HTML page about a run; prints its path last."""
+    if run.is_file():
+        _run(run, None, "report")
+    from stpredict.evaluation.report import write_report
+
+    from launcher.status import runs_of
+
+    runs = {name: job.path for name, job in runs_of(run).items() if job.config_path.is_file()}
+    print(write_report(run.resolve().name, runs, run / "report.html"))
+
+
+@app.command()
+def launch(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="YAML of kind pipeline")],
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option(help="name in configs/clusters, or a YAML (default: here)")] = None,
+    rerun: Annotated[list[str] | None, typer.Option(metavar="JOB", help="make JOB and what needs it anew")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what would run")] = False,
+) -> None:
+    """Run the jobs of a pipeline, those that are missing or unfinished, in the order of their `needs`.
+
+    \b
+    stpredict launch configs/pipelines/demo.yaml --cluster local
+    stpredict launch configs/pipelines/demo.yaml run=runs/mine
+    stpredict launch configs/pipelines/demo.yaml --rerun prior
+    """
+    from launcher.config import ClusterConfig, load_cluster
+    from launcher.launch import launch, show_plan
+    from launcher.pipeline import load_pipeline
+
+    where = load_cluster(cluster, pipeline) if cluster else ClusterConfig()
+    config, jobs = load_pipeline(pipeline, overrides or ())
+    if dry_run:
+        show_plan(jobs, rerun or ())
+    else:
+        raise typer.Exit(launch(config, jobs, where, rerun or ()))
+
+
+@app.command()
+def status(run: RunPath, json: Json = False) -> None:
+    """Show state, progress, loss and time left of a run, or of every job of a pipeline."""
+    from rich.console import Console
+
+    from launcher.status import rows, table
+
+    found = rows(run)
+    if json:
+        print_json([row.model_dump() for row in found])
+    else:
+        Console().print(table(found))
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    job: Annotated[str | None, typer.Argument(help="job of the pipeline (default: the last one started)")] = None,
+    rank: Annotated[int, typer.Option(help="rank of the job")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job ends")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="lines from the end")] = 40,
+) -> None:
+    """Print the log of a job's rank."""
+    from launcher import logs as log_files
+
+    log = log_files.find_log(run, job, rank)
+    for line in log_files.follow(log, lines) if follow else log_files.tail(log, lines):
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="shard set, latent set, run, checkpoint or export")],
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="write a contact sheet of a shard set")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read every shard and compare with the manifest")] = False,
+    json: Json = False,
+) -> None:
+    """Show what is in a shard set, latent set, run, checkpoint or export."""
+    from launcher import inspection
+
+    raise typer.Exit(inspection.inspect(path, picture, verify, json))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run of a training job")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="directory to write")],
+    step: Annotated[int | None, typer.Option(help="step of the checkpoint (default: the newest)")] = None,
+) -> None:
+    """Write a checkpoint as safetensors + config, loadable without DeepSpeed."""
+    from stpredict.jobs.export import export_run
+
+    export_run(run, out, step)
+    print(out)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check what works on this machine, and build DeepSpeed's CPU op once."""
+    from launcher.doctor import doctor
+
+    raise typer.Exit(doctor(json))
+
+
+def print_json(data: object) -> None:
+    import json
+
+    print(json.dumps(data, indent=1))
+
+
+def main() -> None:
+    """Runs the command; errors that a person can mend become one line, without a traceback."""
+    arguments = sys.argv[1:]
+    if "--debug" in arguments:  # an option of every command
+        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    try:
+        app(arguments, prog_name="stpredict")
+    except UserError as error:
+        _fail(str(error), error.exit_status)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", 1)
+    except Exception as error:
+        _fail(f"internal error: {type(error).__name__}: {error} (rerun with --debug for the traceback)", 1)
+
+
+def _fail(message: str, exit_status: int) -> None:
+    if os.environ.get("STPREDICT_DEBUG"):
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_status)

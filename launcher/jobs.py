@@ -1,0 +1,62 @@
+"""One job from the command line: reading its config, and becoming one of its ranks or starting them."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from data_pipeline.errors import UsageError
+from launcher import local, ranks
+from launcher.rundir import is_done, locked, prepare
+from stpredict.config import apply_overrides, read_yaml, resolve, validate
+from stpredict.jobs.config import AnyJobConfig, JobConfig
+from stpredict.run import Run
+
+COMMANDS = {"tokenizer": "train", "prior": "train"}  # of the kinds that are not called like their command
+
+
+def command_of(kind: str) -> str:
+    return COMMANDS.get(kind, kind)
+
+
+def load_job(path: Path, overrides: Sequence[str], command: str) -> JobConfig:
+    """The job config in ``path``. UsageError if another command than ``command`` is the one for it."""
+    data = resolve(apply_overrides(read_yaml(path), overrides), path)
+    kind = data.get("kind")
+    if kind == "pipeline":
+        raise UsageError(f"{path} is a pipeline: use `stpredict launch {path}`")
+    config = validate(AnyJobConfig, data, path)
+    if command_of(config.kind) != command:
+        raise UsageError(f"{path} has kind {config.kind}: use `stpredict {command_of(config.kind)} {path}`")
+    return config
+
+
+def run(config: JobConfig) -> int:
+    """Runs the job with the ranks that this process finds itself among; finding none, starts them here."""
+    place = ranks.join()
+    return local.run_job(config) if place is None else _join(config, place)
+
+
+def _join(config: JobConfig, place: ranks.Ranks) -> int:
+    run = Run(config.run)
+    with ExitStack() as stack:
+        if place.rank == 0:
+            stack.enter_context(locked(run.path))
+        if is_done(run, config):
+            return 0
+        if place.rank == 0:
+            prepare(run, config)
+        from stpredict.jobs.start import start
+
+        return start(config)
+
+
+def load_shard_job(source: Path, out: Path | None, overrides: Sequence[str]) -> JobConfig:
+    """``source`` is a folder of videos to shard into ``out``, or a YAML of kind shard whose run ``out`` replaces."""
+    if source.is_file():
+        return load_job(source, [*overrides, *([f"run={out}"] if out else [])], "shard")
+    if out is None:
+        raise UsageError(f"give the directory to fill: stpredict shard {source} OUT")
+    data = OmegaConf.create({"kind": "shard", "run": str(out), "source": {"kind": "folder", "path": str(source)}})
+    return validate(AnyJobConfig, resolve(apply_overrides(data, overrides), source), source)

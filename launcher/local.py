@@ -1,0 +1,197 @@
+"""The local executor: one job as N processes of this machine, joined by torch.distributed's environment.
+
+The launcher prepares the run directory, starts the ranks, shows the progress that rank 0 writes to status.json and
+sees to it that all ranks end together: when one fails, when the launcher is asked to stop, and when it is killed.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.markup import escape
+
+from launcher.progress import Watch
+from launcher.rundir import is_done, locked, prepare
+from stpredict.jobs.config import JobConfig
+from stpredict.run import Run, now
+
+PREEMPTED = 75
+GRACE_FAILED_S = 15.0  # ranks that lost a peer cannot save together any more
+GRACE_PREEMPTED_S = 60.0  # ranks that are about to finish the same save
+POLL_S = 0.1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+console = Console(stderr=True)
+Command = Callable[[Run], list[str]]
+
+
+def rank_command(run: Run) -> list[str]:
+    return [sys.executable, "-m", "launcher.rank", str(run.config_path), str(os.getpid())]
+
+
+def run_job(
+    config: JobConfig,
+    name: str | None = None,
+    print_of: str | None = None,
+    threads: int | None = None,
+    command: Command = rank_command,
+) -> int:
+    """Runs ``config`` to its end and returns its exit status. ``print_of`` is its fingerprint in a pipeline.
+
+    Raises UsageError when the run directory is in use or holds the work of another config.
+    """
+    run, name = Run(config.run), name or config.kind
+    with locked(run.path) as lock, _stop_signals() as stops:
+        if is_done(run, config):
+            _say(f"{name}: already done; remove {run.path} to do it again")
+            return 0
+        prepare(run, config, print_of)
+        ranks = _start(run, config.resources.processes, config.resources.threads or threads, command(run), lock)
+        with Watch(run, name, console) as watch:
+            ended = supervise(ranks, stops, watch.show)
+        return _conclude(run, name, ended)
+
+
+def _start(
+    run: Run, processes: int, threads: int | None, command: Sequence[str], lock: IO[str]
+) -> list[subprocess.Popen]:
+    """Starts the ranks, each in a session of its own: a terminal's Ctrl-C is for the launcher alone."""
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": str(threads or max(1, len(os.sched_getaffinity(0)) // processes)),
+        "PYTHONUNBUFFERED": "1",
+    }
+    run.logs.mkdir(parents=True, exist_ok=True)
+    ranks = []
+    for rank in range(processes):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with run.log_path(rank).open("a") as log:
+            log.write(f"=== {now()} rank {rank} of {processes}: {' '.join(command)}\n")
+            log.flush()
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=[lock.fileno()],
+                )
+            )
+    return ranks
+
+
+def supervise(ranks: Sequence[subprocess.Popen], stops: list[int], show: Callable[[], None]) -> dict[int, int]:
+    """Waits for all ranks; returns rank → exit status, in the order in which they ended.
+
+    A rank that ends with anything but 0 takes the others with it: SIGTERM, and SIGKILL after a grace. ``stops`` are
+    the stop signals received meanwhile: the first is passed on as SIGTERM, on which ranks save and end with 75, and a
+    second Ctrl-C kills.
+    """
+    ended: dict[int, int] = {}
+    told, deadline = False, None
+    while len(ended) < len(ranks):
+        for rank, process in enumerate(ranks):
+            if rank not in ended and (code := process.poll()) is not None:
+                asked = stops or PREEMPTED in ended.values()
+                ended[rank] = PREEMPTED if asked and code in (-signal.SIGTERM, -signal.SIGKILL) else code
+        bad = [code for code in ended.values() if code != 0]
+        if not told and (bad or stops):
+            told = True
+            if stops:
+                _say("stopping: the job saves its state and ends; Ctrl-C again kills it")
+            _signal(ranks, signal.SIGTERM)
+        if bad and deadline is None:
+            deadline = time.monotonic() + (GRACE_PREEMPTED_S if bad[0] == PREEMPTED else GRACE_FAILED_S)
+        if stops.count(signal.SIGINT) > 1 or (deadline and time.monotonic() > deadline):
+            _kill_groups(ranks)
+        show()
+        time.sleep(POLL_S)
+    if any(ended.values()):
+        _kill_groups(ranks)  # what a dead rank left behind, such as its data workers
+    return ended
+
+
+def exit_status(codes: Collection[int]) -> int:
+    """One exit status for all ranks."""
+    if set(codes) <= {0}:
+        return 0
+    if set(codes) <= {0, PREEMPTED}:
+        return PREEMPTED
+    return 2 if 2 in codes else 1
+
+
+def _conclude(run: Run, name: str, ended: dict[int, int]) -> int:
+    """Leaves status.json saying how the job ended, and says the same in a line if it did not end well."""
+    code, status = exit_status(ended.values()), run.status()
+    if code == 0 and status.state == "done":
+        return 0
+    if code == PREEMPTED:
+        run.update_status(state="preempted", finished=now())
+        _say(f"{name}: stopped at {status.unit} {status.step}; run the same command again to continue")
+        return PREEMPTED
+    culprit = next((rank for rank, code in ended.items() if code not in (0, PREEMPTED)), 0)
+    log = run.log_path(culprit)
+    error = status.error or f"rank {culprit} {_describe(ended[culprit])}: {_last_line(log)}"
+    run.update_status(state="failed", finished=now(), error=error)
+    _say(f"[red]error:[/red] {name}: {escape(error)} (log: {escape(str(log))})")
+    return code or 1
+
+
+def _describe(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL: out of memory?)"
+    if code < 0:
+        return f"died of {signal.Signals(-code).name}"
+    return f"ended with status {code}" if code else "ended without finishing the job"
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if len(lines) > 1 and not lines[-1].startswith("===") else "its log is empty"
+
+
+def _signal(ranks: Iterable[subprocess.Popen], number: signal.Signals) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _kill_groups(ranks: Iterable[subprocess.Popen]) -> None:
+    for process in ranks:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The stop signals received so far, in place of their usual effect."""
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)

@@ -1,0 +1,87 @@
+"""A job's progress, read from status.json: a bar on a terminal, elsewhere a line now and then."""
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from stpredict.run import Run, Status
+
+EVERY_S = 10.0
+EVERY_SHARE = 0.1
+
+
+class Watch:
+    """Shows what a run's status says, each time it is asked to. Use as a context manager."""
+
+    def __init__(self, run: Run, name: str, console: Console):
+        self.run, self.name, self.console = run, name, console
+        self.bar = _bar(console) if console.is_terminal else None
+        self.task = self.bar.add_task(name, total=None, unit="", values="") if self.bar else None
+        self.shown_at, self.shown_step = time.monotonic(), 0
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.bar.start()
+        else:
+            self._line("started", f"log: {self.run.log_path(0)}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.show()
+        if self.bar:
+            self.bar.stop()
+
+    def show(self) -> None:
+        status = self.run.status()
+        if status is None or status.state == "pending":
+            return
+        if self.bar:
+            unit = f"{status.unit}s {status.phase}".strip()
+            self.bar.update(
+                self.task, completed=status.step, total=status.steps, unit=unit, values=format_values(status)
+            )
+        elif self._worth_a_line(status):
+            self.shown_at, self.shown_step = time.monotonic(), status.step
+            self._line(format_step(status), status.phase, format_values(status))
+
+    def _worth_a_line(self, status: Status) -> bool:
+        if status.step == self.shown_step:
+            return False
+        by_share = bool(status.steps) and status.step - self.shown_step >= EVERY_SHARE * status.steps
+        return by_share or time.monotonic() - self.shown_at >= EVERY_S or status.step == status.steps
+
+    def _line(self, *parts: str) -> None:
+        self.console.print(f"{self.name}: " + "  ".join(filter(None, parts)), soft_wrap=True, highlight=False)
+
+
+def format_step(status: Status) -> str:
+    if not status.steps:
+        return f"{status.step} {status.unit}s"
+    return f"{status.unit} {status.step}/{status.steps} ({status.step / status.steps:.0%})"
+
+
+def format_values(status: Status, most: int = 3) -> str:
+    return " ".join(f"{name} {value:.4g}" for name, value in list(status.values.items())[:most])
+
+
+def format_seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+        console=console,
+    )

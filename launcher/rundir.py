@@ -1,0 +1,106 @@
+"""Taking a run directory: one launcher at a time, and never two different configs in one place."""
+
+import fcntl
+import hashlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from pydantic import BaseModel
+
+from data_pipeline.errors import UsageError
+from stpredict.config import as_yaml
+from stpredict.jobs.config import JobConfig
+from stpredict.run import Run, now
+
+# Keys that change nothing in what a job makes.
+HARMLESS = ("run", "resources.threads")
+# What a start leaves behind before the job itself has made anything.
+OF_THE_START = {"config.yaml", "status.json", "environment.json", "logs", ".lock"}
+
+
+def fingerprint(config: JobConfig, upstream: Sequence[str] = ()) -> str:
+    """Hash of everything that a job's result depends on: its config and the fingerprints of the runs it reads."""
+    keys = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if key not in HARMLESS}
+    return hashlib.sha256(repr((sorted(keys.items()), sorted(upstream))).encode()).hexdigest()
+
+
+def changed_keys(run: Run, config: BaseModel) -> list[str]:
+    """``key: old → new`` for each key in which ``config`` differs from the one that ``run`` was made with."""
+    try:
+        old = _flat(yaml.safe_load(run.config_path.read_text()))
+    except FileNotFoundError:
+        return []
+    new = _flat(config.model_dump(mode="json"))
+    keys = [key for key in {**old, **new} if key not in HARMLESS]
+    pairs = [(key, old.get(key, "(absent)"), new.get(key, "(absent)")) for key in keys]
+    return [f"{key}: {a} → {b}" for key, a, b in pairs if a != b]
+
+
+def is_empty(run: Run) -> bool:
+    """Nothing was made there yet: such a run may start over with another config."""
+    if not run.path.exists():
+        return True
+    status = run.status()
+    entries = {entry.name for entry in run.path.iterdir()}
+    return entries <= OF_THE_START and (status is None or status.state != "done")
+
+
+def is_done(run: Run, config: BaseModel) -> bool:
+    """Whether ``run`` is finished with ``config``. UsageError if it holds the work, finished or not, of another one."""
+    if is_empty(run):
+        return False
+    if changes := changed_keys(run, config):
+        raise UsageError(
+            f"{run.path} was made with another config ({', '.join(changes)}); give another `run`, "
+            "or remove that directory"
+        )
+    status = run.status()
+    return status is not None and status.state == "done"
+
+
+def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> None:
+    """Writes what stands in a run directory before its ranks start."""
+    status = run.status()
+    run.write_config(as_yaml(config))
+    run.write_environment()
+    run.update_status(
+        kind=config.kind,
+        state="pending",
+        fingerprint=print_of or (status and status.fingerprint) or fingerprint(config),
+        started=now(),
+        finished=None,
+        error=None,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+    )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[IO[str]]:
+    """Holds the lock of a run directory. Ranks inherit the open file, and so the lock: should the launcher be killed,
+    nobody else takes the directory before its last rank has ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise UsageError(f"{folder} is in use by {owner}; wait for it, or give another `run`") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield file
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    items = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items()]
+    return {key: value for item in items for key, value in item.items()}

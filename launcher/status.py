@@ -1,0 +1,89 @@
+"""What ``stpredict status`` shows: one row per job, from status.json files alone."""
+
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import yaml
+from pydantic import BaseModel
+from rich.table import Table
+
+from data_pipeline.errors import UsageError
+from launcher.progress import format_seconds, format_step, format_values
+from stpredict.run import Run, Status
+
+COLOURS = {"done": "green", "running": "cyan", "preempted": "yellow", "failed": "red", "lost": "red"}
+
+
+class Row(BaseModel):
+    """One job. ``state`` is that of its run, or ``lost``: said to be running, but its process is gone."""
+
+    job: str
+    state: str
+    status: Status | None = None
+    elapsed_s: float | None = None
+    heartbeat_age_s: float | None = None
+    eta_s: float | None = None
+
+
+def runs_of(path: Path) -> dict[str, Run]:
+    """Job → run: those of a pipeline's run directory in its order, or the one run that ``path`` is."""
+    if (path / "pipeline.yaml").is_file():
+        jobs = yaml.safe_load((path / "pipeline.yaml").read_text())["jobs"]
+        return {name: Run(path / name) for name in jobs}
+    if not Run(path).status_path.is_file():
+        raise UsageError(f"{path} is not a run directory: it has neither status.json nor pipeline.yaml")
+    return {path.resolve().name: Run(path)}
+
+
+def rows(path: Path) -> list[Row]:
+    return [_row(name, run.status()) for name, run in runs_of(path).items()]
+
+
+def table(rows: list[Row]) -> Table:
+    table = Table("job", "state", "progress", "values", "elapsed", "left", "heartbeat")
+    for row in rows:
+        state = f"[{COLOURS[row.state]}]{row.state}[/]" if row.state in COLOURS else row.state
+        if row.status is None:
+            table.add_row(row.job, state)
+            continue
+        progress = f"{format_step(row.status)} {row.status.phase}".strip()
+        age = f"{format_seconds(row.heartbeat_age_s)} ago" if row.state in ("running", "lost") else ""
+        table.add_row(
+            row.job,
+            state,
+            progress,
+            format_values(row.status),
+            format_seconds(row.elapsed_s),
+            format_seconds(row.eta_s),
+            age,
+        )
+    return table
+
+
+def is_lost(status: Status) -> bool:
+    """Unfinished by a process of this host that no longer is."""
+    here = status.host == socket.gethostname() and status.pid is not None
+    return status.state in ("pending", "running") and here and not psutil.pid_exists(status.pid)
+
+
+def _row(name: str, status: Status | None) -> Row:
+    if status is None:
+        return Row(job=name, state="not started")
+    state = "lost" if is_lost(status) else status.state
+    age = _seconds_since(status.heartbeat)
+    ended = age if state == "lost" else _seconds_since(status.finished) if status.finished else 0.0
+    started = _seconds_since(status.started)
+    return Row(
+        job=name,
+        state=state,
+        status=status,
+        elapsed_s=None if started is None else started - ended,
+        heartbeat_age_s=age,
+        eta_s=max(0.0, status.eta_s - age) if state == "running" and status.eta_s is not None else None,
+    )
+
+
+def _seconds_since(at: str | None) -> float | None:
+    return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() if at else None
