@@ -1,0 +1,182 @@
+"""What a shard set holds: manifest.json, and NAME.json beside every NAME.tar. Torch-free.
+
+A shard set is a folder of tars. A *window* is a run of bytes of one tar that holds whole samples: the unit that is
+read at once and shuffled. Merging folds the NAME.json of every shard into manifest.json, always to the same bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_pipeline.config import ClipConfig
+from data_pipeline.errors import UsageError, UserError
+
+FORMAT = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Window(_Record):
+    """``bytes`` bytes at ``offset`` of a tar, which hold ``count`` samples."""
+
+    offset: int
+    bytes: int
+    count: int
+
+
+class Shard(_Record):
+    """One tar: ``name``.tar. ``samples`` is the sum of its windows' counts."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    windows: list[Window]
+
+
+class Description(_Record):
+    """What all shards of a set have in common.
+
+    kind clips: samples are encoded videos; latents: samples are token ids of shape ``grid`` (T', H', W'), below
+    ``codebook_size``, made by the tokenizer whose hash is ``fingerprint`` from clips cut by ``clip``.
+    """
+
+    kind: Literal["clips", "latents"]
+    classes: list[str] = []
+    fingerprint: str | None = None
+    grid: tuple[int, int, int] | None = None
+    codebook_size: int | None = None
+    clip: ClipConfig | None = None
+
+
+class ShardRecord(_Record):
+    """Contents of NAME.json: the shard, the set it is part of, and a hash of what it was asked to hold."""
+
+    shard: Shard
+    set: Description
+    shards: int  # of the whole set
+    plan: str
+    skipped: int = 0  # samples left out because they could not be read
+
+
+class Manifest(Description):
+    """Contents of manifest.json. ``shards`` are in the order of their names; shards without samples are left out."""
+
+    format: Literal[1] = FORMAT
+    samples: int
+    shards: list[Shard]
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:06d}"
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a shard set. UsageError where there is none or it is of another format."""
+    path = Path(folder) / "manifest.json"
+    try:
+        return Manifest.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        where = "the folder does not exist" if not Path(folder).exists() else "there is no manifest.json in it"
+        raise UsageError(f"{folder}: no shard set here: {where}; `stpredict shard` and `encode` make them") from None
+    except ValidationError as error:
+        raise UsageError(f"{path}: not a manifest of format {FORMAT}: {error.errors()[0]['msg']}") from None
+
+
+def read_record(folder: Path, index: int) -> ShardRecord | None:
+    """NAME.json of one shard, or None where the shard is not finished."""
+    path = folder / f"{shard_name(index)}.json"
+    try:
+        record = ShardRecord.model_validate_json(path.read_text())
+        finished = path.with_suffix(".tar").stat().st_size == record.shard.bytes
+    except (FileNotFoundError, ValidationError):
+        return None
+    return record if finished else None
+
+
+def clear(folder: Path, indices: list[int], shards: int) -> None:
+    """Makes room for the shards numbered ``indices`` of a set of ``shards``: removes the manifest and what earlier or
+    killed runs left of them. Processes clear only their own shards, so that none removes another's work."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for path in [*folder.glob("shard-*"), *folder.glob(".shard-*.tmp")]:
+        number = int(path.name.lstrip(".").removeprefix("shard-").split(".")[0])
+        if number in indices or (number >= shards and 0 in indices):
+            path.unlink(missing_ok=True)
+
+
+def merge(folder: str | Path) -> Manifest:
+    """Folds the NAME.json of every shard into manifest.json.
+
+    UserError if a part of the set is missing, or no sample could be read."""
+    folder = Path(folder)
+    first = read_record(folder, 0)
+    if first is None:
+        raise UserError(f"{folder}: shard {shard_name(0)} is missing or unfinished; run the job that writes it again")
+    records = [read_record(folder, index) for index in range(first.shards)]
+    missing = [shard_name(index) for index, record in enumerate(records) if record is None]
+    strange = [shard_name(index) for index, record in enumerate(records) if record and record.set != first.set]
+    if missing or strange:
+        problem = f"missing or unfinished: {_some(missing)}" if missing else f"of another set: {_some(strange)}"
+        raise UserError(f"{folder}: of {first.shards} shards {problem}; run the job that writes them again")
+    shards = [record.shard for record in records if record.shard.samples]
+    manifest = Manifest(**dict(first.set), samples=sum(shard.samples for shard in shards), shards=shards)
+    skipped = sum(record.skipped for record in records)
+    if not shards:
+        raise UserError(f"{folder}: none of the {skipped} samples could be read; the log gives the reason for each")
+    write_json(folder / "manifest.json", manifest.model_dump(mode="json", exclude_none=True))
+    return manifest
+
+
+def verify(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """Reads every shard of a set and returns what is wrong with it, one line each; empty if all is well."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    problems = []
+    for done, shard in enumerate(manifest.shards):
+        problems += (f"{shard.name}.tar: {problem}" for problem in _problems(folder, shard))
+        if progress:
+            progress(done + 1, len(manifest.shards))
+    if manifest.samples != sum(shard.samples for shard in manifest.shards):
+        problems.append(f"manifest.json: says {manifest.samples} samples, its shards say otherwise")
+    return problems
+
+
+def _problems(folder: Path, shard: Shard) -> Iterable[str]:
+    path = folder / f"{shard.name}.tar"
+    if not path.exists():
+        yield "missing"
+        return
+    if (size := path.stat().st_size) != shard.bytes:
+        yield f"{size} bytes, {shard.bytes} expected"
+    elif file_sha256(path) != shard.sha256:
+        yield "sha256 differs from the manifest's"
+    if shard.samples != sum(window.count for window in shard.windows):
+        yield f"{shard.samples} samples, its windows say otherwise"
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plan_hash(*parts: Any) -> str:
+    """A hash of what a shard is asked to hold; ``parts`` are JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Under a temporary name, then renamed: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,62 @@
+"""Writes one WebDataset tar with the byte offsets of its windows, byte for byte the same for the same samples."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.manifest import Description, Shard, ShardRecord, Window, file_sha256, shard_name, write_json
+
+
+class TarShard:
+    """One shard being written. It bears a temporary name until ``finish`` renames it and writes its NAME.json.
+
+    A window ends before the member that would take it past ``window_bytes``.
+    """
+
+    def __init__(self, folder: Path, index: int, window_bytes: int):
+        import webdataset  # here, because it imports torch
+
+        self._folder, self._name, self._window_bytes = folder, shard_name(index), window_bytes
+        self._temporary = folder / f".{self._name}.tar.{os.getpid()}.tmp"
+        self._file = self._temporary.open("wb")
+        self._tar = webdataset.TarWriter(self._file, user="", group="", encoder=False, mtime=0)
+        self._windows: list[Window] = []
+        self._start = self._count = 0
+
+    def add(self, key: str, members: dict[str, bytes], description: dict[str, Any], count: int = 1) -> None:
+        """Appends KEY.extension for every extension in ``members``, and KEY.json; together ``count`` samples."""
+        before = self._tar.tarstream.offset
+        text = json.dumps(description, sort_keys=True, ensure_ascii=False).encode()
+        self._tar.write({"__key__": key, **members, "json": text})
+        if self._count and self._tar.tarstream.offset - self._start > self._window_bytes:
+            self._end_window(before)
+        self._count += count
+
+    def finish(self, description: Description, shards: int, plan: str, skipped: int = 0) -> None:
+        """Closes and renames the tar, then writes NAME.json; ``shards`` is the number of shards in the set."""
+        if self._count:
+            self._end_window(self._tar.tarstream.offset)
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        shard = Shard(
+            name=self._name,
+            samples=sum(window.count for window in self._windows),
+            bytes=self._temporary.stat().st_size,
+            sha256=file_sha256(self._temporary),
+            windows=self._windows,
+        )
+        record = ShardRecord(shard=shard, set=description, shards=shards, plan=plan, skipped=skipped)
+        self._temporary.replace(self._folder / f"{self._name}.tar")
+        write_json(self._folder / f"{self._name}.json", record.model_dump(mode="json", exclude_none=True))
+
+    def discard(self) -> None:
+        """Removes the unfinished tar; does nothing after ``finish``."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _end_window(self, end: int) -> None:
+        self._windows.append(Window(offset=self._start, bytes=end - self._start, count=self._count))
+        self._start, self._count = end, 0
