@@ -1,14 +1,14 @@
 """Running a pipeline on this machine: one job after another, only what is missing, and a table at the end."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from launcher import local
 from launcher.config import ClusterConfig, PipelineConfig
+from launcher.local import run_job
 from launcher.pipeline import Action, Job, plan
 from launcher.progress import format_seconds
 from launcher.rundir import locked
@@ -18,7 +18,13 @@ from stpredict.run import write_atomically
 console = Console(highlight=False, soft_wrap=True)
 
 
-def launch(pipeline: PipelineConfig, jobs: Sequence[Job], cluster: ClusterConfig, rerun: Collection[str] = ()) -> int:
+def launch(
+    pipeline: PipelineConfig,
+    jobs: Sequence[Job],
+    cluster: ClusterConfig,
+    rerun: Collection[str] = (),
+    run_job: Callable[..., int] = run_job,
+) -> int:
     """Runs ``jobs`` in order up to the first that does not end well; returns its exit status, otherwise 0."""
     with locked(pipeline.run):
         actions = plan(jobs, rerun)
@@ -33,7 +39,7 @@ def launch(pipeline: PipelineConfig, jobs: Sequence[Job], cluster: ClusterConfig
                 console.print(f"{job.name}: up to date")
                 continue
             began = time.monotonic()
-            code = local.run_job(job.config, job.name, job.fingerprint, cluster.threads)
+            code = run_job(job.config, job.name, job.fingerprint, cluster.threads)
             seconds[job.name] = time.monotonic() - began
             console.print(f"{job.name}: {job.run.status().state} in {format_seconds(seconds[job.name])}")
             if code:

@@ -11,7 +11,7 @@ from stpredict.run import Run
 
 
 def find_log(path: Path, job: str | None, rank: int) -> Path:
-    """The log of ``rank`` of the run ``path``, or of ``job`` (default: the last started) of the pipeline run ``path``."""
+    """The log of ``rank``: of the run ``path``, or of a ``job`` (default: the last started) of a pipeline's run."""
     runs = runs_of(path)
     if job is not None and job not in runs:
         raise UsageError(f"{path} has no job {job!r}; jobs: {', '.join(runs)}")

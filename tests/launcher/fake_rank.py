@@ -1,0 +1,55 @@
+"""A rank without torch: does what FAKE_RANKS says for its rank, writes the status that a real job would."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+from launcher.rank import end_with
+from stpredict.run import Progress, Run
+
+
+def main() -> int:
+    run, parent, plan = Run(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    end_with(parent)
+    rank = int(os.environ["RANK"])
+    what = plan[rank]
+    stopped = []
+    if what in ("save", "fail", "ok"):
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    if what == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(f"pid {os.getpid()} threads {os.environ['OMP_NUM_THREADS']} world {os.environ['WORLD_SIZE']}", flush=True)
+    (run.path / f"pid_{rank}").write_text(str(os.getpid()))
+    if rank == 0:
+        run.update_status(state="running")
+        progress = Progress(run, 4, "step", interval_s=0)
+        for step in range(1, 5):
+            progress.update(step, "training", loss=1 / step)
+    match what:
+        case "ok":
+            if rank == 0:
+                run.update_status(state="done")
+            return 0
+        case "save" | "sleep" | "deaf":
+            for _ in range(600):
+                if stopped:
+                    if rank == 0:
+                        run.update_status(state="preempted")
+                    return 75
+                time.sleep(0.05)
+            return 0
+        case "fail":
+            if rank == 0:
+                run.update_status(state="failed", error="no videos in /nowhere; give a folder that has some")
+            return 1
+        case "crash":
+            raise RuntimeError("the roof fell in")
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return int(what)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

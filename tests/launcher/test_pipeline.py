@@ -1,0 +1,175 @@
+import json
+
+import pytest
+import yaml
+
+from data_pipeline.errors import UsageError
+from launcher.config import ClusterConfig, load_cluster
+from launcher.launch import launch
+from launcher.pipeline import load_pipeline, plan
+from stpredict.run import Run
+
+EVALUATE = {"kind": "evaluate", "run": "runs/own", "generated": "???"}
+
+
+class Pipeline:
+    """A pipeline file first → second → report, and what it takes to change and launch it."""
+
+    def __init__(self, folder, fake):
+        self.folder, self.fake = folder, fake
+        self.path = folder / "configs" / "pipelines" / "p.yaml"
+        self.path.parent.mkdir(parents=True)
+        (self.path.parent / "job.yaml").write_text(yaml.safe_dump(EVALUATE))
+        (self.path.parent / "page.yaml").write_text(yaml.safe_dump({"kind": "report", "run": "x", "runs": {}}))
+        self.data = {
+            "kind": "pipeline",
+            "name": "p",
+            "run": str(folder / "runs" / "p"),
+            "vars": {"videos": "/videos"},
+            "jobs": {
+                "page": {"config": "page.yaml", "needs": ["second"], "set": {"runs": {"second": "${run:second}"}}},
+                "second": {"config": "job.yaml", "needs": ["first"], "set": {"generated": "${run:first}/samples"}},
+                "first": {"config": "job.yaml", "set": {"generated": "${vars.videos}"}},
+            },
+        }
+
+    def load(self, *overrides):
+        self.path.write_text(yaml.safe_dump(self.data))
+        return load_pipeline(self.path, overrides)
+
+    def launch(self, *ranks, rerun=(), overrides=()):
+        return launch(*self.load(*overrides), ClusterConfig(), rerun, run_job=self.fake(*(ranks or ["ok"])))
+
+    def run(self, job):
+        return Run(self.folder / "runs" / "p" / job)
+
+
+@pytest.fixture
+def pipeline(tmp_path, fake):
+    return Pipeline(tmp_path, fake)
+
+
+def test_jobs_come_after_those_they_need_and_values_come_from_vars_and_runs(pipeline):
+    config, jobs = pipeline.load()
+    assert [job.name for job in jobs] == ["first", "second", "page"]
+    assert str(jobs[0].config.generated) == "/videos"
+    assert jobs[1].config.generated == config.run / "first" / "samples"
+    assert jobs[1].config.run == config.run / "second"
+    assert jobs[2].config.runs == {"second": config.run / "second"}
+
+
+def test_overrides_reach_the_jobs(pipeline):
+    _, jobs = pipeline.load("vars.videos=/mine", "jobs.second.set.seed=7")
+    assert str(jobs[0].config.generated) == "/mine"
+    assert jobs[1].config.seed == 7
+
+
+def test_the_run_directory_is_named_after_the_pipeline_by_default(pipeline):
+    del pipeline.data["run"]
+    assert str(pipeline.load()[0].run) == "runs/p"
+
+
+def change(data, job, **changes):
+    data["jobs"][job] = {**data["jobs"][job], **changes}
+
+
+@pytest.mark.parametrize(
+    ("job", "changes", "message"),
+    [
+        ("first", {"needs": ["page"]}, r"circle: .*first.*page.*second"),
+        ("first", {"needs": ["zero"]}, r"'first' needs 'zero', which is not one of first, page, second"),
+        ("first", {"set": {"generated": "${run:page}"}}, r"'first' reads \$\{run:page\} but does not need it"),
+        ("first", {"set": {"generated": "x", "sed": 1}}, r"job 'first'.*unknown key 'sed'; did you mean 'seed'"),
+        ("first", {"set": {}}, r"job 'first'.*'generated'.*no value"),
+        ("first", {"set": {"generated": "${vars.video}"}}, r"jobs.first.set.generated.*'vars.video' not found"),
+        ("first", {"config": "nope.yaml"}, r"nope.yaml: no such config file"),
+        ("first", {"need": []}, r"unknown key 'jobs.first.need'; did you mean 'needs'"),
+    ],
+)
+def test_a_wrong_pipeline_is_refused_before_anything_starts(pipeline, job, changes, message):
+    change(pipeline.data, job, **changes)
+    with pytest.raises(UsageError, match=message):
+        pipeline.launch()
+    assert not (pipeline.folder / "runs").exists()
+
+
+def test_a_launch_runs_everything_once_and_prints_the_report_last(pipeline, capsys):
+    assert pipeline.launch() == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(pipeline.run("page").path / "report.html")
+    assert list(yaml.safe_load((pipeline.folder / "runs/p/pipeline.yaml").read_text())["jobs"])
+    assert pipeline.launch("crash") == 0
+    assert "second: up to date" in capsys.readouterr().out
+
+
+def test_a_failure_stops_the_pipeline_and_the_next_launch_goes_on_from_there(pipeline, capsys):
+    calls = []
+
+    def run_job(config, name, *rest):
+        calls.append(name)
+        return pipeline.fake("2" if name == "second" and calls.count("second") == 1 else "ok")(config, name, *rest)
+
+    assert launch(*pipeline.load(), ClusterConfig(), run_job=run_job) == 2
+    assert "not run: page" in capsys.readouterr().out
+    assert launch(*pipeline.load(), ClusterConfig(), run_job=run_job) == 0
+    assert calls == ["first", "second", "second", "page"]
+
+
+def test_a_changed_key_is_named_and_rerun_keeps_the_old_runs_of_the_job_and_its_dependents(pipeline):
+    pipeline.launch()
+    change(pipeline.data, "second", set={"generated": "${run:first}/other"})
+    with pytest.raises(UsageError, match=r"'second'.*generated: .*samples → .*other.*--rerun second"):
+        pipeline.launch()
+    assert pipeline.launch(rerun=["second"]) == 0
+    assert not pipeline.run("first.old-1").path.exists()
+    assert "samples" in pipeline.run("second.old-1").config_path.read_text()
+    assert pipeline.run("page.old-1").status().state == "done"
+    assert "other" in pipeline.run("second").config_path.read_text()
+    assert pipeline.launch(rerun=["second"]) == 0
+    assert pipeline.run("second.old-2").path.exists()
+
+
+def test_keys_that_change_no_result_leave_a_job_up_to_date(pipeline):
+    pipeline.launch()
+    change(pipeline.data, "first", set={"generated": "/videos", "resources": {"threads": 2}})
+    assert set(plan(pipeline.load()[1]).values()) == {"skip"}
+
+
+def test_a_change_upstream_changes_the_fingerprints_downstream(pipeline):
+    before = {job.name: job.fingerprint for job in pipeline.load()[1]}
+    after = {job.name: job.fingerprint for job in pipeline.load("jobs.first.set.seed=1")[1]}
+    assert all(before[name] != after[name] for name in ("first", "second", "page"))
+
+
+def test_work_made_from_a_run_that_is_gone_is_not_silently_kept(pipeline):
+    pipeline.launch()
+    pipeline.run("first").path.rename(pipeline.folder / "gone")
+    with pytest.raises(UsageError, match=r"'second' has work.*--rerun second"):
+        pipeline.launch()
+    assert pipeline.launch(rerun=["first"]) == 0
+
+
+def test_a_preempted_job_continues_in_its_directory(pipeline):
+    pipeline.launch()
+    pipeline.run("page").update_status(state="preempted")
+    assert plan(pipeline.load()[1]) == {"first": "skip", "second": "skip", "page": "continue"}
+
+
+def test_rerun_of_no_job_names_the_jobs(pipeline):
+    with pytest.raises(UsageError, match=r"--rerun third: no such job; jobs: first, second, page"):
+        pipeline.launch(rerun=["third"])
+
+
+def test_a_cluster_is_a_file_or_a_name_beside_the_pipelines(pipeline):
+    clusters = pipeline.folder / "configs" / "clusters"
+    clusters.mkdir()
+    (clusters / "mine.yaml").write_text("kind: local\nthreads: 3\n")
+    assert load_cluster("mine", pipeline.path).threads == 3
+    assert load_cluster(str(clusters / "mine.yaml"), pipeline.path).threads == 3
+    with pytest.raises(UsageError, match=r"no cluster 'other'.*clusters there: mine"):
+        load_cluster("other", pipeline.path)
+
+
+def test_the_cluster_sets_the_threads_of_ranks(pipeline):
+    launch(*pipeline.load(), ClusterConfig(threads=5), run_job=pipeline.fake("ok"))
+    assert "threads 5" in pipeline.run("first").log_path(0).read_text()
+    assert json.loads(pipeline.run("first").status_path.read_text())["state"] == "done"
