@@ -103,10 +103,10 @@ def supervise(ranks: Sequence[subprocess.Popen], stops: list[int], show: Callabl
     ended: dict[int, int] = {}
     told, deadline = False, None
     while len(ended) < len(ranks):
-        for rank, process in enumerate(ranks):
-            if rank not in ended and (code := process.poll()) is not None:
-                asked = stops or PREEMPTED in ended.values()
-                ended[rank] = PREEMPTED if asked and code in (-signal.SIGTERM, -signal.SIGKILL) else code
+        codes = {rank: code for rank, process in enumerate(ranks) if (code := process.poll()) is not None}
+        for rank in sorted(codes.keys() - ended.keys(), key=codes.get):  # a death by signal explains the other errors
+            asked = codes[rank] in (-signal.SIGTERM, -signal.SIGKILL) and (stops or PREEMPTED in ended.values())
+            ended[rank] = PREEMPTED if asked else codes[rank]
         bad = [code for code in ended.values() if code != 0]
         if not told and (bad or stops):
             told = True
@@ -144,7 +144,8 @@ def _conclude(run: Run, name: str, ended: dict[int, int]) -> int:
         return PREEMPTED
     culprit = next((rank for rank, code in ended.items() if code not in (0, PREEMPTED)), 0)
     log = run.log_path(culprit)
-    error = status.error or f"rank {culprit} {_describe(ended[culprit])}: {_last_line(log)}"
+    known = status.error if status.state == "failed" and ended[culprit] > 0 else None
+    error = known or f"rank {culprit} {_describe(ended[culprit])}: {_last_line(log)}"
     run.update_status(state="failed", finished=now(), error=error)
     _say(f"[red]error:[/red] {name}: {escape(error)} (log: {escape(str(log))})")
     return code or 1

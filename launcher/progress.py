@@ -49,6 +49,7 @@ class Watch:
     def _worth_a_line(self, status: Status) -> bool:
         if status.step == self.shown_step:
             return False
+        self.shown_step = min(self.shown_step, status.step)  # a new phase counts from 0 again
         by_share = bool(status.steps) and status.step - self.shown_step >= EVERY_SHARE * status.steps
         return by_share or time.monotonic() - self.shown_at >= EVERY_S or status.step == status.steps
 

@@ -67,7 +67,6 @@ def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> None:
     """Writes what stands in a run directory before its ranks start."""
     status = run.status()
     run.write_config(as_yaml(config))
-    run.write_environment()
     run.update_status(
         kind=config.kind,
         state="pending",

@@ -99,20 +99,12 @@ class Run:
         write_atomically(self.environment_path, json.dumps(environment, indent=1) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl in order of step.
-
-        A run that was killed repeats the steps since its last checkpoint, and may have left half a line: the
-        later row of a step counts, half a line does not.
-        """
-        rows = {}
-        if self.metrics_path.exists():
-            for line in self.metrics_path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                rows[row["step"], row["split"]] = row
-        return [rows[key] for key in sorted(rows)]
+        """The rows of metrics.jsonl in the order written; half a line, left by a kill, is left out."""
+        try:
+            lines = self.metrics_path.read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Progress:
@@ -135,7 +127,7 @@ class Progress:
     def _eta(self, at: float, step: int) -> float | None:
         """Seconds left at the mean rate since this process began, which after a resume is not step 0."""
         first_at, first_step = self._first
-        if self.steps is None or step == first_step:
+        if self.steps is None or step <= first_step:
             return None
         return round((self.steps - step) * (at - first_at) / (step - first_step), 1)
 

@@ -16,7 +16,7 @@ def main() -> int:
     rank = int(os.environ["RANK"])
     what = plan[rank]
     stopped = []
-    if what in ("save", "fail", "ok"):
+    if what in ("save", "hurt", "fail", "ok"):
         signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     if what == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -32,11 +32,14 @@ def main() -> int:
             if rank == 0:
                 run.update_status(state="done")
             return 0
-        case "save" | "sleep" | "deaf":
+        case "save" | "hurt" | "sleep" | "deaf":
             for _ in range(600):
+                if stopped and what == "hurt":
+                    run.update_status(state="failed", error="connection closed by peer")
+                    return 1
                 if stopped:
                     if rank == 0:
-                        run.update_status(state="preempted")
+                        run.update_status(state="preempted", error="stopped at step 4")
                     return 75
                 time.sleep(0.05)
             return 0

@@ -50,13 +50,12 @@ def test_exit_statuses_of_ranks_become_one(codes, expected):
     assert exit_status(codes) == expected
 
 
-def test_a_job_that_ends_well_leaves_state_config_environment_and_a_log_per_rank(job, fake, tmp_path):
+def test_a_job_that_ends_well_leaves_state_config_and_a_log_per_rank(job, fake, tmp_path):
     assert fake("ok", "ok")(job(2)) == 0
     run = Run(tmp_path / "run")
     assert run.status().state == "done"
     assert run.status().fingerprint
     assert "generated: x" in run.config_path.read_text()
-    assert run.environment_path.exists()
     assert "world 2" in run.log_path(1).read_text()
 
 
@@ -92,6 +91,11 @@ def test_the_error_that_the_job_itself_wrote_is_the_one_shown(job, fake, capsys)
 def test_a_rank_killed_for_memory_is_named_so(job, fake, tmp_path):
     assert fake("killed")(job()) == 1
     assert "SIGKILL: out of memory?" in Run(tmp_path / "run").status().error
+
+
+def test_a_death_by_signal_is_the_error_and_not_what_it_did_to_the_other_ranks(job, fake, tmp_path):
+    assert fake("hurt", "killed")(job(2)) == 1
+    assert Run(tmp_path / "run").status().error.startswith("rank 1 was killed")
 
 
 def test_ending_with_0_without_finishing_is_a_failure(job, fake, tmp_path):
