@@ -75,3 +75,4 @@ class LatentDataConfig(Config):
     latents: Path
     workers: int = Field(1, ge=0, description="DataLoader worker processes per rank")
     virtual_streams: int | None = Field(None, ge=1, description="V of the stream; default from the shard count")
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="fail when more of the samples read are unreadable")

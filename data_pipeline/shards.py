@@ -14,6 +14,7 @@ from pathlib import Path
 from data_pipeline.decode import DecodeError, probe
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import FORMAT, Description, clear, plan_hash, read_record
+from data_pipeline.order import divisible_count
 from data_pipeline.seeding import generator
 from data_pipeline.sources.source import SourceSample
 from data_pipeline.tar_shard import TarShard
@@ -24,12 +25,8 @@ Progress = Callable[[int, int], None]  # done, total
 
 
 def shard_count(samples: int, most: int, fewest_samples: int = 1) -> int:
-    """Shards for ``samples`` samples: the largest of 96·2^k, 48, 24, 12, 6, 4, 2, 1 that leaves at least
-    ``fewest_samples`` in each and is at most ``most``. Numbers that many worker counts divide."""
-    limit = min(most, samples // fewest_samples)
-    if limit >= 96:
-        return 96 << ((limit // 96).bit_length() - 1)
-    return next((count for count in (48, 24, 12, 6, 4, 2) if count <= limit), 1)
+    """Shards for ``samples`` samples: as many as divide well, at most ``most``, with ``fewest_samples`` in each."""
+    return divisible_count(min(most, samples // fewest_samples))
 
 
 @dataclass(frozen=True)

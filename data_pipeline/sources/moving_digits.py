@@ -7,8 +7,10 @@ Validation videos show digits that no training video shows. Every video depends 
 
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +36,23 @@ def walk(
     videos = workdir / "videos"
     _start_afresh_if_changed(videos, config)
     counts: dict[Split, int] = {"train": config.videos, "val": config.validation_videos}
+    images = {split: _digit_images(config, split) for split in counts}
     total, samples = sum(counts.values()), []
-    for split, count in counts.items():
-        images, names = _digit_images(config, split)
-        for index in range(count):
-            path = videos / split / f"{index:06d}.mp4"
-            shown, positions = trajectories(config, split, index, len(images))
-            if not path.exists():
-                frames = render(images[shown], positions, config.size)
-                write_mp4(path, np.repeat(frames[..., None], 3, axis=-1), config.fps)
-            name, digits = f"{split}/{index:06d}.mp4", [int(digit) for digit in names[shown]]
-            samples.append(SourceSample(f"digits-{split}-{index:06d}", path, split, None, name, {"digits": digits}))
+
+    def make(split: Split, index: int) -> SourceSample:
+        name = f"{split}/{index:06d}.mp4"
+        digits, labels = images[split]
+        shown, positions = trajectories(config, split, index, len(digits))
+        if not (videos / name).exists():
+            frames = render(digits[shown], positions, config.size)
+            write_mp4(videos / name, np.repeat(frames[..., None], 3, axis=-1), config.fps)
+        metadata = {"digits": labels[shown].tolist()}
+        return SourceSample(f"digits-{split}-{index:06d}", videos / name, split, None, name, metadata)
+
+    splits, indices = zip(*[(split, index) for split, count in counts.items() for index in range(count)], strict=True)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # the encoder works outside the interpreter's lock
+        for sample in pool.map(make, splits, indices):
+            samples.append(sample)
             if progress:
                 progress(len(samples), total)
     return samples

@@ -1,0 +1,239 @@
+"""Shard sets → batches, deterministic and elastic.
+
+1. ``order`` says which sample is global sample n: a function of the seed and the set alone.
+2. Rank r of R takes the samples n = consumed + r, consumed + r + R, …; its DataLoader workers take these in turn.
+3. A worker reads the windows its samples stand in (``windows``) and decodes them (``formats``) one by one.
+4. The main process stacks samples into batches and counts the unreadable ones.
+
+So the state to resume is one integer, the samples consumed by all ranks together, and it may be resumed with other
+numbers of ranks and workers and other batch sizes. A worker holds one window of encoded bytes per virtual stream
+that it owns: in all processes together V x ``window_bytes``.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data_pipeline.config import ClipDataConfig, LatentDataConfig
+from data_pipeline.errors import UsageError, UserError
+from data_pipeline.formats import Clips, Latents
+from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.order import FileOrder, Order, shares, stream_count
+from data_pipeline.windows import Format, Reading, WindowReader
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+Readings = Iterator[tuple[Reading, Batch]]  # a sample, and what the order adds to it
+
+FEWEST_READ = 20  # samples read before the share of unreadable ones means anything
+
+
+def clip_batches(
+    config: ClipDataConfig,
+    split: str,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    consumed: int = 0,
+) -> Iterator[Batch]:
+    """This rank's training batches, without end: clip uint8 (b, t, h, w, c), label int64 (b,), key list[str].
+
+    ``consumed`` counts the samples that all ranks together took before. UsageError if there is no such shard set
+    or the ranks cannot share it; UserError, while iterating, if more than ``max_bad_fraction`` is unreadable.
+    """
+    clips = Clips(config.clip, seed)
+    return _training(config, config.shards / split, "clips", clips, seed, rank, world_size, micro_batch_size, consumed)
+
+
+def latent_batches(
+    config: LatentDataConfig,
+    split: str,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    consumed: int = 0,
+) -> Iterator[Batch]:
+    """Like ``clip_batches``, of a latent set: latent int64 (b, T', H', W'), label int64 (b,), key list[str]."""
+    return _training(
+        config, config.latents / split, "latents", Latents(), seed, rank, world_size, micro_batch_size, consumed
+    )
+
+
+def clip_evaluation_batches(
+    config: ClipDataConfig,
+    split: str,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    limit: int | None = None,
+    epoch: int = 0,
+) -> Iterator[Batch]:
+    """The first ``limit`` samples, or all, each exactly once over the ranks; every rank gets the same number of
+    batches of ``batch_size``.
+
+    Besides what ``clip_batches`` gives: index int64 (b,), the sample's number in the manifest's order, and weight
+    float32 (b,), 0 for what only fills up a batch and for unreadable samples. Another ``epoch`` cuts other clips
+    where starts are random. Raises like ``clip_batches``.
+    """
+    clips = Clips(config.clip, seed)
+    return _evaluation(config, config.shards / split, "clips", clips, rank, world_size, batch_size, limit, epoch)
+
+
+def latent_evaluation_batches(
+    config: LatentDataConfig,
+    split: str,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    limit: int | None = None,
+    epoch: int = 0,
+) -> Iterator[Batch]:
+    """Like ``clip_evaluation_batches``, of a latent set."""
+    return _evaluation(config, config.latents / split, "latents", Latents(), rank, world_size, batch_size, limit, epoch)
+
+
+def _training(
+    config: ClipDataConfig | LatentDataConfig,
+    folder: Path,
+    kind: str,
+    format: Format,
+    seed: int,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    consumed: int,
+) -> Iterator[Batch]:
+    manifest, counts = _open(folder, kind)
+    streams = stream_count(len(counts), config.virtual_streams, world_size, config.workers, str(folder))
+    order = Order(counts, streams, seed)
+
+    def read(worker: int, workers: int) -> Readings:
+        reader = WindowReader(folder, manifest, format)
+        for stream, slot in order.samples(consumed, rank + world_size * worker, world_size * workers):
+            yield reader.read(slot, stream), {}
+
+    return _batches(read, config, folder, batch_size)
+
+
+def _evaluation(
+    config: ClipDataConfig | LatentDataConfig,
+    folder: Path,
+    kind: str,
+    format: Format,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    limit: int | None,
+    epoch: int,
+) -> Iterator[Batch]:
+    manifest, counts = _open(folder, kind)
+    order = FileOrder(counts)
+    samples = manifest.samples if limit is None else min(limit, manifest.samples)
+    mine = shares(samples, batch_size, rank, world_size)
+
+    def read(worker: int, workers: int) -> Readings:
+        reader = WindowReader(folder, manifest, format)
+        for index, counted in mine[worker::workers]:
+            reading = reader.read(order.slot(index, epoch))
+            yield reading, {"index": index, "weight": float(counted and not reading.unreadable)}
+
+    return _batches(read, config, folder, batch_size)
+
+
+def _open(folder: Path, kind: str) -> tuple[Manifest, list[list[int]]]:
+    """The manifest, and samples per shard and window."""
+    manifest = read_manifest(folder)
+    if manifest.kind != kind:
+        raise UsageError(f"{folder}: holds {manifest.kind}, {kind} are needed")
+    return manifest, [[window.count for window in shard.windows] for shard in manifest.shards]
+
+
+def _batches(
+    read: Callable[[int, int], Readings], config: ClipDataConfig | LatentDataConfig, folder: Path, batch_size: int
+) -> Iterator[Batch]:
+    """Samples from the workers, in their order, as batches; counts and logs what is unreadable."""
+    workers = config.workers
+    loader = DataLoader(
+        _Samples(read),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_is,
+        multiprocessing_context="fork" if workers else None,
+        prefetch_factor=max(2, math.ceil(2 * batch_size / workers)) if workers else None,
+        generator=torch.Generator(),  # of its own: loading data must not move the training's random state
+    )
+    health = _Health(folder, config.max_bad_fraction)
+    samples = (health.checked(item) for item in loader)
+    while batch := list(islice(samples, batch_size)):
+        yield _collate(batch)
+
+
+class _Samples(IterableDataset):
+    """What one worker reads. A UserError travels as an item: raised in a worker it would lose its one line."""
+
+    def __init__(self, read: Callable[[int, int], Readings]):
+        self._read = read
+
+    def __iter__(self) -> Iterator[tuple[Reading, Batch] | UserError]:
+        worker = get_worker_info()
+        try:
+            yield from self._read(worker.id, worker.num_workers) if worker else self._read(0, 1)
+        except UserError as error:
+            yield error
+
+
+class _Health:
+    """Counts unreadable samples, logs each once, and fails the job when there are too many."""
+
+    def __init__(self, folder: Path, most: float):
+        self._folder, self._most = folder, most
+        self._read = self._bad = 0
+        self._known: set[str] = set()
+
+    def checked(self, item: tuple[Reading, Batch] | UserError) -> Batch:
+        if isinstance(item, UserError):
+            raise item
+        reading, extra = item
+        self._read += 1
+        self._bad += bool(reading.unreadable)
+        for name, reason in reading.unreadable.items():
+            if name not in self._known:
+                self._known.add(name)
+                log.warning("%s: %s cannot be read and was replaced: %s", self._folder, name, reason)
+        if self._read >= FEWEST_READ and self._bad > self._most * self._read:
+            raise UserError(
+                f"{self._folder}: {self._bad} of {self._read} samples could not be read, more than max_bad_fraction "
+                f"{self._most:g}; the log names them, `stpredict inspect --verify` checks the shards"
+            )
+        return reading.sample | extra
+
+
+def _collate(samples: list[Batch]) -> Batch:
+    """Tensors are stacked, numbers become tensors, strings a list."""
+    batch: Batch = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if isinstance(first, torch.Tensor):
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = values if isinstance(first, str) else torch.tensor(values)
+    return batch
+
+
+def _as_is(item: Any) -> Any:
+    return item
