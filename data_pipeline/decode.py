@@ -160,8 +160,11 @@ def _resize(frame: np.ndarray, config: ClipConfig) -> np.ndarray:
     """uint8 (h, w, 3) → (config.size, config.channels), antialiased bilinear, in one pass with the crop."""
     height, width, _ = frame.shape
     rows, columns = config.size
+    fits = (height, width) == (rows, columns)
+    if fits and config.channels == 3:
+        return frame
     image = Image.fromarray(frame)
-    if (height, width) != (rows, columns):
+    if not fits:
         box_height, box_width = float(height), float(width)
         if config.resize == "crop":
             scale = min(height / rows, width / columns)

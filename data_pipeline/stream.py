@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -224,12 +225,16 @@ class _Health:
 
 
 def _collate(samples: list[Batch]) -> Batch:
-    """Tensors are stacked, numbers become tensors, strings a list."""
+    """Tensors are stacked, numbers become tensors, strings a list.
+
+    numpy stacks: it copies in one thread, where torch.stack wakes a thread pool and waits for all of it (39 ms
+    instead of 1 for 8 clips of 17x64x64 on a machine with other work).
+    """
     batch: Batch = {}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
         if isinstance(first, torch.Tensor):
-            batch[name] = torch.stack(values)
+            batch[name] = torch.from_numpy(np.stack([value.numpy() for value in values]))
         else:
             batch[name] = values if isinstance(first, str) else torch.tensor(values)
     return batch
