@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -103,9 +104,8 @@ def report(
     """Write one self-contained HTML page about a run; prints its path last."""
     if run.is_file():
         _run(run, None, "report")
-    from stpredict.evaluation.report import write_report
-
     from launcher.status import runs_of
+    from stpredict.evaluation.report import write_report
 
     runs = {name: job.path for name, job in runs_of(run).items() if job.config_path.is_file()}
     print(write_report(run.resolve().name, runs, run / "report.html"))
@@ -163,8 +163,10 @@ def logs(
     """Print the log of a job's rank."""
     from launcher import logs as log_files
 
-    log = log_files.find_log(run, job, rank)
-    for line in log_files.follow(log, lines) if follow else log_files.tail(log, lines):
+    found = log_files.find_run(run, job)
+    log = log_files.find_log(found, rank)
+    going_on = partial(log_files.is_going_on, found) if follow else lambda: False
+    for line in log_files.follow(log, lines, going_on):
         sys.stdout.write(line)
         sys.stdout.flush()
 
@@ -211,6 +213,8 @@ def print_json(data: object) -> None:
 
 def main() -> None:
     """Runs the command; errors that a person can mend become one line, without a traceback."""
+    # DeepSpeed calls ninja, which lies beside this Python even where its environment is not activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     arguments = sys.argv[1:]
     if "--debug" in arguments:  # an option of every command
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]

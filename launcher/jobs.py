@@ -33,9 +33,21 @@ def load_job(path: Path, overrides: Sequence[str], command: str) -> JobConfig:
 
 
 def run(config: JobConfig) -> int:
-    """Runs the job with the ranks that this process finds itself among; finding none, starts them here."""
+    """Runs the job with the ranks that this process finds itself among; finding none, starts them here.
+
+    Prints where the result is."""
     place = ranks.join()
-    return local.run_job(config) if place is None else _join(config, place)
+    if place is not None:
+        return _join(config, place)
+    code = local.run_job(config)
+    if code == 0:
+        print(result_of(config))
+    return code
+
+
+def result_of(config: JobConfig) -> Path:
+    """What a person opens first of a finished job."""
+    return config.run / "report.html" if config.kind == "report" else config.run
 
 
 def _join(config: JobConfig, place: ranks.Ranks) -> int:

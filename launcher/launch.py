@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.config import ClusterConfig, PipelineConfig
+from launcher.jobs import result_of
 from launcher.local import run_job
 from launcher.pipeline import Action, Job, plan
 from launcher.progress import format_seconds
@@ -51,7 +52,7 @@ def launch(
     else:
         for job in jobs:
             if job.config.kind == "report":
-                print(job.run.path / "report.html")
+                print(result_of(job.config))
     return code
 
 

@@ -6,25 +6,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_pipeline.errors import UsageError
-from launcher.status import runs_of
+from launcher.status import is_lost, runs_of
 from stpredict.run import Run
 
 
-def find_log(path: Path, job: str | None, rank: int) -> Path:
-    """The log of ``rank``: of the run ``path``, or of a ``job`` (default: the last started) of a pipeline's run."""
+def find_run(path: Path, job: str | None) -> Run:
+    """The run ``path``, or that of ``job`` (default: the last started) of the pipeline's run ``path``."""
     runs = runs_of(path)
     if job is not None and job not in runs:
         raise UsageError(f"{path} has no job {job!r}; jobs: {', '.join(runs)}")
-    log = (runs[job] if job else _latest(runs)).log_path(rank)
+    return runs[job] if job else _latest(runs)
+
+
+def find_log(run: Run, rank: int) -> Path:
+    log = run.log_path(rank)
     if not log.is_file():
-        known = ", ".join(sorted(file.name for file in log.parent.glob("rank_*.log"))) or "none"
+        known = ", ".join(sorted(file.name for file in run.logs.glob("rank_*.log"))) or "none"
         raise UsageError(f"{log} does not exist; logs there: {known}")
     return log
-
-
-def tail(log: Path, lines: int) -> list[str]:
-    with log.open(errors="replace") as file:
-        return list(deque(file, maxlen=lines))
 
 
 def follow(log: Path, lines: int, going_on: Callable[[], bool], poll_s: float = 0.3) -> Iterator[str]:
@@ -37,6 +36,11 @@ def follow(log: Path, lines: int, going_on: Callable[[], bool], poll_s: float = 
             if last:
                 return
             time.sleep(poll_s)
+
+
+def is_going_on(run: Run) -> bool:
+    status = run.status()
+    return status is not None and status.state in ("pending", "running") and not is_lost(status)
 
 
 def _latest(runs: dict[str, Run]) -> Run:

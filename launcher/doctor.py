@@ -1,0 +1,172 @@
+"""What ``stpredict doctor`` shows: what works on this machine. It builds DeepSpeed's CPU op, so that no job has to."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from getpass import getuser
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+COMPILERS = {"ninja", "g++", "c++", "gcc", "cc1plus", "clang++", "nvcc", "cicc", "ld"}
+GB = 1e9
+
+
+class Check(NamedTuple):
+    name: str
+    required: bool
+    ask: Callable[[], str]  # returns what to show; raises where it does not work
+
+
+class Finding(NamedTuple):
+    name: str
+    state: str  # ok, failed (required), missing (optional)
+    detail: str
+
+
+def doctor(as_json: bool) -> int:
+    """Prints the findings; exit status 1 if something that every job needs does not work."""
+    console = Console()
+    with redirect_stdout(sys.stderr), Console(stderr=True).status("looking (the first time compiles for 20 s)"):
+        findings = [_find(check) for check in CHECKS]
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        colours = {"ok": "green", "failed": "red", "missing": "yellow"}
+        table = Table("check", "state", "detail")
+        for name, state, detail in findings:
+            table.add_row(name, f"[{colours[state]}]{state}[/]", detail)
+        console.print(table)
+    return 1 if any(finding.state == "failed" for finding in findings) else 0
+
+
+def _find(check: Check) -> Finding:
+    try:
+        return Finding(check.name, "ok", check.ask())
+    except Exception as error:
+        reason = "not installed" if isinstance(error, PackageNotFoundError) else " ".join(str(error).split())
+        return Finding(check.name, "failed" if check.required else "missing", reason or repr(error))
+
+
+def _package(distribution: str, module: str) -> Callable[[], str]:
+    def ask() -> str:
+        found = version(distribution)
+        importlib.import_module(module)
+        return found
+
+    return ask
+
+
+def _tool(name: str) -> Callable[[], str]:
+    def ask() -> str:
+        if (path := shutil.which(name)) is None:
+            raise FileNotFoundError(f"{name} is not in PATH")
+        result = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=20)
+        return result.stdout.splitlines()[0]
+
+    return ask
+
+
+def _python() -> str:
+    return f"{sys.version.split()[0]} ({sys.executable})"
+
+
+def _torch() -> str:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{torch.__version__}, {f'CUDA {torch.version.cuda}: ' + ', '.join(gpus) if gpus else 'no GPU'}"
+
+
+def _bf16() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "real on this GPU" if torch.cuda.is_bf16_supported() else "emulated on this GPU: use fp32"
+    real = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "real on this CPU" if real else "emulated on this CPU, up to 30 times slower: `precision: auto` takes fp32"
+
+
+def _deepspeed() -> str:
+    removed = remove_stale_locks(extensions_folder())
+    note = f"; removed a lock left by a killed compiler: {', '.join(map(str, removed))}" if removed else ""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        return f"{deepspeed.__version__} on {get_accelerator().device_name()}{note}"
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    began = time.monotonic()
+    ShareMemCommBuilder().load(verbose=False)
+    return f"{deepspeed.__version__}, deepspeed_shm_comm loaded in {time.monotonic() - began:.1f} s{note}"
+
+
+def extensions_folder() -> Path:
+    """Where torch compiles extensions."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+
+
+def remove_stale_locks(folder: Path, older_than_s: float = 10.0) -> list[Path]:
+    """Removes the lock files that a killed compilation left, on which every later start would wait for ever."""
+    locks = [lock for lock in folder.glob("**/lock") if time.time() - lock.stat().st_mtime > older_than_s]
+    mine = (process.info for process in psutil.process_iter(["name", "username"]))
+    if not locks or any(info["name"] in COMPILERS and info["username"] == getuser() for info in mine):
+        return []
+    for lock in locks:
+        lock.unlink(missing_ok=True)
+    return locks
+
+
+def _av() -> str:
+    import av
+
+    if "libx264" not in av.codecs_available:
+        raise RuntimeError(f"{av.__version__} has no libx264 encoder")
+    return f"{av.__version__}, with libx264"
+
+
+def _disk() -> str:
+    free = shutil.disk_usage(".").free
+    if free < GB:
+        raise RuntimeError(f"{free / GB:.1f} GB free in {Path.cwd()}")
+    return f"{free / GB:.0f} GB free in {Path.cwd()}"
+
+
+def _memory() -> str:
+    memory = psutil.virtual_memory()
+    return f"{memory.available / GB:.1f} of {memory.total / GB:.1f} GB available"
+
+
+def _cores() -> str:
+    return f"{len(os.sched_getaffinity(0))} (load {os.getloadavg()[0]:.1f})"
+
+
+CHECKS = (
+    Check("python", True, _python),
+    Check("cores", True, _cores),
+    Check("memory", True, _memory),
+    Check("disk", True, _disk),
+    Check("g++", True, _tool("g++")),
+    Check("ninja", True, _tool("ninja")),
+    Check("torch", True, _torch),
+    Check("bf16", True, _bf16),
+    Check("deepspeed", True, _deepspeed),
+    Check("webdataset", True, _package("webdataset", "webdataset")),
+    Check("av", True, _av),
+    Check("decord", True, _package("decord", "decord")),
+    Check("flash-attn", False, _package("flash-attn", "flash_attn")),
+    Check("xformers", False, _package("xformers", "xformers.ops")),
+    Check("SLURM", False, _tool("sbatch")),
+)

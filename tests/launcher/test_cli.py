@@ -1,0 +1,154 @@
+import json
+import os
+import sys
+
+import pytest
+import yaml
+
+from launcher import cli, local
+from stpredict.run import Run
+
+COMMANDS = ["shard", "inspect", "train", "encode", "generate", "evaluate", "report", "launch", "status", "logs"]
+COMMANDS += ["export", "doctor"]
+EVALUATE = {"kind": "evaluate", "run": "runs/a", "generated": "runs/g"}
+
+
+@pytest.fixture
+def stpredict(monkeypatch, tmp_path, capsys):
+    """``stpredict("train", "x.yaml")`` → exit status, stdout, stderr; in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STPREDICT_DEBUG", "")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # main adds to it
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["stpredict", *map(str, arguments)])
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+        out, err = capsys.readouterr()
+        return raised.value.code or 0, out, err
+
+    return call
+
+
+def write(path, data):
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_every_command_has_help_and_the_help_names_every_command(stpredict):
+    code, out, _ = stpredict("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert f" {command} " in out
+        assert stpredict(command, "--help")[0] == 0
+
+
+def test_bad_usage_is_2(stpredict):
+    assert stpredict("trian")[0] == 2
+    assert stpredict("train")[0] == 2
+    assert stpredict("status", "x", "--nope")[0] == 2
+
+
+def test_a_mendable_error_is_one_line_and_a_traceback_only_with_debug(stpredict):
+    assert stpredict("train", "nope.yaml") == (2, "", "error: nope.yaml: no such config file\n")
+    code, _, err = stpredict("train", "nope.yaml", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.endswith("error: nope.yaml: no such config file\n")
+
+
+def test_an_unexpected_error_is_one_line_too(stpredict, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr("launcher.jobs.load_job", broken)
+    message = "error: internal error: ZeroDivisionError: by nought (rerun with --debug for the traceback)\n"
+    assert stpredict("train", "x.yaml") == (1, "", message)
+
+
+def test_ctrl_c_is_130(stpredict, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.jobs.load_job", interrupted)
+    assert stpredict("train", "x.yaml")[0] == 130
+
+
+def test_a_config_of_another_kind_names_the_right_command(stpredict, tmp_path):
+    path = write(tmp_path / "e.yaml", EVALUATE)
+    code, _, err = stpredict("train", path)
+    assert (code, err) == (2, f"error: {path} has kind evaluate: use `stpredict evaluate {path}`\n")
+    path = write(tmp_path / "p.yaml", {"kind": "pipeline"})
+    assert stpredict("train", path)[2] == f"error: {path} is a pipeline: use `stpredict launch {path}`\n"
+
+
+def test_a_job_runs_with_overrides_and_prints_its_run_directory(stpredict, tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(local, "run_job", fake("ok", "ok"))
+    path = write(tmp_path / "e.yaml", EVALUATE)
+    code, out, _ = stpredict("evaluate", path, "resources.processes=2", "run=runs/b")
+    assert (code, out) == (0, "runs/b\n")
+    assert "world 2" in Run("runs/b").log_path(1).read_text()
+    assert stpredict("evaluate", "runs/b/config.yaml")[0] == 0  # the run directory is enough to run it again
+
+
+def test_a_folder_is_sharded_into_out(stpredict, tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(local, "run_job", fake("ok"))
+    (tmp_path / "videos").mkdir()
+    assert stpredict("shard", "videos")[2] == "error: give the directory to fill: stpredict shard videos OUT\n"
+    assert stpredict("shard", "videos", "out", "source.validation_fraction=0.5")[0] == 0
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["source"] == {"kind": "folder", "path": "videos", "validation_fraction": 0.5}
+    path = write(tmp_path / "s.yaml", {"kind": "shard", "run": "own", "source": {"kind": "moving_digits"}})
+    assert stpredict("shard", path, "other")[1] == "other\n"
+    assert stpredict("shard", path)[1] == "own\n"
+
+
+def test_launch_dry_run_starts_nothing(stpredict, tmp_path):
+    write(tmp_path / "e.yaml", EVALUATE)
+    jobs = {"two": {"config": "e.yaml", "needs": ["one"]}, "one": {"config": "e.yaml"}}
+    path = write(tmp_path / "p.yaml", {"kind": "pipeline", "name": "p", "jobs": jobs})
+    code, out, _ = stpredict("launch", path, "--dry-run")
+    assert code == 0
+    assert out.index(" one ") < out.index(" two ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_status_of_a_run_and_of_a_pipeline(stpredict, tmp_path):
+    run = Run(tmp_path / "p" / "one")
+    run.update_status(kind="prior", state="running", step=5, steps=10, values={"loss": 0.25}, pid=os.getpid())
+    code, out, _ = stpredict("status", tmp_path / "p" / "one")
+    assert code == 0
+    assert "step 5/10 (50%)" in out
+    assert "loss 0.25" in out
+    write(tmp_path / "p" / "pipeline.yaml", {"jobs": {"one": {}, "two": {}}})
+    rows = json.loads(stpredict("status", tmp_path / "p", "--json")[1])
+    assert [(row["job"], row["state"]) for row in rows] == [("one", "running"), ("two", "not started")]
+
+
+def test_logs_are_of_the_last_started_job_unless_named(stpredict, tmp_path):
+    for number, job in enumerate(["one", "two"]):
+        run = Run(tmp_path / "p" / job)
+        run.update_status(kind="prior", state="done", started=f"2026-01-0{number + 1}T00:00:00+00:00")
+        run.logs.mkdir()
+        run.log_path(0).write_text("".join(f"{job} {line}\n" for line in range(5)))
+    write(tmp_path / "p" / "pipeline.yaml", {"jobs": {"one": {}, "two": {}}})
+    assert stpredict("logs", "p", "-n", "2")[1] == "two 3\ntwo 4\n"
+    assert stpredict("logs", "p", "one", "-n", "1", "-f")[1] == "one 4\n"
+    assert "has no job 'x'; jobs: one, two" in stpredict("logs", "p", "x")[2]
+    assert "logs there: rank_0.log" in stpredict("logs", "p", "one", "--rank", "3")[2]
+
+
+def test_logs_follow_a_job_to_its_end(tmp_path):
+    from launcher.logs import follow
+
+    log = tmp_path / "log"
+    log.write_text("a\nb\n")
+    answers = iter([True, False])
+
+    def going_on():
+        with log.open("a") as file:
+            file.write("more\n")
+        return next(answers)
+
+    assert list(follow(log, 1, going_on, poll_s=0)) == ["b\n", "more\n", "more\n"]

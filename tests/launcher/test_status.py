@@ -1,0 +1,55 @@
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+from launcher.progress import format_seconds
+from launcher.status import rows
+from stpredict.run import Progress, Run, Status
+
+
+def ago(seconds):
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+
+def write(run, **fields):
+    status = Status(kind="prior", host=socket.gethostname(), **fields)
+    run.path.mkdir(exist_ok=True)
+    run.status_path.write_text(status.model_dump_json())
+
+
+def test_a_running_job_whose_process_is_gone_is_lost(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    run = Run(tmp_path / "r")
+    write(run, state="running", pid=process.pid, started=ago(100), heartbeat=ago(40))
+    row = rows(run.path)[0]
+    assert row.state == "lost"
+    assert 59 <= row.elapsed_s <= 62  # up to its last sign of life
+    write(run, state="running", pid=1, started=ago(100), heartbeat=ago(40), eta_s=50)
+    row = rows(run.path)[0]
+    assert row.state == "running"
+    assert 8 <= row.eta_s <= 11
+
+
+def test_a_job_of_another_host_is_never_called_lost(tmp_path):
+    run = Run(tmp_path / "r")
+    write(run, state="running", pid=2**22)
+    run.update_status(host="elsewhere")
+    assert rows(run.path)[0].state == "running"
+
+
+def test_time_left_counts_from_where_this_process_began(tmp_path, monkeypatch):
+    at = iter([100.0, 104.0, 105.0])
+    monkeypatch.setattr("stpredict.run.time.monotonic", lambda: next(at))
+    run = Run(tmp_path)
+    run.update_status(kind="prior")
+    progress = Progress(run, 1000, "step", interval_s=0)
+    progress.update(900)
+    assert run.status().eta_s is None
+    progress.update(910)
+    assert run.status().eta_s == 36.0
+
+
+def test_seconds_are_written_as_a_clock_does():
+    assert [format_seconds(value) for value in (None, 5, 65.4, 3661)] == ["", "0:05", "1:05", "1:01:01"]
