@@ -36,6 +36,7 @@ def run(config: ShardConfig, run: Run) -> None:
         for split in plans:
             merge(config.run / split)
         progress.update(total, "written")
+    ranks.leave()
 
 
 def plan(config: ShardConfig, run: Run) -> dict[str, list[ShardPlan]]:
@@ -69,10 +70,8 @@ class _Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            if not dist.is_initialized():
-                dist.init_process_group("gloo")
             # Walking a data set of millions of files takes longer than the default half hour.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -81,7 +80,7 @@ class _Ranks:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def wait(self) -> None:
@@ -89,7 +88,13 @@ class _Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier(self._group)
+            dist.barrier()
+
+    def leave(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
 
 
 def _existing(path: Path) -> Path:

@@ -52,3 +52,9 @@ class TrainingConfig(Config):
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and TensorBoard")
     validate_every: int = Field(500, ge=1, description="steps between validations")
     picture_every: int = Field(500, ge=1, description="steps between TensorBoard pictures")
+
+    @model_validator(mode="after")
+    def _master_weights(self):
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError("zero_stage 0 keeps no fp32 master weights: use zero_stage 1 with bf16, or precision fp32")
+        return self

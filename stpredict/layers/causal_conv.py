@@ -1,0 +1,86 @@
+"""Causal 3D convolution and the layers that go with it. Nothing here lets a frame see a later one."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class CausalConv3d(nn.Conv3d):
+    """3D convolution whose frame t sees frames <= t only, on ``(b, c, t, h, w)``.
+
+    The edges are replicated: ``kernel - 1`` frames before the first, half a kernel around each frame.
+    With stride s in time, 1 + s*n frames become 1 + n.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
+        super().__init__(in_channels, out_channels, kernel, stride)
+        side = kernel // 2
+        self.edges = (side, side, side, side, kernel - 1, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if any(self.edges):
+            x = F.pad(x, self.edges, mode="replicate")
+        return super().forward(x)
+
+
+class FrameGroupNorm(nn.GroupNorm):
+    """GroupNorm of every frame by itself: statistics that span time would tell a frame of its future."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = x.shape[0]
+        x = super().forward(rearrange(x, "b c t h w -> (b t) c h w"))
+        return rearrange(x, "(b t) c h w -> b c t h w", b=b)
+
+
+class ScaledSwish(nn.Module):
+    """``x * sigmoid(slope * x)`` with a learnable slope per channel, on ``(b, c, t, h, w)``; swish where it is 1."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.slope.view(-1, 1, 1, 1) * x)
+
+
+class CausalDownsample(CausalConv3d):
+    """Strided convolution: 1 + st*n frames to 1 + n, height and width divided by the stride."""
+
+    def __init__(self, channels: int, stride: tuple[int, int, int]):
+        super().__init__(channels, channels, stride=stride)
+
+
+class CausalUpsample(nn.Module):
+    """Inverse shape of :class:`CausalDownsample`: convolution, then depth-to-space with channels split as (t, h, w, c).
+
+    Where time doubles the first frame is dropped, so that 1 + n frames become 1 + 2n.
+    """
+
+    def __init__(self, channels: int, stride: tuple[int, int, int]):
+        super().__init__()
+        self.stride = stride
+        self.conv = CausalConv3d(channels, channels * stride[0] * stride[1] * stride[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        st, sh, sw = self.stride
+        x = rearrange(self.conv(x), "b (st sh sw c) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
+        return x[:, :, st - 1 :]
+
+
+class ResidualBlock(nn.Module):
+    """Norm, swish, convolution, twice, added to the input (through a 1x1x1 convolution where channels change)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1, self.act1 = FrameGroupNorm(groups, in_channels), ScaledSwish(in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2, self.act2 = FrameGroupNorm(groups, out_channels), ScaledSwish(out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.act1(self.norm1(x)))
+        h = self.conv2(self.act2(self.norm2(h)))
+        return self.shortcut(x) + h

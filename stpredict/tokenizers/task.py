@@ -1,0 +1,84 @@
+"""Training a tokenizer: reconstruct clips."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from data_pipeline.stream import clip_batches, clip_evaluation_batches
+from data_pipeline.transforms import to_clip, to_video
+
+from data_pipeline.config import ClipDataConfig
+from stpredict.evaluation.frame_metrics import frame_mse, frame_psnr
+from stpredict.evaluation.pictures import side_by_side, stacked
+from stpredict.exports import TokenizerExport
+from stpredict.losses.config import ReconstructionLossConfig
+from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
+from stpredict.tokenizers.config import CausalCnnConfig
+from stpredict.training.task import Batch, Forward, Share, Sums, Task
+
+PICTURED = 4
+
+
+class TokenizerTask(Task):
+    def __init__(self, model: CausalCnnConfig, loss: ReconstructionLossConfig, data: ClipDataConfig, seed: int):
+        self.model = CausalCnnTokenizer(model)
+        self.weights = {name: weight for name, weight in (("l1", loss.l1), ("l2", loss.l2)) if weight}
+        self.data, self.seed = data, seed
+
+    def training_batches(self, share: Share, consumed: int) -> Iterator[Batch]:
+        return clip_batches(
+            self.data,
+            "train",
+            seed=self.seed,
+            rank=share.rank,
+            world_size=share.world_size,
+            micro_batch_size=share.batch_size,
+            consumed=consumed,
+        )
+
+    def validation_batches(self, share: Share) -> Iterator[Batch]:
+        return clip_evaluation_batches(
+            self.data,
+            "val",
+            seed=self.seed,
+            rank=share.rank,
+            world_size=share.world_size,
+            batch_size=share.batch_size,
+        )
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"l1": float(batch["clip"].numel()), "l2": float(batch["clip"].numel())}
+
+    def training_step(self, forward: Forward, batch: Batch) -> Sums:
+        video = to_video(batch["clip"])
+        reconstruction, _ = forward(video)
+        error = reconstruction.float() - video
+        return {"l1": error.abs().sum(), "l2": error.square().sum()}
+
+    def validation_step(self, forward: Forward, batch: Batch) -> Sums:
+        reconstruction, ids = forward(to_video(batch["clip"]))
+        mse = frame_mse(to_clip(reconstruction.float()), batch["clip"])
+        weight = batch["weight"].double()
+        used = torch.bincount(ids[weight > 0].flatten(), minlength=self.model.config.codebook_size)
+        psnr = frame_psnr(mse).mean(1)
+        return {"mse": (mse.mean(1) * weight).sum(), "psnr": (psnr * weight).sum(), "clips": weight.sum(), "used": used}
+
+    def validation_metrics(self, sums: Sums) -> dict[str, float]:
+        """Codebook perplexity is exp of the entropy of how often each code is used."""
+        share = sums["used"] / sums["used"].sum()
+        entropy = -torch.xlogy(share, share).sum()
+        return {
+            "mse": float(sums["mse"] / sums["clips"]),
+            "psnr": float(sums["psnr"] / sums["clips"]),
+            "codes_used": float((sums["used"] > 0).sum()),
+            "codebook_perplexity": float(entropy.exp()),
+        }
+
+    def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
+        clips = batch["clip"][:PICTURED]
+        reconstruction = to_clip(forward(to_video(clips))[0].float())
+        pairs = zip(clips.cpu().numpy(), reconstruction.cpu().numpy(), strict=True)
+        return stacked([side_by_side({"truth": truth, "reconstruction": made}) for truth, made in pairs])
+
+    def export_config(self) -> TokenizerExport:
+        return TokenizerExport(clip=self.data.clip, model=self.model.config)

@@ -1,0 +1,33 @@
+"""Metrics of a run: metrics.jsonl and TensorBoard, written by rank 0."""
+
+import json
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from stpredict.run import Run, now, write_atomically
+
+
+class MetricsLogger:
+    """One line of metrics.jsonl and the same scalars in TensorBoard; pictures in TensorBoard."""
+
+    def __init__(self, run: Run, from_step: int):
+        # A killed run repeats the steps since its last checkpoint: what it logged of them goes, here and there.
+        kept = [json.dumps(row) + "\n" for row in run.metrics() if row["step"] <= from_step]
+        write_atomically(run.metrics_path, "".join(kept))
+        self.file = run.metrics_path.open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=from_step + 1)
+
+    def scalars(self, split: str, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, "split": split, "time": now(), **values}) + "\n")
+        for name, value in values.items():
+            self.tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def picture(self, name: str, step: int, frames: np.ndarray) -> None:
+        """``frames`` uint8 (t, h, w, 3), shown as a strip of about eight of them."""
+        strip = np.concatenate(list(frames[:: max(1, len(frames) // 8)]), axis=1)
+        self.tensorboard.add_image(name, strip, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.tensorboard.close()
+        self.file.close()

@@ -1,0 +1,68 @@
+"""What a model family supplies to the engine. No task mentions ranks, devices or DeepSpeed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from data_pipeline.config import Config
+
+Batch = dict[str, Tensor | list[str]]
+Sums = dict[str, Tensor]
+Forward = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch this process reads."""
+
+    rank: int
+    world_size: int
+    batch_size: int
+
+
+class Task(ABC):
+    """A model, its data, and its losses and metrics as sums.
+
+    Every term is returned as a *sum* over the batch and divided, by the engine, by the same term's count over all
+    micro-batches and ranks. So the loss of a step does not depend on how its batch is split.
+    """
+
+    #: The module that is trained.
+    model: nn.Module
+    #: Loss terms and their weights; the other terms of ``training_step`` are metrics.
+    weights: dict[str, float]
+
+    @abstractmethod
+    def training_batches(self, share: Share, consumed: int) -> Iterator[Batch]:
+        """Endless micro-batches, from the sample after ``consumed`` (counted over all ranks) on."""
+
+    @abstractmethod
+    def validation_batches(self, share: Share) -> Iterator[Batch]:
+        """Every validation sample once; the same number of batches on every rank, padded with ``weight`` 0."""
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Each term's denominator for this batch, known before the forward pass."""
+
+    @abstractmethod
+    def training_step(self, forward: Forward, batch: Batch) -> Sums:
+        """The sum of each term over the batch. ``forward`` calls the model."""
+
+    @abstractmethod
+    def validation_step(self, forward: Forward, batch: Batch) -> Sums:
+        """Sums over the batch, weighted by ``batch["weight"]``; may be vectors (a histogram, for example)."""
+
+    @abstractmethod
+    def validation_metrics(self, sums: Sums) -> dict[str, float]:
+        """Metrics from the sums over the whole validation set."""
+
+    @abstractmethod
+    def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
+        """What a person would look at, from the first validation batch: frames uint8 ``(t, h, w, 3)``."""
+
+    @abstractmethod
+    def export_config(self) -> Config:
+        """What, beside the weights, is needed to build the model again; has a field ``step``."""
