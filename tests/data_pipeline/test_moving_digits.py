@@ -1,0 +1,104 @@
+import gzip
+import hashlib
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import MovingDigitsSource
+from data_pipeline.decode import probe
+from data_pipeline.errors import UsageError
+from data_pipeline.sources.moving_digits import _digit_images, render, trajectories
+from data_pipeline.sources.source import walk
+
+SMALL = MovingDigitsSource(videos=6, validation_videos=3, frames=9)
+
+
+def hashes(samples):
+    return {s.key: hashlib.sha256(s.path.read_bytes()).hexdigest() for s in samples}
+
+
+def test_videos_are_real_h264_files_of_the_size_asked_for(tmp_path):
+    samples = walk(SMALL, tmp_path)
+    assert [s.split for s in samples] == ["train"] * 6 + ["val"] * 3
+    info = probe(samples[0].path)
+    assert (info.frames, info.fps, info.height, info.width) == (9, 10.0, 64, 64)
+    assert all(len(s.metadata["digits"]) == 2 and set(s.metadata["digits"]) <= set(range(10)) for s in samples)
+
+
+def test_a_video_depends_on_seed_split_and_index_alone(tmp_path):
+    few = hashes(walk(SMALL, tmp_path / "few"))
+    many = hashes(walk(SMALL.model_copy(update={"videos": 9}), tmp_path / "many"))
+    other = hashes(walk(SMALL.model_copy(update={"seed": 1}), tmp_path / "other"))
+    assert few.items() <= many.items()
+    assert len(set(many.values())) == len(many)
+    assert not set(few.values()) & set(other.values())
+
+
+def test_a_rerun_keeps_what_is_there_and_a_changed_config_does_not(tmp_path):
+    samples = walk(SMALL, tmp_path)
+    untouched = samples[0].path.stat().st_mtime_ns
+    before = hashes(samples)
+    samples[1].path.unlink()
+    assert hashes(walk(SMALL, tmp_path)) == before
+    assert samples[0].path.stat().st_mtime_ns == untouched
+    walk(SMALL.model_copy(update={"frames": 5}), tmp_path)
+    assert probe(samples[0].path).frames == 5
+
+
+def test_progress_reaches_the_total(tmp_path):
+    seen = []
+    walk(SMALL, tmp_path, lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 9) for done in range(1, 10)]
+
+
+def test_digits_stay_inside_and_move_at_constant_speed_between_bounces():
+    config = MovingDigitsSource(frames=200, size=1028, digit_size=28)  # a free range of 1000 pixels
+    bounced = 0
+    for index in range(20):
+        _, positions = trajectories(config, "train", index, 100)
+        assert positions.min() >= 0
+        assert positions.max() <= 1000
+        moves = np.diff(positions, axis=0)
+        free = ((positions[:-1] > 0) & (positions[:-1] < 1000) & (positions[1:] > 0) & (positions[1:] < 1000)).all(-1)
+        speeds = np.linalg.norm(moves, axis=-1)[free]
+        np.testing.assert_allclose(speeds, 100, atol=2)  # a tenth of the free range, up to whole pixels
+        bounced += (np.sign(moves[1:]) * np.sign(moves[:-1]) < 0).sum()
+    assert bounced > 100
+
+
+def test_where_digits_overlap_the_brighter_pixel_wins():
+    images = np.stack([np.full((8, 8), 100, np.uint8), np.full((8, 8), 200, np.uint8)])
+    frame = render(images, np.array([[[0, 0], [4, 4]]]), size=32)[0]
+    assert (frame[0, 0], frame[5, 5], frame[11, 11], frame[12, 12]) == (100, 200, 200, 0)
+
+
+def test_validation_shows_digits_that_training_never_shows():
+    train, train_names = _digit_images(SMALL, "train")
+    val, val_names = _digit_images(SMALL, "val")
+    assert train.shape[1:] == val.shape[1:] == (28, 28)
+    assert set(train_names) == set(val_names) == set(range(10))
+    assert not {i.tobytes() for i in train} & {i.tobytes() for i in val}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_mnist_files_are_read_plain_or_zipped(tmp_path, zipped):
+    images = np.arange(5 * 28 * 28, dtype=np.uint8).reshape(5, 28, 28)
+    for prefix in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", np.arange(5, dtype=np.uint8))):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            data = header + array.tobytes()
+            name = f"{prefix}-{kind}-ubyte"
+            if zipped:
+                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+            else:
+                (tmp_path / name).write_bytes(data)
+    read, names = _digit_images(MovingDigitsSource(mnist=tmp_path), "val")
+    np.testing.assert_array_equal(read, images)
+    assert names.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_errors_say_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match="no train-images-idx3-ubyte"):
+        walk(MovingDigitsSource(mnist=tmp_path), tmp_path)
+    with pytest.raises(UsageError, match="digit_size 64 is larger than the video"):
+        walk(MovingDigitsSource(digit_size=64, size=32), tmp_path)

@@ -1,0 +1,234 @@
+"""The stream as training sees it: real shards, DataLoader workers, batches."""
+
+import json
+import shutil
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from numbered_videos import frame_numbers, make_shards
+
+from data_pipeline.config import ClipConfig, ClipDataConfig
+from data_pipeline.errors import UsageError, UserError
+from data_pipeline.manifest import read_manifest
+from data_pipeline.stream import clip_batches, clip_evaluation_batches, latent_batches
+
+CLIP = ClipConfig(frames=3, size=(16, 16), stride=2)
+SAMPLES = 43
+
+
+def data(shards, **changes):
+    return ClipDataConfig(**{"shards": shards, "clip": CLIP, "workers": 0, "virtual_streams": 8, **changes})
+
+
+def train(shards, samples, *, rank=0, world_size=1, batch=1, consumed=0, seed=0, **changes):
+    """The next ``samples`` of one rank: (key, clip bytes)."""
+    batches = clip_batches(
+        data(shards, **changes),
+        "train",
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=batch,
+        consumed=consumed,
+    )
+    taken = []
+    for item in islice(batches, -(-samples // batch)):
+        assert item["clip"].shape == (batch, 3, 16, 16, 3)
+        assert item["clip"].dtype == torch.uint8
+        assert item["label"].dtype == torch.int64
+        taken += [(key, clip.numpy().tobytes()) for key, clip in zip(item["key"], item["clip"], strict=True)]
+    return taken[:samples]
+
+
+def all_ranks(shards, samples, world_size, **options):
+    parts = [train(shards, samples // world_size, rank=r, world_size=world_size, **options) for r in range(world_size)]
+    return [sample for turn in zip(*parts, strict=True) for sample in turn]
+
+
+def evaluate(shards, world_size=1, batch_size=4, **options):
+    config = data(shards, **{name: options.pop(name) for name in list(options) if name in ClipDataConfig.model_fields})
+    ranks = []
+    for rank in range(world_size):
+        where = {"seed": 0, "rank": rank, "world_size": world_size, "batch_size": batch_size}
+        ranks.append(list(clip_evaluation_batches(config, "train", **where, **options)))
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def reference(clip_set):
+    return train(clip_set, 160)
+
+
+@pytest.fixture
+def broken_set(clip_set, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(clip_set, tmp_path / "broken")
+
+
+def zero_video(folder, shard, member):
+    """Overwrites the ``member``-th video of a shard; the tar stays whole. Returns its key."""
+    import tarfile
+
+    path = folder / "train" / f"{read_manifest(folder / 'train').shards[shard].name}.tar"
+    with tarfile.open(path) as tar:
+        info = [m for m in tar.getmembers() if m.name.endswith(".mp4")][member]
+    with path.open("r+b") as file:
+        file.seek(info.offset_data)
+        file.write(bytes(info.size))
+    return info.name.removesuffix(".mp4")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_ranks_workers_and_batch_sizes_change_neither_order_nor_clips(clip_set, reference, world_size, workers, batch):
+    assert all_ranks(clip_set, 80, world_size, workers=workers, batch=batch) == reference[:80]
+
+
+@pytest.mark.parametrize(("consumed", "world_size", "workers"), [(1, 1, 0), (7, 2, 2), (60, 4, 1), (101, 1, 2)])
+def test_resuming_anywhere_with_other_settings_goes_on_with_the_next_sample(
+    clip_set, reference, consumed, world_size, workers
+):
+    resumed = all_ranks(clip_set, 40, world_size, workers=workers, batch=2, consumed=consumed)
+    assert resumed == reference[consumed : consumed + 40]
+
+
+def test_two_seeds_and_two_epochs_differ_in_order_and_in_clips(clip_set):
+    one_stream = {"virtual_streams": 1}
+    both = train(clip_set, 2 * SAMPLES, **one_stream)
+    first, second = both[:SAMPLES], both[SAMPLES:]
+    other = train(clip_set, SAMPLES, seed=1, **one_stream)
+    keys = [[key for key, _ in epoch] for epoch in (first, second, other)]
+    assert sorted(keys[0]) == sorted(keys[1]) == sorted(keys[2])
+    assert keys[0] != keys[1]
+    assert keys[0] != keys[2]
+    assert dict(first) != dict(second)  # the same videos, cut elsewhere
+    assert dict(first) != dict(other)
+
+
+def test_clips_are_the_frames_they_should_be_and_labels_their_class(clip_set):
+    (batches,) = evaluate(clip_set, batch_size=1)
+    for item in batches:
+        numbers = frame_numbers(item["clip"][0])
+        assert numbers == list(range(numbers[0], numbers[0] + 6, 2))
+        assert item["key"][0].startswith(f"class{item['label'].item()}_")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_gives_every_sample_once_in_equally_many_whole_batches(clip_set, world_size, workers):
+    ranks = evaluate(clip_set, world_size, workers=workers)
+    assert len({len(batches) for batches in ranks}) == 1
+    items = [item for batches in ranks for item in batches]
+    assert all(item["clip"].shape == (4, 3, 16, 16, 3) for item in items)
+    assert all(item["weight"].dtype == torch.float32 and item["index"].dtype == torch.int64 for item in items)
+    counted = [
+        (int(index), key)
+        for item in items
+        for index, key, weight in zip(item["index"], item["key"], item["weight"], strict=True)
+        if weight
+    ]
+    assert [index for index, _ in sorted(counted)] == list(range(SAMPLES))
+    assert len({key for _, key in counted}) == SAMPLES
+
+
+def test_evaluation_is_the_same_for_every_world_size_and_another_pass_cuts_other_clips(clip_set):
+    def clips(**options):
+        items = [item for batches in evaluate(clip_set, **options) for item in batches]
+        rows = [zip(i["index"], i["clip"], i["weight"], strict=True) for i in items]
+        return {int(index): clip.numpy().tobytes() for row in rows for index, clip, weight in row if weight}
+
+    assert clips() == clips(world_size=3, workers=2, batch_size=7)
+    assert clips() != clips(epoch=1)
+    assert clips(epoch=1) == clips(epoch=1, world_size=2)
+
+
+def test_evaluation_stops_at_the_limit(clip_set):
+    ranks = evaluate(clip_set, world_size=2, limit=5, batch_size=2)
+    weights = torch.cat([item["weight"] for batches in ranks for item in batches])
+    assert weights.sum() == 5
+    assert len(weights) == 8
+
+
+def test_an_unreadable_video_moves_no_other_and_is_named(clip_set, broken_set, reference, caplog):
+    bad = zero_video(broken_set, shard=2, member=1)
+    damaged = all_ranks(broken_set, 160, 2, workers=1, max_bad_fraction=1)
+    changed = [n for n, (one, other) in enumerate(zip(reference, damaged, strict=True)) if one != other]
+    assert changed == [n for n, (key, _) in enumerate(reference) if key == bad]
+    shards = read_manifest(clip_set / "train").shards
+    with (broken_set / "train" / f"{shards[2].name}.tar").open("rb") as file:
+        in_shard = file.read()
+    assert all(damaged[n][0] != bad and damaged[n][0].encode() in in_shard for n in changed)
+    assert sum(bad in record.message for record in caplog.records) == 2  # once per rank
+
+
+def test_an_unreadable_video_has_no_weight_in_evaluation(broken_set):
+    bad = zero_video(broken_set, shard=0, member=0)
+    ((item, *rest),) = evaluate(broken_set, max_bad_fraction=1)
+    assert item["weight"].tolist() == [0, 1, 1, 1]
+    assert bad not in item["key"]
+    assert sum(float(i["weight"].sum()) for i in [item, *rest]) == SAMPLES - 1
+
+
+def test_a_shard_cut_short_moves_no_other_sample(broken_set, reference):
+    manifest = read_manifest(broken_set / "train")
+    shard = manifest.shards[5]
+    path = broken_set / "train" / f"{shard.name}.tar"
+    whole = train(broken_set, 160, max_bad_fraction=1)
+    assert whole == reference
+    with path.open("r+b") as file:
+        file.truncate(shard.windows[-1].offset + 700)  # the last window has lost everything but a header
+    damaged = train(broken_set, 160, max_bad_fraction=1)
+    cut = {key for (key, _), (other, _) in zip(reference, damaged, strict=True) if key != other}
+    assert len(cut) == shard.windows[-1].count
+
+
+def test_too_many_unreadable_videos_fail_the_job(broken_set):
+    for shard in range(8):
+        zero_video(broken_set, shard, member=0)
+    with pytest.raises(UserError, match=r"of \d+ samples could not be read, more than max_bad_fraction 0.05"):
+        train(broken_set, 160, workers=1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_without_any_readable_video_fails_in_one_line(broken_set, workers):
+    for member in range(read_manifest(broken_set / "train").shards[0].samples):
+        zero_video(broken_set, 0, member)
+    with pytest.raises(UserError, match="no sample can be read") as caught:
+        train(broken_set, 160, workers=workers, max_bad_fraction=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_shard_fails_by_name(broken_set):
+    (broken_set / "train" / "shard-000003.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000003\.tar is missing"):
+        train(broken_set, 160, workers=1)
+
+
+def test_errors_come_when_the_stream_is_opened_not_in_the_first_step(clip_set, tmp_path):
+    options = {"seed": 0, "rank": 0, "micro_batch_size": 1}
+    with pytest.raises(UsageError, match="no shard set here: the folder does not exist"):
+        clip_batches(data(tmp_path / "nowhere"), "train", world_size=1, **options)
+    with pytest.raises(UsageError, match="cannot share 8 virtual streams"):
+        clip_batches(data(clip_set), "train", world_size=3, **options)
+    from data_pipeline.config import LatentDataConfig
+
+    with pytest.raises(UsageError, match="holds clips, latents are needed"):
+        latent_batches(LatentDataConfig(latents=clip_set), "train", world_size=1, **options)
+
+
+def test_reading_leaves_the_random_state_of_training_alone(clip_set):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    train(clip_set, 10, workers=1)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()
+
+
+def test_one_shard_feeds_one_process(videos, tmp_path):
+    one = make_shards(videos, tmp_path, shards=1)
+    assert json.loads((one / "train" / "manifest.json").read_text())["samples"] == SAMPLES
+    assert len({key for key, _ in train(one, SAMPLES, virtual_streams=None, workers=1)}) == SAMPLES
