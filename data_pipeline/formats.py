@@ -41,9 +41,12 @@ class Latents:
     """KEY.npy (n, T', H', W') and KEY.json (keys, labels) → n samples."""
 
     def unpack(self, members: dict[str, Any]) -> list[Raw]:
-        about, tokens = json.loads(members["json"]), np.load(io.BytesIO(members["npy"]), allow_pickle=False)
-        rows = zip(about["keys"], about["labels"], tokens, strict=True)
-        return [{"key": key, "label": label, "latent": row} for key, label, row in rows]
+        try:
+            about, tokens = json.loads(members["json"]), np.load(io.BytesIO(members["npy"]), allow_pickle=False)
+            rows = zip(about["keys"], about["labels"], tokens, strict=True)
+            return [{"key": key, "label": label, "latent": row} for key, label, row in rows]
+        except (KeyError, ValueError, EOFError):  # damaged; a member is a window, so all of its samples are missing
+            return []
 
     def sample(self, raw: Raw, epoch: int) -> dict[str, Any]:
         """latent: int64 tensor (T', H', W'); label: -1 where there is none; key: of the clip."""

@@ -54,8 +54,9 @@ class TarShard:
 
     def discard(self) -> None:
         """Removes the unfinished tar; does nothing after ``finish``."""
-        self._file.close()
         self._temporary.unlink(missing_ok=True)
+        self._tar.close()
+        self._file.close()
 
     def _end_window(self, end: int) -> None:
         self._windows.append(Window(offset=self._start, bytes=end - self._start, count=self._count))
