@@ -112,17 +112,18 @@ class Progress:
 
     def __init__(self, run: Run, steps: int | None, unit: str, interval_s: float = 0.5):
         self.run, self.steps, self.unit, self.interval_s = run, steps, unit, interval_s
-        self._last = 0.0
+        self._last, self._values = 0.0, {}
         self._first: tuple[float, int] | None = None
 
     def update(self, step: int, phase: str = "", **values: float) -> None:
         at = time.monotonic()
         self._first = self._first or (at, step)
+        self._values = values or self._values  # known at some steps only: the last ones stay
         if at - self._last < self.interval_s and step != self.steps:
             return
         self._last = at
-        fields = {"step": step, "steps": self.steps, "unit": self.unit, "phase": phase, "values": values}
-        self.run.update_status(**fields, eta_s=self._eta(at, step))
+        fields = {"step": step, "steps": self.steps, "unit": self.unit, "phase": phase}
+        self.run.update_status(**fields, values=self._values, eta_s=self._eta(at, step))
 
     def _eta(self, at: float, step: int) -> float | None:
         """Seconds left at the mean rate since this process began, which after a resume is not step 0."""

@@ -12,16 +12,19 @@ from stpredict.evaluation.results import Evaluation
 
 INK = "#1f2328"  # text and axes; in SVG it becomes the colour of the text around it, so that dark pages work
 STYLE = {
-    **{f"{name}.color": INK for name in ("text", "xtick", "ytick", "grid")},
-    **{"axes.edgecolor": INK, "axes.labelcolor": INK, "axes.grid": True, "grid.alpha": 0.15},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"},
-    **{
-        "font.size": 9,
-        "axes.titlesize": 9,
-        "axes.titleweight": "bold",
-        "legend.frameon": False,
-        "svg.fonttype": "none",
-    },
+    **dict.fromkeys(
+        ("text.color", "xtick.color", "ytick.color", "grid.color", "axes.edgecolor", "axes.labelcolor"), INK
+    ),
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
 }
 LINES = {
     "prediction": {"color": "#3b82f6", "marker": "o"},

@@ -3,18 +3,21 @@
 import hashlib
 import json
 import logging
+from itertools import compress
 
 import numpy as np
-from data_pipeline.stream import clip_evaluation_batches
-from data_pipeline.transforms import to_clip, to_video
 
 from data_pipeline.errors import UsageError
+from data_pipeline.stream import clip_evaluation_batches
+from data_pipeline.transforms import to_clip, to_video
 from data_pipeline.video_files import write_gif, write_mp4
 from stpredict.evaluation.pictures import side_by_side
-from stpredict.exports import load_prior, load_tokenizer
+from stpredict.exports import PriorExport, load_prior, load_tokenizer
 from stpredict.jobs.config import GenerateConfig
+from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.sampling.next_block import continue_tokens
+from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.training.ranks import Ranks, join_ranks
 
 log = logging.getLogger(__name__)
@@ -23,23 +26,52 @@ ARRAYS = ("truth", "prediction", "reconstruction", "truth_tokens")
 
 
 def run(config: GenerateConfig, run: Run) -> None:
-    ranks = join_ranks()
     tokenizer, _, fingerprint = load_tokenizer(config.tokenizer)
     prior, prior_export = load_prior(config.prior)
-    if prior_export.tokenizer_fingerprint != fingerprint:
+    _check(config, tokenizer, prior_export, fingerprint)
+    with join_ranks() as ranks:
+        tokenizer.to(ranks.device)
+        prior.to(ranks.device)
+        _continue_clips(config, tokenizer, prior, run, ranks)
+        ranks.barrier()
+        if ranks.is_main:
+            keys = _merge_parts(run, ranks)
+            facts = {
+                "keys": keys,
+                "given_frames": config.given_frames,
+                "fps": FPS,
+                "codebook_size": prior_export.codebook_size,
+                "prior_step": prior_export.step,
+            }
+            write_atomically(run.samples / "index.json", json.dumps(facts, indent=1) + "\n")
+            _write_pictures(run, keys[: config.pictures])
+
+
+def _check(config: GenerateConfig, tokenizer: CausalCnnTokenizer, prior: PriorExport, fingerprint: str) -> None:
+    """UsageError where prior, tokenizer and clips do not belong together."""
+    if prior.tokenizer_fingerprint != fingerprint:
         raise UsageError(
-            f"{config.prior}: trained on latents of another tokenizer ({prior_export.tokenizer_fingerprint[:12]}) "
+            f"{config.prior}: trained on latents of another tokenizer (fingerprint {prior.tokenizer_fingerprint[:12]}) "
             f"than {config.tokenizer} ({fingerprint[:12]}); give the one it was trained with"
         )
     clip = config.data.clip
-    grid = tokenizer.config.grid(clip.frames, *clip.size)
-    if grid != prior_export.grid:
-        raise UsageError(f"data.clip: gives a token grid {grid}, the prior was trained on {prior_export.grid}")
-    given_grid = tokenizer.config.grid(config.given_frames, *clip.size)
-    tokenizer.to(ranks.device), prior.to(ranks.device)
+    try:
+        grid = tokenizer.config.grid(clip.frames, *clip.size)
+        tokenizer.config.grid(config.given_frames, *clip.size)
+    except ValueError as error:
+        raise UsageError(f"data.clip or given_frames: {error}") from error
+    if grid != prior.grid:
+        raise UsageError(f"data.clip: makes a token grid of {grid}, {config.prior} was trained on {prior.grid}")
+    if config.given_frames >= clip.frames:
+        raise UsageError(f"given_frames {config.given_frames}: must leave some of the {clip.frames} frames to predict")
+
+
+def _continue_clips(
+    config: GenerateConfig, tokenizer: CausalCnnTokenizer, prior: NextBlockPrior, run: Run, ranks: Ranks
+) -> None:
+    """Continues this rank's share of the clips and writes them to samples/part_RANK.npz."""
     progress = Progress(run, config.clips, "clip") if ranks.is_main else None
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "index")}
-    keys: list[str] = []
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "index", "keys")}
     batches = clip_evaluation_batches(
         config.data,
         "val",
@@ -49,38 +81,27 @@ def run(config: GenerateConfig, run: Run) -> None:
         batch_size=config.batch_size,
         limit=config.clips,
     )
+    done = 0
     for batch in batches:
         real = batch["weight"] > 0
-        clips, batch_keys = batch["clip"][real], [key for key, keep in zip(batch["key"], real, strict=True) if keep]
-        if not batch_keys:
+        if not real.any():
             continue
+        clips, keys = batch["clip"][real], list(compress(batch["key"], real))
         video = to_video(clips.to(ranks.device))
-        tokens = tokenizer.encode(video)
-        given = tokenizer.encode(video[:, :, : config.given_frames])
-        assert given.shape[1:] == given_grid
-        predicted = continue_tokens(prior, given, config.sampling, [_seed(config.seed, key) for key in batch_keys])
-        prediction = to_clip(tokenizer.decode(predicted)).cpu()
+        # Only the given frames go into the prompt; the tokens of the whole clip are for the reconstruction.
+        given, tokens = tokenizer.encode(video[:, :, : config.given_frames]), tokenizer.encode(video)
+        predicted = continue_tokens(prior, given, config.sampling, [_seed(config.seed, key) for key in keys])
+        prediction, reconstruction = (to_clip(tokenizer.decode(ids)).cpu() for ids in (predicted, tokens))
         prediction[:, : config.given_frames] = clips[:, : config.given_frames]
-        reconstruction = to_clip(tokenizer.decode(tokens)).cpu()
-        arrays = (clips, prediction, reconstruction, tokens.cpu(), batch["index"][real])
+        arrays = (clips, prediction, reconstruction, tokens.cpu(), batch["index"][real], keys)
         for name, array in zip(parts, arrays, strict=True):
-            parts[name].append(array.numpy())
-        keys += batch_keys
+            parts[name].append(np.asarray(array))
+        done += len(keys) * ranks.size
         if progress:
-            progress.update(min(config.clips, len(keys) * ranks.size), "continuing")
-    _write_part(run, ranks, parts, keys)
-    ranks.barrier()
-    if ranks.is_main:
-        keys = _merge_parts(run, ranks)
-        facts = {
-            "keys": keys,
-            "given_frames": config.given_frames,
-            "fps": FPS,
-            "codebook_size": prior_export.codebook_size,
-            "prior_step": prior_export.step,
-        }
-        write_atomically(run.samples / "index.json", json.dumps(facts, indent=1) + "\n")
-        _write_pictures(run, keys[: config.pictures])
+            progress.update(min(config.clips, done), "continuing")
+    run.samples.mkdir(parents=True, exist_ok=True)
+    merged = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+    np.savez(run.samples / f"part_{ranks.rank}.npz", **merged)
 
 
 def _seed(seed: int, key: str) -> int:
@@ -88,16 +109,10 @@ def _seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
 
 
-def _write_part(run: Run, ranks: Ranks, parts: dict[str, list[np.ndarray]], keys: list[str]) -> None:
-    run.samples.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
-    np.savez(run.samples / f"part_{ranks.rank}.npz", keys=np.array(keys, dtype=str), **arrays)
-
-
 def _merge_parts(run: Run, ranks: Ranks) -> list[str]:
     """Puts the ranks' clips in the order of the shard set; returns their keys."""
     paths = [run.samples / f"part_{rank}.npz" for rank in range(ranks.size)]
-    parts = [part for part in map(np.load, paths) if len(part["keys"])]
+    parts = [part for part in map(np.load, paths) if "keys" in part]
     if not parts:
         raise UsageError(f"{run.path}: not one held-out clip could be read; look at the log for their names")
     order = np.argsort(np.concatenate([part["index"] for part in parts]))

@@ -6,11 +6,11 @@ with one process; with several, torch.distributed carries the plans.
 
 import os
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
+from data_pipeline.disk import check_space
 from data_pipeline.manifest import merge
-from data_pipeline.shards import ShardPlan, check_space, plan_shards, shard_count, unfinished, write_shards
+from data_pipeline.shards import ShardPlan, plan_shards, shard_count, unfinished, write_shards
 from data_pipeline.sources.source import walk
 from stpredict.jobs.config import ShardConfig
 from stpredict.run import Progress, Run
@@ -58,7 +58,7 @@ def plan(config: ShardConfig, run: Run) -> dict[str, list[ShardPlan]]:
                 of_split, classes, shards=count, window_bytes=config.window_bytes, seed=config.seed
             )
     todo = [shard for split, of_split in plans.items() for shard in unfinished(config.run / split, of_split)]
-    check_space(_existing(config.run), sum(shard.bytes for shard in todo))
+    check_space(config.run, sum(shard.bytes for shard in todo))
     return plans
 
 
@@ -95,7 +95,3 @@ class _Ranks:
             import torch.distributed as dist
 
             dist.destroy_process_group()
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.is_dir())

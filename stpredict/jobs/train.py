@@ -19,14 +19,13 @@ TrainConfig = TokenizerJobConfig | PriorJobConfig
 
 
 def run(config: TrainConfig, run: Run) -> None:
-    ranks = join_ranks()
-    torch.manual_seed(config.seed)
-    task = build_task(config)
-    trainer = Trainer(task, config.training, run, ranks, config_hash(config))
-    trainer.train()
-    if ranks.is_main:
-        export_checkpoint(newest_checkpoint(run.checkpoints), run.export)
-    ranks.barrier()
+    with join_ranks() as ranks:
+        torch.manual_seed(config.seed)
+        task = build_task(config)
+        Trainer(task, config.training, run, ranks, config_hash(config), config.seed).train()
+        if ranks.is_main:
+            export_checkpoint(newest_checkpoint(run.checkpoints), run.export)
+        ranks.barrier()
 
 
 def build_task(config: TrainConfig) -> Task:

@@ -1,6 +1,7 @@
 """From a training config to a DeepSpeed engine."""
 
 import logging
+import os
 import warnings
 
 import torch
@@ -38,9 +39,13 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 
 def build_engine(model: nn.Module, training: TrainingConfig, dtype: torch.dtype, ranks: int, accumulation: int):
     """The DeepSpeed engine around ``model``; its parameters are rank 0's."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its first start on a machine compiles a shared-memory op (about 20 s; `stpredict doctor` does it ahead).
+    deepspeed.init_distributed(torch.distributed.get_backend())
     optimizer = training.optimizer
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer.kind]
     engine, *_ = deepspeed.initialize(

@@ -50,13 +50,14 @@ def accumulation_steps(training: TrainingConfig, ranks: int) -> int:
 class Trainer:
     """Trains ``task`` to ``training.steps`` and leaves a complete checkpoint of the last step."""
 
-    def __init__(self, task: Task, training: TrainingConfig, run: Run, ranks: Ranks, config_hash: str):
+    def __init__(self, task: Task, training: TrainingConfig, run: Run, ranks: Ranks, config_hash: str, seed: int):
         self.task, self.training, self.run, self.ranks = task, training, run, ranks
         self.accumulation = accumulation_steps(training, ranks.size)
         self.dtype = resolve_precision(training.precision, ranks.device, training.zero_stage)
         self.share = Share(ranks.rank, ranks.size, training.batch_size // (ranks.size * self.accumulation))
         self.engine = build_engine(task.model, training, self.dtype, ranks.size, self.accumulation)
         self.config_hash = config_hash
+        torch.manual_seed(seed * ranks.size + ranks.rank)  # from here on each rank drops out its own units
         self.step = 0
         self.saved_step = -1
         self._resume()

@@ -1,6 +1,8 @@
 """This process's place among the ranks, and the few collectives that the engine needs besides DeepSpeed's."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -31,23 +33,23 @@ class Ranks:
         dist.barrier(group=self.control)
 
 
-def join_ranks(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
-    """Joins the process group described by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR / MASTER_PORT.
+@contextmanager
+def join_ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+    """Joins the process group described by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR / MASTER_PORT, and leaves it
+    when all went well.
 
-    nccl where there is CUDA, gloo otherwise. The first gloo start of a machine compiles DeepSpeed's
-    shared-memory op (about 20 s; `stpredict doctor` does it ahead).
+    nccl where there is CUDA, gloo otherwise; alone, where there is no such environment. DeepSpeed, where it is used,
+    takes over this group.
     """
-    import deepspeed
-
     cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout)
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+    else:
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
-
-
-def leave_ranks() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
+    dist.destroy_process_group()  # not after an error: the other ranks may never come

@@ -1,0 +1,168 @@
+"""One self-contained HTML page about a set of runs: pictures that move, headline numbers, curves, configs.
+
+The page says plainly what is missing, so it can be written at any time. Torch-free. Its look is report.html.j2's.
+"""
+
+import base64
+import shlex
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from stpredict.evaluation.charts import as_svg, frame_chart, training_chart
+from stpredict.evaluation.run_facts import TRAINING, RunFacts, read_facts
+from stpredict.run import write_atomically
+
+MOST_PICTURES = 8
+PICTURE_BYTES = 5 * 2**20  # of GIFs in one page; base64 makes a third more of them
+COMMANDS = {"tokenizer": "train", "prior": "train"}  # of the other kinds of job, the command has the kind's name
+
+
+def write_report(title: str, runs: dict[str, Path], out: Path) -> Path:
+    """Writes the page about ``runs`` (name → run directory, in the order shown) to ``out`` and returns ``out``."""
+    facts = [read_facts(name, Path(path)) for name, path in runs.items()]
+    facts = [run for run in facts if run.kind != "report"]
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {"duration": _duration, "bytes": _bytes}
+    page = pages.get_template("report.html.j2").render(
+        title=title,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        provenance=_provenance(facts),
+        runs=facts,
+        total_s=sum(run.wall_s or 0 for run in facts),
+        pictures=_pictures(facts),
+        evaluations=[(run, _svg(frame_chart(run.evaluation), run)) for run in facts if run.evaluation],
+        trainings=[_training(run) for run in facts if run.kind in TRAINING],
+        data=[(run, split, manifest) for run in facts for split, manifest in run.manifests.items()],
+        missing=_missing(facts),
+        commands=[_command(run) for run in facts if run.config],
+    )
+    write_atomically(out, page)
+    return out
+
+
+def _provenance(facts: list[RunFacts]) -> dict[str, str]:
+    """Where the numbers come from: code, precision, machine. More than one of a kind, where the runs differ."""
+    environments = [run.environment for run in facts if run.environment]
+    return {
+        "commit": _distinct(
+            f"{e['git_commit'][:12]}{' with uncommitted changes' if e.get('git_diff') else ''}"
+            for e in environments
+            if e.get("git_commit")
+        ),
+        "precision": _precision(facts),
+        "hardware": _distinct(_hardware(run) for run in facts if run.environment),
+        "software": _distinct(_software(e) for e in environments),
+    }
+
+
+def _precision(facts: list[RunFacts]) -> str:
+    of_run = {run.name: run.precision for run in facts if run.precision}
+    if len(set(of_run.values())) > 1:
+        return ", ".join(f"{name} {precision}" for name, precision in of_run.items())
+    return _distinct(of_run.values()) or _distinct(run.index.precision for run in facts if run.index)
+
+
+def _hardware(run: RunFacts) -> str:
+    host = (run.status and run.status.host) or run.environment.get("host")
+    cpus = run.environment.get("cpus")
+    return ", ".join(filter(None, [host, f"{cpus} CPU cores" if cpus else None, run.environment.get("platform")]))
+
+
+def _software(environment: dict[str, Any]) -> str:
+    packages = environment.get("packages") or {}
+    versions = {"Python": environment.get("python", "").split(" ")[0]}
+    versions |= {name: packages.get(name, "") for name in ("torch", "deepspeed")}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def _distinct(values: Iterable[str | None]) -> str:
+    return "; ".join(dict.fromkeys(filter(None, values)))
+
+
+def _pictures(facts: list[RunFacts]) -> list[dict[str, Any]]:
+    """The first GIFs of each generate run, as many as the page has room for."""
+    groups, room = [], PICTURE_BYTES
+    for run in facts:
+        if run.index is None:
+            continue
+        paths, shown = sorted(run.run.samples.glob("*.gif")), []
+        for path in paths[:MOST_PICTURES]:
+            data = path.read_bytes()
+            if len(data) > room:
+                break
+            room -= len(data)
+            shown.append({"key": path.stem.partition("_")[2], "uri": _data_uri("image/gif", data)})
+        groups.append({"run": run, "shown": shown, "left_out": len(paths) - len(shown)})
+    return groups
+
+
+def _training(run: RunFacts) -> dict[str, Any]:
+    rows = [row for row in run.rows if row["split"] == "train"]
+    waits = [row["data_wait_share"] for row in rows if "data_wait_share" in row]
+    rates = [row["samples_per_s"] for row in rows if "samples_per_s" in row]
+    facts = [
+        f"step {rows[-1]['step']} of {run.status.steps or '?'}" if rows else "",
+        run.precision or "",
+        f"{median(rates):,.1f} samples/s" if rates else "",
+        f"{median(waits):.1%} of the time waiting for data" if waits else "",
+    ]
+    chart = _svg(training_chart(run.kind, run.rows), run) if run.rows else None
+    return {"run": run, "facts": ", ".join(filter(None, facts)), "chart": chart}
+
+
+def _missing(facts: list[RunFacts]) -> list[tuple[str, str]]:
+    """(name, what is missing), one line each."""
+    lines = [(run.name, problem) for run in facts for problem in run.problems]
+    kinds = {run.kind for run in facts}
+    if "generate" not in kinds:
+        lines.append(("generate", "no such run here: no moving pictures"))
+    if "evaluate" not in kinds:
+        lines.append(("evaluate", "no such run here: no measurements of predicted frames"))
+    if not kinds & set(TRAINING):
+        lines.append(("training", "no such run here: no training curves"))
+    lines += [(run.name, "no .gif in its samples") for run in facts if run.index and not _has_pictures(run)]
+    return lines
+
+
+def _has_pictures(run: RunFacts) -> bool:
+    return any(run.run.samples.glob("*.gif"))
+
+
+def _command(run: RunFacts) -> str:
+    return f"stpredict {COMMANDS.get(run.kind, run.kind)} {shlex.quote(str(run.run.config_path))}"
+
+
+def _svg(figure, run: RunFacts) -> Markup:
+    return Markup(as_svg(figure, salt=run.name))
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not known"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,137 @@
+"""What a page says about one run, whatever state it is in: what cannot be read becomes a line in ``problems``.
+
+Torch-free: only the small files of the run directory are read.
+"""
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import UsageError
+from data_pipeline.manifest import Manifest, read_manifest
+from stpredict.evaluation.generated import Index, read_index
+from stpredict.evaluation.results import Evaluation, read_evaluation
+from stpredict.run import Run, Status
+
+TRAINING = ("tokenizer", "prior")
+PRECISIONS = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+
+
+@dataclass
+class RunFacts:
+    name: str
+    run: Run
+    kind: str = "?"
+    state: str = "not started"
+    status: Status | None = None
+    config: str = ""
+    ranks: int | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    precision: str | None = None  # of a training run
+    rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl of a training run
+    manifests: dict[str, Manifest] = field(default_factory=dict)  # split → what a shard or encode run holds
+    index: Index | None = None  # of a generate run
+    evaluation: Evaluation | None = None  # of an evaluate run
+
+    @property
+    def wall_s(self) -> float | None:
+        """From the last start to the end."""
+        if not (self.status and self.status.started and self.status.finished):
+            return None
+        started, finished = map(datetime.fromisoformat, (self.status.started, self.status.finished))
+        return (finished - started).total_seconds()
+
+
+def read_facts(name: str, path: Path) -> RunFacts:
+    facts = RunFacts(name, Run(path))
+    _read_status(facts)
+    _read_config(facts)
+    facts.environment = _read_json(facts, facts.run.environment_path) or {}
+    if facts.status is not None:
+        _read_work(facts)
+    return facts
+
+
+def _read_status(facts: RunFacts) -> None:
+    try:
+        facts.status = facts.run.status()
+    except ValueError:
+        facts.problems.append(f"{facts.run.status_path} is damaged")
+    status = facts.status
+    if status is None:
+        facts.problems.append(f"not run: nothing readable in {facts.run.path}")
+        return
+    facts.kind, facts.state = status.kind, status.state
+    match status.state:
+        case "failed":
+            facts.problems.append(f"failed: {status.error or 'no reason given'} (log: {facts.run.log_path(0)})")
+        case "preempted":
+            facts.problems.append(f"stopped early, and can be continued: {status.error or 'no reason given'}")
+        case "pending" | "running" if status.kind != "report":
+            of = f" of {status.steps}" if status.steps else ""
+            at = f"{status.unit} {status.step}{of}, last heard of {status.heartbeat}"
+            facts.problems.append(f"not finished when this page was written ({status.state}: {at})")
+
+
+def _read_config(facts: RunFacts) -> None:
+    try:
+        facts.config = facts.run.config_path.read_text()
+        resources = (yaml.safe_load(facts.config) or {}).get("resources") or {}
+        facts.ranks = resources.get("processes", 1)
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        facts.problems.append(f"{facts.run.config_path} is damaged")
+
+
+def _read_work(facts: RunFacts) -> None:
+    run = facts.run
+    match facts.kind:
+        case "tokenizer" | "prior":
+            _read_training(facts)
+        case "shard" | "encode":
+            splits = [split for split in ("train", "val") if (run.path / split / "manifest.json").exists()]
+            facts.manifests = {split: m for split in splits if (m := _attempt(facts, read_manifest, run.path / split))}
+            if not splits:
+                facts.problems.append("no manifest yet")
+        case "generate":
+            facts.index = _attempt(facts, read_index, run)
+        case "evaluate":
+            facts.evaluation = _attempt(facts, read_evaluation, run.path / "metrics.json")
+
+
+def _read_training(facts: RunFacts) -> None:
+    run = facts.run
+    try:
+        facts.rows = [row for row in run.metrics() if "step" in row and "split" in row]
+    except (ValueError, TypeError):
+        facts.problems.append(f"{run.metrics_path} is damaged")
+    if not facts.rows:
+        facts.problems.append(f"no metrics in {run.metrics_path}: no training curves")
+    states = sorted(run.checkpoints.glob("step_*/state.json"))
+    state = _read_json(facts, states[-1]) if states else None
+    if state and (dtype := state.get("dtype")):
+        facts.precision = PRECISIONS.get(dtype, dtype)
+
+
+def _attempt(facts: RunFacts, read, what: Run | Path) -> Any:
+    try:
+        return read(what)
+    except UsageError as error:
+        facts.problems.append(str(error))
+        return None
+
+
+def _read_json(facts: RunFacts, path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        facts.problems.append(f"{path} is damaged")
+        return None
