@@ -6,7 +6,6 @@ read at once and shuffled. Merging folds the NAME.json of every shard into manif
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.config import ClipConfig
+from data_pipeline.disk import write_json
 from data_pipeline.errors import UsageError, UserError
 
 FORMAT = 1
@@ -169,13 +169,6 @@ def file_sha256(path: Path) -> str:
 def plan_hash(*parts: Any) -> str:
     """A hash of what a shard is asked to hold; ``parts`` are JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Under a temporary name, then renamed: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
 
 
 def _some(names: list[str]) -> str:

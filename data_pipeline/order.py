@@ -115,7 +115,7 @@ def stream_count(shards: int, wanted: int | None, world_size: int, workers: int,
     if streams % world_size == 0:
         ways.append(f"workers={_or([w for w in range(1, workers) if streams // world_size % w == 0])}")
     else:
-        ways.append(f"{_or([n for n in range(1, min(streams, world_size) + 1) if streams % n == 0])} processes")
+        ways.append(f"processes={_or([n for n in range(1, min(streams, world_size) + 1) if streams % n == 0])}")
     if readers <= shards:
         ways.append(f"virtual_streams={shards // readers * readers}")
     raise UsageError(

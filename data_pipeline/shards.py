@@ -6,13 +6,11 @@ planned otherwise, and several processes can write one set. ``data_pipeline.mani
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipeline.decode import DecodeError, probe
-from data_pipeline.errors import UserError
 from data_pipeline.manifest import FORMAT, Description, clear, plan_hash, read_record
 from data_pipeline.order import divisible_count
 from data_pipeline.seeding import generator
@@ -56,7 +54,7 @@ def plan_shards(
     for index in range(shards):
         dealt = tuple(samples[position] for position in order[index::shards])
         files = [(sample.path.stat().st_size, sample.path.stat().st_mtime_ns) for sample in dealt]
-        contents = [{**asdict(sample), "path": str(sample.path)} for sample in dealt]
+        contents = [{**asdict(sample), "path": None} for sample in dealt]  # the same videos elsewhere are the same
         parts = (FORMAT, classes, shards, window_bytes, contents, files)
         plans.append(ShardPlan(index, shards, dealt, description, window_bytes, plan_hash(*parts)))
     return plans
@@ -109,13 +107,3 @@ def write_shard(folder: Path, plan: ShardPlan) -> None:
         tar.finish(plan.description, plan.shards, plan.hash, skipped)
     finally:
         tar.discard()
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """UserError if less than ``needed`` bytes are free at ``folder``."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB free at {folder.resolve()}; "
-            "free some space or choose another run directory"
-        )

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.manifest import Description, Shard, ShardRecord, Window, file_sha256, shard_name, write_json
+from data_pipeline.disk import write_json
+from data_pipeline.manifest import Description, Shard, ShardRecord, Window, file_sha256, shard_name
 
 
 class TarShard:

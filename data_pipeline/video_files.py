@@ -1,14 +1,13 @@
 """uint8 clip → .mp4 or .gif. Written under a temporary name and renamed, so that no half file bears the final name."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
+
+from data_pipeline.disk import renamed
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18) -> None:
@@ -21,7 +20,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18) -
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with _renamed(Path(path)) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with renamed(Path(path)) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -37,22 +36,10 @@ def write_gif(path: str | Path, frames: np.ndarray, fps: float) -> None:
     """Writes ``frames``, uint8 (t, h, w, 3), as an endless GIF."""
     _check(frames)
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    with _renamed(Path(path)) as temporary:
+    with renamed(Path(path)) as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 
 def _check(frames: np.ndarray) -> None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"expected uint8 frames (t, h, w, 3), got {frames.dtype} {frames.shape}")
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` if the block succeeds and is removed if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

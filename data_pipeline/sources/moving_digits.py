@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.config import MovingDigitsSource
+from data_pipeline.disk import check_space, write_json
 from data_pipeline.errors import UsageError
-from data_pipeline.manifest import write_json
 from data_pipeline.seeding import generator
 from data_pipeline.sources.source import SourceSample, Split
 
@@ -38,6 +38,7 @@ def walk(
     counts: dict[Split, int] = {"train": config.videos, "val": config.validation_videos}
     images = {split: _digit_images(config, split) for split in counts}
     total, samples = sum(counts.values()), []
+    check_space(videos, total * config.frames * config.size**2 // 5)  # measured: about a twentieth of a byte a pixel
 
     def make(split: Split, index: int) -> SourceSample:
         name = f"{split}/{index:06d}.mp4"

@@ -54,7 +54,7 @@ def test_moving_digits_are_rendered_under_the_run(tmp_path):
 def test_too_small_a_disk_is_noticed_before_any_shard_is_written(tmp_path, monkeypatch):
     videos = make_videos(tmp_path / "videos", 4, frames=3)
     config = ShardConfig(run=tmp_path / "run", source={"kind": "folder", "path": videos})
-    monkeypatch.setattr("data_pipeline.shards.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("data_pipeline.disk.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"needs about .* free at"):
         shard.run(config, start(config))
     assert not list(config.run.rglob("shard-*"))

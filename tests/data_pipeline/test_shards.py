@@ -12,9 +12,10 @@ from numbered_videos import make_shards, make_videos
 
 from data_pipeline.config import FolderSource
 from data_pipeline.decode import probe
+from data_pipeline.disk import check_space
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifest import merge, read_manifest, verify
-from data_pipeline.shards import check_space, plan_shards, shard_count, unfinished, write_shard, write_shards
+from data_pipeline.shards import plan_shards, shard_count, unfinished, write_shard, write_shards
 from data_pipeline.sources.source import walk
 
 
@@ -164,8 +165,8 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     usage = collections.namedtuple("usage", "total used free")(10**9, 10**9, 5_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     check_space(tmp_path, 5_000_000)
-    with pytest.raises(UserError, match=rf"needs about 0\.02 GB, 0\.01 GB free at {tmp_path}"):
-        check_space(tmp_path, 20_000_000)
+    with pytest.raises(UserError, match=f"needs about 20 MB, 5 MB free at {tmp_path}"):
+        check_space(tmp_path / "not" / "yet", 20_000_000)
 
 
 def test_the_space_planned_for_is_enough_and_not_much_more(few, tmp_path):

@@ -1,0 +1,40 @@
+"""Files that are whole or absent, and room for them. Torch-free."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+
+
+@contextmanager
+def renamed(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that becomes ``path`` if the block succeeds and is removed if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Readers see the old file or the new one; equal values give equal bytes."""
+    with renamed(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """UserError if less than ``needed`` bytes are free where ``folder`` is or will be."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB free at {existing}; "
+            "free some space or choose another run directory"
+        )
