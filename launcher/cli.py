@@ -3,13 +3,14 @@
 import os
 import sys
 import traceback
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UsageError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -100,10 +101,17 @@ def _run(config: Path, overrides: list[str] | None, command: str) -> None:
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run, run of a pipeline, or YAML of kind report")],
+    overrides: Overrides = None,
 ) -> None:
-    """Write one self-contained HTML page about a run; prints its path last."""
+    """Write one self-contained HTML page about a run; prints its path last.
+
+    \b
+    stpredict report runs/demo
+    """
     if run.is_file():
-        _run(run, None, "report")
+        _run(run, overrides, "report")
+    if overrides:
+        raise UsageError(f"{run} is no config file: there is nothing that {overrides[0]} could change")
     from launcher.status import runs_of
     from stpredict.evaluation.report import write_report
 
@@ -143,13 +151,13 @@ def status(run: RunPath, json: Json = False) -> None:
     """Show state, progress, loss and time left of a run, or of every job of a pipeline."""
     from rich.console import Console
 
-    from launcher.status import rows, table
+    from launcher.status import rows, show
 
     found = rows(run)
     if json:
         print_json([row.model_dump() for row in found])
     else:
-        Console().print(table(found))
+        show(found, Console())
 
 
 @app.command()
@@ -191,9 +199,10 @@ def export(
     step: Annotated[int | None, typer.Option(help="step of the checkpoint (default: the newest)")] = None,
 ) -> None:
     """Write a checkpoint as safetensors + config, loadable without DeepSpeed."""
-    from stpredict.jobs.export import export_run
+    with redirect_stdout(sys.stderr):  # DeepSpeed talks on stdout
+        from stpredict.jobs.export import export_run
 
-    export_run(run, out, step)
+        export_run(run, out, step)
     print(out)
 
 

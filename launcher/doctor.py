@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +44,7 @@ def doctor(as_json: bool) -> int:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
         colours = {"ok": "green", "failed": "red", "missing": "yellow"}
-        table = Table("check", "state", "detail")
+        table = Table("check", "state", "detail", box=box.SIMPLE)
         for name, state, detail in findings:
             table.add_row(name, f"[{colours[state]}]{state}[/]", detail)
         console.print(table)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -51,6 +51,7 @@ def inspect(path: Path, picture: Path | None, check: bool, as_json: bool) -> int
         print(json.dumps({"found": found, "problems": problems} if check else {"found": found}, indent=1))
     else:
         for facts in found:
+            print(f"{facts['what']}: {facts['path']}", flush=True)
             Console().print(_table(facts))
         for problem in problems:
             print(problem, file=sys.stderr)
@@ -125,7 +126,7 @@ def _export(folder: Path) -> Facts:
         "what": f"export of a {config.get('kind', 'model')}",
         "path": str(folder),
         "step": config.get("step"),
-        "values": sum(sizes),
+        "parameters": sum(sizes),
         "tensors": len(sizes),
         "types": ", ".join(types),
         "bytes": (folder / "model.safetensors").stat().st_size,
@@ -134,10 +135,7 @@ def _export(folder: Path) -> Facts:
 
 
 def _run(run: Run) -> Facts:
-    try:
-        status = run.status()
-    except ValidationError as error:
-        raise UsageError(f"{run.status_path}: not a status file: {error.errors()[0]['msg']}") from None
+    status = run.status()
     facts = {
         "what": f"run of kind {status.kind}",
         "path": str(run.path),
@@ -166,7 +164,7 @@ def _values(row: dict[str, Any]) -> str:
 
 
 def _table(facts: Facts) -> Table:
-    table = Table("", "", title=f"{facts['what']}: {facts['path']}", show_header=False, title_justify="left")
+    table = Table(show_header=False, box=box.SIMPLE)
     for key, value in facts.items():
         if key not in ("what", "path"):
             table.add_row(key.replace("_", " "), f"{value:,}" if type(value) is int else str(value))

@@ -33,21 +33,28 @@ def load_job(path: Path, overrides: Sequence[str], command: str) -> JobConfig:
 
 
 def run(config: JobConfig) -> int:
-    """Runs the job with the ranks that this process finds itself among; finding none, starts them here.
-
-    Prints where the result is."""
+    """Runs the job with the ranks that this process finds itself among; finding none, starts them here."""
     place = ranks.join()
     if place is not None:
         return _join(config, place)
     code = local.run_job(config)
     if code == 0:
-        print(result_of(config))
+        _print_result(config)
     return code
 
 
 def result_of(config: JobConfig) -> Path:
     """What a person opens first of a finished job."""
     return config.run / "report.html" if config.kind == "report" else config.run
+
+
+def _print_result(config: JobConfig) -> None:
+    if config.kind == "evaluate":
+        from stpredict.evaluation.results import read_evaluation
+        from stpredict.jobs.evaluate import as_text
+
+        print(as_text(read_evaluation(config.run / "metrics.json")))
+    print(result_of(config))
 
 
 def _join(config: JobConfig, place: ranks.Ranks) -> int:

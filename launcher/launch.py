@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -59,7 +60,7 @@ def launch(
 def show_plan(jobs: Sequence[Job], rerun: Collection[str] = ()) -> None:
     """Prints the order of the jobs and what a launch would do with each."""
     actions = plan(jobs, rerun)
-    table = Table("job", "kind", "needs", "would", "run directory")
+    table = Table("job", "kind", "needs", "would", "run directory", box=box.SIMPLE)
     for job in jobs:
         table.add_row(job.name, job.config.kind, ", ".join(job.needs), actions[job.name], str(job.run.path))
     console.print(table)
@@ -70,12 +71,13 @@ def _set_aside(path: Path) -> None:
     number = 1
     while (old := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
-    path.rename(old)
+    with locked(path):
+        path.rename(old)
     console.print(f"{path} is now {old}")
 
 
 def _table(jobs: Sequence[Job], actions: dict[str, Action], seconds: dict[str, float]) -> Table:
-    table = Table("job", "state", "time")
+    table = Table("job", "state", "time", box=box.SIMPLE)
     for job in jobs:
         status = job.run.status()
         time_of = "up to date" if actions[job.name] == "skip" else format_seconds(seconds.get(job.name))

@@ -140,7 +140,7 @@ def _conclude(run: Run, name: str, ended: dict[int, int]) -> int:
         return 0
     if code == PREEMPTED:
         run.update_status(state="preempted", finished=now())
-        _say(f"{name}: stopped at {status.unit} {status.step}; run the same command again to continue")
+        _say(f"{name}: {escape(status.error or 'stopped; run again to continue')}")
         return PREEMPTED
     culprit = next((rank for rank, code in ended.items() if code not in (0, PREEMPTED)), 0)
     log = run.log_path(culprit)

@@ -7,10 +7,12 @@ from pathlib import Path
 import psutil
 import yaml
 from pydantic import BaseModel
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import UsageError
-from launcher.progress import format_seconds, format_step, format_values
+from launcher.progress import format_seconds, format_values
 from stpredict.run import Run, Status
 
 COLOURS = {"done": "green", "running": "cyan", "preempted": "yellow", "failed": "red", "lost": "red"}
@@ -41,25 +43,35 @@ def rows(path: Path) -> list[Row]:
     return [_row(name, run.status()) for name, run in runs_of(path).items()]
 
 
-def table(rows: list[Row]) -> Table:
-    table = Table("job", "state", "progress", "values", "elapsed", "left", "heartbeat")
+def show(rows: list[Row], console: Console) -> None:
+    table = Table("job", "state", "progress", "values", "elapsed", "left", "heartbeat", box=box.SIMPLE)
+    for column in table.columns[:3]:
+        column.no_wrap = True
     for row in rows:
         state = f"[{COLOURS[row.state]}]{row.state}[/]" if row.state in COLOURS else row.state
         if row.status is None:
             table.add_row(row.job, state)
             continue
-        progress = f"{format_step(row.status)} {row.status.phase}".strip()
-        age = f"{format_seconds(row.heartbeat_age_s)} ago" if row.state in ("running", "lost") else ""
         table.add_row(
             row.job,
             state,
-            progress,
+            _progress(row.status),
             format_values(row.status),
             format_seconds(row.elapsed_s),
             format_seconds(row.eta_s),
-            age,
+            f"{format_seconds(row.heartbeat_age_s)} ago" if row.state in ("running", "lost") else "",
         )
-    return table
+    console.print(table)
+    for row in rows:
+        if row.status and row.status.error:
+            console.print(f"{row.job}: {row.status.error}", markup=False, soft_wrap=True)
+
+
+def _progress(status: Status) -> str:
+    if not status.step:
+        return status.phase
+    of = f"/{status.steps}" if status.steps else ""
+    return f"{status.step}{of} {status.unit}s"
 
 
 def is_lost(status: Status) -> bool:

@@ -16,7 +16,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_pipeline.errors import UsageError
 
 State = Literal["pending", "running", "done", "failed", "preempted"]
 
@@ -64,11 +66,13 @@ class Run:
         return self.logs / f"rank_{rank}.log"
 
     def status(self) -> Status | None:
-        """What status.json says, or None where there is none."""
+        """What status.json says, or None where there is none. UsageError where it is damaged."""
         try:
             return Status.model_validate_json(self.status_path.read_text())
         except FileNotFoundError:
             return None
+        except ValidationError as error:
+            raise UsageError(f"{self.status_path}: damaged ({error.errors()[0]['msg']}); remove it") from None
 
     def update_status(self, **changes: Any) -> Status:
         """Merges ``changes`` into status.json and stamps the heartbeat. One writer at a time: rank 0, or the

@@ -11,6 +11,7 @@ from stpredict.run import Run
 COMMANDS = ["shard", "inspect", "train", "encode", "generate", "evaluate", "report", "launch", "status", "logs"]
 COMMANDS += ["export", "doctor"]
 EVALUATE = {"kind": "evaluate", "run": "runs/a", "generated": "runs/g"}
+ENCODE = {"kind": "encode", "run": "runs/a", "tokenizer": "runs/t", "data": {"shards": "runs/s"}}
 
 
 @pytest.fixture
@@ -85,11 +86,11 @@ def test_a_config_of_another_kind_names_the_right_command(stpredict, tmp_path):
 
 def test_a_job_runs_with_overrides_and_prints_its_run_directory(stpredict, tmp_path, fake, monkeypatch):
     monkeypatch.setattr(local, "run_job", fake("ok", "ok"))
-    path = write(tmp_path / "e.yaml", EVALUATE)
-    code, out, _ = stpredict("evaluate", path, "resources.processes=2", "run=runs/b")
+    path = write(tmp_path / "c.yaml", ENCODE)
+    code, out, _ = stpredict("encode", path, "resources.processes=2", "run=runs/b")
     assert (code, out) == (0, "runs/b\n")
     assert "world 2" in Run("runs/b").log_path(1).read_text()
-    assert stpredict("evaluate", "runs/b/config.yaml")[0] == 0  # the run directory is enough to run it again
+    assert stpredict("encode", "runs/b/config.yaml")[0] == 0  # the run directory is enough to run it again
 
 
 def test_a_folder_is_sharded_into_out(stpredict, tmp_path, fake, monkeypatch):
@@ -119,7 +120,7 @@ def test_status_of_a_run_and_of_a_pipeline(stpredict, tmp_path):
     run.update_status(kind="prior", state="running", step=5, steps=10, values={"loss": 0.25}, pid=os.getpid())
     code, out, _ = stpredict("status", tmp_path / "p" / "one")
     assert code == 0
-    assert "step 5/10 (50%)" in out
+    assert "5/10 steps" in out
     assert "loss 0.25" in out
     write(tmp_path / "p" / "pipeline.yaml", {"jobs": {"one": {}, "two": {}}})
     rows = json.loads(stpredict("status", tmp_path / "p", "--json")[1])

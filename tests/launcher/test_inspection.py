@@ -77,7 +77,7 @@ def test_an_export_shows_its_size_from_the_header_alone(tmp_path):
     tensors = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}
     save_file(tensors, tmp_path / "model.safetensors")
     (facts,) = describe(tmp_path)
-    assert (facts["what"], facts["values"], facts["tensors"], facts["types"]) == ("export of a prior", 10, 2, "F32")
+    assert (facts["what"], facts["parameters"], facts["tensors"], facts["types"]) == ("export of a prior", 10, 2, "F32")
 
 
 def test_a_pipeline_run_shows_the_state_of_each_job(tmp_path):
