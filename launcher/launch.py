@@ -17,7 +17,7 @@ from launcher.rundir import locked
 from stpredict.config import as_yaml
 from stpredict.run import write_atomically
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def launch(

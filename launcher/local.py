@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from rich.console import Console
-from rich.markup import escape
 
 from launcher.progress import Watch
 from launcher.rundir import is_done, locked, prepare
@@ -140,14 +140,14 @@ def _conclude(run: Run, name: str, ended: dict[int, int]) -> int:
         return 0
     if code == PREEMPTED:
         run.update_status(state="preempted", finished=now())
-        _say(f"{name}: {escape(status.error or 'stopped; run again to continue')}")
+        _say(f"{name}: {status.error or 'stopped; run again to continue'}")
         return PREEMPTED
     culprit = next((rank for rank, code in ended.items() if code not in (0, PREEMPTED)), 0)
     log = run.log_path(culprit)
     known = status.error if status.state == "failed" and ended[culprit] > 0 else None
     error = known or f"rank {culprit} {_describe(ended[culprit])}: {_last_line(log)}"
     run.update_status(state="failed", finished=now(), error=error)
-    _say(f"[red]error:[/red] {name}: {escape(error)} (log: {escape(str(log))})")
+    _say(f"error: {name}: {error} (log: {log})", style="red")
     return code or 1
 
 
@@ -160,8 +160,9 @@ def _describe(code: int) -> str:
 
 
 def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if len(lines) > 1 and not lines[-1].startswith("===") else "its log is empty"
+    with log.open(errors="replace") as file:
+        lines = deque((line.strip() for line in file if line.strip()), maxlen=1)
+    return lines[0] if lines and not lines[0].startswith("===") else "its log is empty"
 
 
 def _signal(ranks: Iterable[subprocess.Popen], number: signal.Signals) -> None:
@@ -194,5 +195,5 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _say(line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False)
+def _say(line: str, style: str | None = None) -> None:
+    console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)

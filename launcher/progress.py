@@ -54,7 +54,9 @@ class Watch:
         return by_share or time.monotonic() - self.shown_at >= EVERY_S or status.step == status.steps
 
     def _line(self, *parts: str) -> None:
-        self.console.print(f"{self.name}: " + "  ".join(filter(None, parts)), soft_wrap=True, highlight=False)
+        self.console.print(
+            f"{self.name}: " + "  ".join(filter(None, parts)), soft_wrap=True, highlight=False, markup=False
+        )
 
 
 def format_step(status: Status) -> str:

@@ -44,23 +44,17 @@ def rows(path: Path) -> list[Row]:
 
 
 def show(rows: list[Row], console: Console) -> None:
-    table = Table("job", "state", "progress", "values", "elapsed", "left", "heartbeat", box=box.SIMPLE)
+    live = any(row.state in ("running", "lost") for row in rows)
+    table = Table("job", "state", "progress", "values", "elapsed", *(["left", "heartbeat"] * live), box=box.SIMPLE)
     for column in table.columns[:3]:
         column.no_wrap = True
     for row in rows:
-        state = f"[{COLOURS[row.state]}]{row.state}[/]" if row.state in COLOURS else row.state
-        if row.status is None:
-            table.add_row(row.job, state)
-            continue
-        table.add_row(
-            row.job,
-            state,
-            _progress(row.status),
-            format_values(row.status),
-            format_seconds(row.elapsed_s),
-            format_seconds(row.eta_s),
-            f"{format_seconds(row.heartbeat_age_s)} ago" if row.state in ("running", "lost") else "",
-        )
+        cells = [row.job, f"[{COLOURS.get(row.state, 'default')}]{row.state}[/]"]
+        if row.status:
+            cells += [_progress(row.status), format_values(row.status), format_seconds(row.elapsed_s)]
+        if row.state in ("running", "lost"):
+            cells += [format_seconds(row.eta_s), f"{format_seconds(row.heartbeat_age_s)} ago"]
+        table.add_row(*cells)
     console.print(table)
     for row in rows:
         if row.status and row.status.error:

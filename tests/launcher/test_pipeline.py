@@ -101,14 +101,18 @@ def test_a_launch_runs_everything_once_and_prints_the_report_last(pipeline, caps
     assert "second: up to date" in capsys.readouterr().out
 
 
-def test_a_failure_stops_the_pipeline_and_the_next_launch_goes_on_from_there(pipeline, capsys):
+@pytest.mark.parametrize(("status", "state"), [("2", "failed"), ("75", "preempted")])
+def test_a_job_that_is_not_done_stops_the_pipeline_and_the_next_launch_goes_on_from_there(
+    pipeline, capsys, status, state
+):
     calls = []
 
     def run_job(config, name, *rest):
         calls.append(name)
-        return pipeline.fake("2" if name == "second" and calls.count("second") == 1 else "ok")(config, name, *rest)
+        return pipeline.fake(status if name == "second" and calls.count("second") == 1 else "ok")(config, name, *rest)
 
-    assert launch(*pipeline.load(), ClusterConfig(), run_job=run_job) == 2
+    assert launch(*pipeline.load(), ClusterConfig(), run_job=run_job) == int(status)
+    assert pipeline.run("second").status().state == state
     assert "not run: page" in capsys.readouterr().out
     assert launch(*pipeline.load(), ClusterConfig(), run_job=run_job) == 0
     assert calls == ["first", "second", "second", "page"]
