@@ -1,7 +1,7 @@
 """MSE, PSNR and SSIM per frame, on clips with pixels in 0..255; SSIM is torchmetrics'."""
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -28,7 +28,13 @@ def frame_ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     if min(h, w) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs frames of {SSIM_WINDOW}x{SSIM_WINDOW} pixels at least, got {h}x{w}")
     images = [rearrange(x, "b t h w c -> (b t) c h w").double() / 255 for x in (prediction, truth)]
-    ssim = structural_similarity_index_measure(
-        *images, gaussian_kernel=False, kernel_size=SSIM_WINDOW, data_range=1.0, reduction="none"
+    _, ssim = structural_similarity_index_measure(
+        *images,
+        gaussian_kernel=False,
+        kernel_size=SSIM_WINDOW,
+        data_range=1.0,
+        reduction="none",
+        return_full_image=True,  # also of the windows that stick out, over reflected pixels: cut off below
     )
-    return rearrange(ssim, "(b t) -> b t", b=b)
+    edge = SSIM_WINDOW // 2
+    return reduce(ssim[..., edge : h - edge, edge : w - edge], "(b t) c h w -> b t", "mean", b=b)

@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 LABEL_HEIGHT = 14
+FONT_SIZE = 10  # smaller where the name is wider than its clip
 
 
 def side_by_side(clips: dict[str, np.ndarray], scale: int = 1) -> np.ndarray:
@@ -25,6 +26,8 @@ def stacked(rows: list[np.ndarray]) -> np.ndarray:
 
 def _with_label(name: str, clip: np.ndarray) -> np.ndarray:
     label = Image.new("RGB", (clip.shape[2], LABEL_HEIGHT), "white")
-    ImageDraw.Draw(label).text((2, 1), name, fill="black")
+    draw = ImageDraw.Draw(label)
+    room, needed = clip.shape[2] - 4, draw.textlength(name, font_size=FONT_SIZE)
+    draw.text((2, 1), name, fill="black", font_size=FONT_SIZE * min(1, room / needed))
     band = np.broadcast_to(np.asarray(label), (len(clip), LABEL_HEIGHT, clip.shape[2], 3))
     return np.concatenate([band, clip], axis=1)
