@@ -65,11 +65,12 @@ def training_chart(kind: str, rows: list[dict[str, Any]]) -> Figure:
             steps, values = _series(rows, "val", metric)
             axes.plot(steps, values, color=VALIDATION, marker="o", markersize=4, linewidth=1, label="held out")
             axes.set(title=title, xlabel="step")
+            axes.set_xlim(left=0)
             _legend_of_what_is_there(axes)
         steps, values = _series(rows, "train", "lr")
         axes_of[-1].plot(steps, values, color=INK, linewidth=1)
         axes_of[-1].set(title="learning rate", xlabel="step")
-        axes_of[-1].ticklabel_format(axis="y", scilimits=(-2, 2))
+        axes_of[-1].yaxis.set_major_formatter("{x:.2g}")
     return figure
 
 

@@ -127,11 +127,11 @@ def _missing(facts: list[RunFacts]) -> list[tuple[str, str]]:
     lines = [(run.name, problem) for run in facts for problem in run.problems]
     kinds = {run.kind for run in facts}
     if "generate" not in kinds:
-        lines.append(("generate", "no such run here: no moving pictures"))
+        lines.append(("pictures", "no generate run among these"))
     if "evaluate" not in kinds:
-        lines.append(("evaluate", "no such run here: no measurements of predicted frames"))
+        lines.append(("measurements", "no evaluate run among these"))
     if not kinds & set(TRAINING):
-        lines.append(("training", "no such run here: no training curves"))
+        lines.append(("training curves", "no training run among these"))
     lines += [(run.name, "no .gif in its samples") for run in facts if run.index and not _has_pictures(run)]
     return lines
 

@@ -58,13 +58,10 @@ def read_facts(name: str, path: Path) -> RunFacts:
 
 
 def _read_status(facts: RunFacts) -> None:
-    try:
-        facts.status = facts.run.status()
-    except ValueError:
-        facts.problems.append(f"{facts.run.status_path} is damaged")
-    status = facts.status
+    facts.status = status = _attempt(facts, Run.status, facts.run)
     if status is None:
-        facts.problems.append(f"not run: nothing readable in {facts.run.path}")
+        if not facts.problems:
+            facts.problems.append(f"not run: no status.json in {facts.run.path}")
         return
     facts.kind, facts.state = status.kind, status.state
     match status.state:
