@@ -179,9 +179,12 @@ def _batches(
         generator=torch.Generator(),  # of its own: loading data must not move the training's random state
     )
     health = _Health(folder, config.max_bad_fraction)
-    samples = (health.checked(item) for item in loader)
-    while batch := list(islice(samples, batch_size)):
-        yield _collate(batch)
+    readings = iter(loader)
+    try:
+        while batch := list(islice(readings, batch_size)):
+            yield _collate([health.checked(item) for item in batch])
+    finally:
+        del readings  # ends the workers now: left to the garbage collector, after an error, that can take 5 s
 
 
 class _Samples(IterableDataset):
