@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data_pipeline.config import ClipDataConfig, LatentDataConfig
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.formats import Clips, Latents
-from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.manifest import read_manifest
 from data_pipeline.order import FileOrder, Order, shares, stream_count
 from data_pipeline.windows import Format, Reading, WindowReader
 
@@ -51,8 +51,8 @@ def clip_batches(
     ``consumed`` counts the samples that all ranks together took before. UsageError if there is no such shard set
     or the ranks cannot share it; UserError, while iterating, if more than ``max_bad_fraction`` is unreadable.
     """
-    clips = Clips(config.clip, seed)
-    return _training(config, config.shards / split, "clips", clips, seed, rank, world_size, micro_batch_size, consumed)
+    shards = _ShardSet(config, config.shards / split, "clips", Clips(config.clip, seed))
+    return shards.training_batches(seed, rank, world_size, micro_batch_size, consumed)
 
 
 def latent_batches(
@@ -66,9 +66,8 @@ def latent_batches(
     consumed: int = 0,
 ) -> Iterator[Batch]:
     """Like ``clip_batches``, of a latent set: latent int64 (b, T', H', W'), label int64 (b,), key list[str]."""
-    return _training(
-        config, config.latents / split, "latents", Latents(), seed, rank, world_size, micro_batch_size, consumed
-    )
+    shards = _ShardSet(config, config.latents / split, "latents", Latents())
+    return shards.training_batches(seed, rank, world_size, micro_batch_size, consumed)
 
 
 def clip_evaluation_batches(
@@ -89,8 +88,8 @@ def clip_evaluation_batches(
     float32 (b,), 0 for what only fills up a batch and for unreadable samples. Another ``epoch`` cuts other clips
     where starts are random. Raises like ``clip_batches``.
     """
-    clips = Clips(config.clip, seed)
-    return _evaluation(config, config.shards / split, "clips", clips, rank, world_size, batch_size, limit, epoch)
+    shards = _ShardSet(config, config.shards / split, "clips", Clips(config.clip, seed))
+    return shards.evaluation_batches(rank, world_size, batch_size, limit, epoch)
 
 
 def latent_evaluation_batches(
@@ -104,87 +103,67 @@ def latent_evaluation_batches(
     limit: int | None = None,
     epoch: int = 0,
 ) -> Iterator[Batch]:
-    """Like ``clip_evaluation_batches``, of a latent set."""
-    return _evaluation(config, config.latents / split, "latents", Latents(), rank, world_size, batch_size, limit, epoch)
+    """Like ``clip_evaluation_batches``, of a latent set, in which nothing depends on ``seed`` or ``epoch``."""
+    shards = _ShardSet(config, config.latents / split, "latents", Latents())
+    return shards.evaluation_batches(rank, world_size, batch_size, limit, epoch)
 
 
-def _training(
-    config: ClipDataConfig | LatentDataConfig,
-    folder: Path,
-    kind: str,
-    format: Format,
-    seed: int,
-    rank: int,
-    world_size: int,
-    batch_size: int,
-    consumed: int,
-) -> Iterator[Batch]:
-    manifest, counts = _open(folder, kind)
-    streams = stream_count(len(counts), config.virtual_streams, world_size, config.workers, str(folder))
-    order = Order(counts, streams, seed)
+class _ShardSet:
+    """A shard set, opened: what clips and latents have in common."""
 
-    def read(worker: int, workers: int) -> Readings:
-        reader = WindowReader(folder, manifest, format)
-        for stream, slot in order.samples(consumed, rank + world_size * worker, world_size * workers):
-            yield reader.read(slot, stream), {}
+    def __init__(self, config: ClipDataConfig | LatentDataConfig, folder: Path, kind: str, format: Format):
+        self._config, self._folder, self._format = config, folder, format
+        self._manifest = read_manifest(folder)
+        if self._manifest.kind != kind:
+            raise UsageError(f"{folder}: holds {self._manifest.kind}, {kind} are needed")
+        self._counts = [[window.count for window in shard.windows] for shard in self._manifest.shards]
 
-    return _batches(read, config, folder, batch_size)
+    def training_batches(
+        self, seed: int, rank: int, world_size: int, batch_size: int, consumed: int
+    ) -> Iterator[Batch]:
+        shards, wanted, workers = len(self._counts), self._config.virtual_streams, self._config.workers
+        order = Order(self._counts, stream_count(shards, wanted, world_size, workers, str(self._folder)), seed)
 
+        def read(worker: int, workers: int) -> Readings:
+            reader = WindowReader(self._folder, self._manifest, self._format)
+            for stream, slot in order.samples(consumed, rank + world_size * worker, world_size * workers):
+                yield reader.read(slot, stream), {}
 
-def _evaluation(
-    config: ClipDataConfig | LatentDataConfig,
-    folder: Path,
-    kind: str,
-    format: Format,
-    rank: int,
-    world_size: int,
-    batch_size: int,
-    limit: int | None,
-    epoch: int,
-) -> Iterator[Batch]:
-    manifest, counts = _open(folder, kind)
-    order = FileOrder(counts)
-    samples = manifest.samples if limit is None else min(limit, manifest.samples)
-    mine = shares(samples, batch_size, rank, world_size)
+        return self._batches(read, batch_size)
 
-    def read(worker: int, workers: int) -> Readings:
-        reader = WindowReader(folder, manifest, format)
-        for index, counted in mine[worker::workers]:
-            reading = reader.read(order.slot(index, epoch))
-            yield reading, {"index": index, "weight": float(counted and not reading.unreadable)}
+    def evaluation_batches(
+        self, rank: int, world_size: int, batch_size: int, limit: int | None, epoch: int
+    ) -> Iterator[Batch]:
+        order, samples = FileOrder(self._counts), self._manifest.samples
+        mine = shares(samples if limit is None else min(limit, samples), batch_size, rank, world_size)
 
-    return _batches(read, config, folder, batch_size)
+        def read(worker: int, workers: int) -> Readings:
+            reader = WindowReader(self._folder, self._manifest, self._format)
+            for index, counts in mine[worker::workers]:
+                reading = reader.read(order.slot(index, epoch))
+                yield reading, {"index": index, "weight": float(counts and not reading.unreadable)}
 
+        return self._batches(read, batch_size)
 
-def _open(folder: Path, kind: str) -> tuple[Manifest, list[list[int]]]:
-    """The manifest, and samples per shard and window."""
-    manifest = read_manifest(folder)
-    if manifest.kind != kind:
-        raise UsageError(f"{folder}: holds {manifest.kind}, {kind} are needed")
-    return manifest, [[window.count for window in shard.windows] for shard in manifest.shards]
-
-
-def _batches(
-    read: Callable[[int, int], Readings], config: ClipDataConfig | LatentDataConfig, folder: Path, batch_size: int
-) -> Iterator[Batch]:
-    """Samples from the workers, in their order, as batches; counts and logs what is unreadable."""
-    workers = config.workers
-    loader = DataLoader(
-        _Samples(read),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_is,
-        multiprocessing_context="fork" if workers else None,
-        prefetch_factor=max(2, math.ceil(2 * batch_size / workers)) if workers else None,
-        generator=torch.Generator(),  # of its own: loading data must not move the training's random state
-    )
-    health = _Health(folder, config.max_bad_fraction)
-    readings = iter(loader)
-    try:
-        while batch := list(islice(readings, batch_size)):
-            yield _collate([health.checked(item) for item in batch])
-    finally:
-        del readings  # ends the workers now: left to the garbage collector, after an error, that can take 5 s
+    def _batches(self, read: Callable[[int, int], Readings], batch_size: int) -> Iterator[Batch]:
+        """Samples from the workers, in their order, as batches; counts and logs what is unreadable."""
+        workers = self._config.workers
+        loader = DataLoader(
+            _Samples(read),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_is,
+            multiprocessing_context="fork" if workers else None,
+            prefetch_factor=max(2, math.ceil(2 * batch_size / workers)) if workers else None,
+            generator=torch.Generator(),  # of its own: loading data must not move the training's random state
+        )
+        health = _Health(self._folder, self._config.max_bad_fraction)
+        readings = iter(loader)
+        try:
+            while batch := list(islice(readings, batch_size)):
+                yield _collate([health.checked(item) for item in batch])
+        finally:
+            del readings  # ends the workers now: left to the garbage collector, after an error, that can take 5 s
 
 
 class _Samples(IterableDataset):
