@@ -115,6 +115,20 @@ def test_launch_dry_run_starts_nothing(stpredict, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_report_of_a_pipelines_run_is_about_the_jobs_that_started(stpredict, tmp_path, monkeypatch):
+    def write_report(title, runs, out):
+        out.write_text(f"{title}: {', '.join(runs)}")
+        return out
+
+    monkeypatch.setattr("stpredict.evaluation.report.write_report", write_report)
+    Run(tmp_path / "p" / "one").write_config("kind: shard\n")
+    write(tmp_path / "p" / "pipeline.yaml", {"jobs": {"one": {}, "two": {}}})
+    assert stpredict("report", "p") == (0, "p/report.html\n", "")
+    assert (tmp_path / "p" / "report.html").read_text() == "p: one"
+    assert "nothing that a=1 could change" in stpredict("report", "p", "a=1")[2]
+    assert "is not a run directory" in stpredict("report", "nowhere")[2]
+
+
 def test_status_of_a_run_and_of_a_pipeline(stpredict, tmp_path):
     run = Run(tmp_path / "p" / "one")
     run.update_status(kind="prior", state="running", step=5, steps=10, values={"loss": 0.25}, pid=os.getpid())
