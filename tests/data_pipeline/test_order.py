@@ -56,6 +56,21 @@ def test_seeds_and_epochs_differ_and_the_same_seed_agrees():
     assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
 
 
+def test_the_order_of_shards_depends_on_seed_and_epoch():
+    single = [[1]] * 20
+    orders = [[slot.shard for slot in first(40, Order(single, 1, seed))] for seed in (0, 1)]
+    assert len({tuple(order[start : start + 20]) for order in orders for start in (0, 20)}) == 4
+
+
+def test_the_order_within_a_window_depends_on_seed_epoch_shard_and_window():
+    orders = {}
+    for seed in (0, 1):
+        for slot in first(400, Order([[50, 50], [50, 50]], 1, seed)):
+            orders.setdefault((seed, *slot[:3]), []).append(slot.position)
+    assert len(orders) == 16  # 2 seeds, 2 epochs, 2 shards, 2 windows
+    assert len(set(map(tuple, orders.values()))) == len(orders)
+
+
 def test_the_whole_window_is_shuffled_and_windows_are_never_mixed():
     slots = first(100, Order([[50, 50]], 1, seed=0))
     assert [slot.window for slot in slots] == [0] * 50 + [1] * 50

@@ -164,6 +164,16 @@ def test_an_unreadable_video_moves_no_other_and_is_named(clip_set, broken_set, r
     assert sum(bad in record.message for record in caplog.records) == 2  # once per rank
 
 
+def test_what_replaces_an_unreadable_video_is_of_its_window(broken_set):
+    counts = [window.count for window in read_manifest(broken_set / "train").shards[0].windows]
+    bad = {zero_video(broken_set, 0, member) for member in range(1, counts[0])}  # all but the first of window 0
+    ((item, *_),) = evaluate(broken_set, batch_size=sum(counts), max_bad_fraction=1)
+    first_key = item["key"][0]
+    assert first_key not in bad
+    assert item["key"][: counts[0]] == [first_key] * counts[0]
+    assert first_key not in item["key"][counts[0] :]
+
+
 def test_an_unreadable_video_has_no_weight_in_evaluation(broken_set):
     bad = zero_video(broken_set, shard=0, member=0)
     ((item, *rest),) = evaluate(broken_set, max_bad_fraction=1)
