@@ -1,0 +1,156 @@
+"""The engine in two processes, against plain PyTorch in one."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.errors import UsageError
+from stpredict.run import Run
+from stpredict.training.checkpoint import gathered_weights, newest_checkpoint
+from stpredict.training.config import TrainingConfig
+from stpredict.training.engine import accumulation_steps
+from stpredict.training.schedule import learning_rate_factor
+from tests.distributed.toy import ToyModel, run_ranks, stack
+
+TRAINING = {
+    "steps": 6,
+    "batch_size": 8,
+    "precision": "fp32",
+    "clip_norm": 0.5,
+    "optimizer": {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    "schedule": {"kind": "linear", "warmup_steps": 2},
+    "log_every": 1,
+    "validate_every": 3,
+    "picture_every": 3,
+    "checkpoint": {"every": 3},
+}
+STAGES = (0, 1, 2, 3)
+
+
+def trial(run: str, **changes) -> dict:
+    training = {**copy.deepcopy(TRAINING), **changes.pop("training", {})}
+    return {"run": run, "training": training, **changes}
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of the same training written out in plain PyTorch."""
+    training = TrainingConfig.model_validate(TRAINING)
+    torch.manual_seed(0)
+    model = ToyModel(0.0)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+    losses = []
+    for step in range(training.steps):
+        batch = stack(list(range(step * 8, step * 8 + 8)))
+        error = (model(batch["x"]) - batch["y"]) * batch["mask"]
+        loss = error.square().sum() / batch["mask"].sum()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * learning_rate_factor(training.schedule, step, training.steps)
+        optimizer.step()
+    return losses, model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[int, tuple[Path, list[dict]]]:
+    """Everything that needs two ranks (and the same in one), each started once."""
+    trials = [trial(f"stage{stage}", training={"zero_stage": stage}) for stage in STAGES]
+    trials += [
+        trial(f"stage{stage}_accumulated", training={"zero_stage": stage, "micro_batch_size": 1}) for stage in STAGES
+    ]
+    for precision, stage in [("fp32", 1), ("fp32", 3), ("bf16", 2)]:
+        settings = {"zero_stage": stage, "precision": precision}
+        name = f"{precision}_{stage}"
+        trials.append(trial(f"{name}_whole", training=settings, dropout=0.5))
+        trials.append(trial(f"{name}_resumed", training=settings, dropout=0.5, until=4))
+        trials.append(trial(f"{name}_resumed", training=settings, dropout=0.5))
+    out = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        out[ranks] = folder, run_ranks(trials, folder, ranks)
+    return out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("suffix", ["", "_accumulated"])
+def test_losses_and_weights_equal_plain_pytorch(runs, reference, ranks, stage, suffix):
+    folder, _ = runs[ranks]
+    run = Run(folder / f"stage{stage}{suffix}")
+    losses = [row["loss"] for row in run.metrics() if row["split"] == "train"]
+    assert losses == pytest.approx(reference[0], rel=1e-5)
+    weights = gathered_weights(newest_checkpoint(run.checkpoints))
+    for name, expected in reference[1].items():
+        if name != "mark":
+            torch.testing.assert_close(weights[name], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["fp32_1", "fp32_3", "bf16_2"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(runs, name, ranks):
+    folder, results = runs[ranks]
+    stopped = [result for result in results if result["stopped"]]
+    assert len(stopped) == 3
+    assert all(result["step"] == 4 for result in stopped)
+    whole, resumed = (Run(folder / f"{name}_{kind}") for kind in ("whole", "resumed"))
+    weights, again = (gathered_weights(newest_checkpoint(run.checkpoints)) for run in (whole, resumed))
+    assert weights.keys() == again.keys()
+    for key in weights:
+        assert torch.equal(weights[key], again[key]), key
+    rows, rows_again = (
+        [(row["step"], row["split"], row.get("loss"), row.get("l2"), row.get("lr")) for row in run.metrics()]
+        for run in (whole, resumed)
+    )
+    assert rows == rows_again
+
+
+def test_buffers_are_rank_0s_on_every_rank(runs):
+    assert runs[2][1][0]["marks"] == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_checkpoint_folder_holds_what_design_says(runs):
+    folder, _ = runs[2]
+    checkpoints = folder / "stage3" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == ["step_00000003", "step_00000006"]
+    assert (checkpoints / "latest").read_text() == "step_00000006\n"
+    newest = checkpoints / "step_00000006"
+    names = {path.name for path in newest.iterdir()}
+    assert {"COMPLETE", "state.json", "rng_rank_0.pt", "rng_rank_1.pt"} <= names
+    state = json.loads((newest / "state.json").read_text())
+    assert (state["step"], state["samples_consumed"], state["world_size"], state["zero_stage"]) == (6, 48, 2, 3)
+
+
+def test_refusals_leave_the_run_as_it_was(tmp_path):
+    run_ranks([trial("run", training={"zero_stage": 1})], tmp_path, 1)
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(AssertionError, match="saved with zero_stage 1, this run has 2; resume with zero_stage 1"):
+        run_ranks([trial("run", training={"zero_stage": 2, "steps": 9})], tmp_path, 1)
+    with pytest.raises(AssertionError, match="was saved under another config"):
+        run_ranks([trial("run", training={"zero_stage": 1, "steps": 9}, config_hash="other")], tmp_path, 1)
+    with pytest.raises(AssertionError, match="gradient norm nan at step 2; lower"):
+        run_ranks([trial("poisoned", poison=9)], tmp_path, 1)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+
+
+def test_an_incomplete_checkpoint_is_skipped_and_said(tmp_path, caplog):
+    for step in (3, 6):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    (tmp_path / "step_00000003" / "COMPLETE").touch()
+    assert newest_checkpoint(tmp_path).name == "step_00000003"
+    assert "step_00000006 has no COMPLETE marker" in caplog.text
+
+
+def test_batches_that_do_not_divide_name_those_that_do():
+    with pytest.raises(UsageError, match="batch_size 8 does not divide among 3 ranks; 6 or 9 would"):
+        accumulation_steps(TrainingConfig(steps=1, batch_size=8), 3)
+    with pytest.raises(UsageError, match="micro_batch_size 3 does not divide the 4 samples"):
+        accumulation_steps(TrainingConfig(steps=1, batch_size=8, micro_batch_size=3), 2)
+    assert accumulation_steps(TrainingConfig(steps=1, batch_size=8, micro_batch_size=2), 2) == 2

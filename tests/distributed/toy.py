@@ -1,0 +1,176 @@
+"""A task small enough to write out by hand, and a way to run it in several processes.
+
+Sample n is a vector drawn from seed n with a mask of 1 to 8 valid entries, so that every split of a batch has
+other counts. Run as ``python toy.py OUT`` with a JSON list of trials on standard input, in every rank.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.config import Config
+from stpredict.run import Run
+from stpredict.training.config import TrainingConfig
+from stpredict.training.engine import Trainer
+from stpredict.training.ranks import join_ranks
+from stpredict.training.signals import Preempted
+from stpredict.training.task import Batch, Share, Task
+
+WIDTH = 8
+
+
+class ToyExport(Config):
+    step: int = 0
+
+
+class ToyModel(nn.Module):
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("mark", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.first.weight.dtype)
+        return self.second(self.dropout(torch.tanh(self.first(x))))
+
+
+def sample(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    x, y = torch.randn(2, WIDTH, generator=generator)
+    mask = (torch.arange(WIDTH) < torch.randint(1, WIDTH + 1, (), generator=generator)).float()
+    return x, y, mask
+
+
+def stack(numbers: list[int]) -> Batch:
+    x, y, mask = map(torch.stack, zip(*map(sample, numbers), strict=True))
+    return {"x": x, "y": y, "mask": mask, "weight": torch.ones(len(numbers))}
+
+
+class ToyTask(Task):
+    def __init__(self, dropout: float = 0.0, poison: int | None = None):
+        self.model = ToyModel(dropout)
+        self.weights = {"l2": 1.0}
+        self.poison = poison
+
+    def training_batches(self, share: Share, consumed: int) -> Iterator[Batch]:
+        n = consumed + share.rank
+        while True:
+            numbers = [n + share.world_size * i for i in range(share.batch_size)]
+            n = numbers[-1] + share.world_size
+            batch = stack(numbers)
+            if self.poison in numbers:
+                batch["x"][0, 0] = float("nan")
+            yield batch
+
+    def validation_batches(self, share: Share) -> Iterator[Batch]:
+        yield stack([10_000 + share.rank])
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"l2": float(batch["mask"].sum())}
+
+    def training_step(self, forward, batch: Batch) -> dict[str, Tensor]:
+        error = (forward(batch["x"]).float() - batch["y"]) * batch["mask"]
+        return {"l2": error.square().sum()}
+
+    def validation_step(self, forward, batch: Batch) -> dict[str, Tensor]:
+        return {**self.training_step(forward, batch), "entries": batch["mask"].sum()}
+
+    def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return {"l2": float(sums["l2"] / sums["entries"])}
+
+    def picture(self, forward, batch: Batch) -> np.ndarray:
+        forward(batch["x"])
+        return np.zeros((2, 4, 4, 3), np.uint8)
+
+    def export_config(self) -> ToyExport:
+        return ToyExport()
+
+
+def main(out: Path) -> None:
+    """Runs every trial; rank 0 prints a JSON line for each."""
+    with join_ranks() as ranks:
+        for trial in json.load(sys.stdin):
+            torch.manual_seed(0)
+            task = ToyTask(trial.get("dropout", 0.0), trial.get("poison"))
+            task.model.mark.fill_(ranks.rank)
+            training = TrainingConfig.model_validate(trial["training"])
+            run = Run(out / trial["run"])
+            if ranks.is_main:
+                run.update_status(kind="toy", state="running")
+            trainer = Trainer(task, training, run, ranks, trial.get("config_hash", "toy"), seed=1)
+            until, error = trial.get("until"), None
+            if until is not None and ranks.rank == ranks.size - 1:
+                _signal_after(trainer, until)
+            try:
+                trainer.train()
+            except Preempted as stopped:
+                error = str(stopped)
+            marks = [torch.empty(3) for _ in range(ranks.size)]
+            torch.distributed.all_gather(marks, task.model.mark)
+            if ranks.is_main:
+                print(json.dumps({"step": trainer.step, "stopped": error, "marks": [m.tolist() for m in marks]}))
+
+
+def _signal_after(trainer: Trainer, step: int) -> None:
+    """This process, and no other rank, gets SIGUSR2 when it has done ``step``."""
+    optimizer_step = trainer._optimizer_step
+
+    def step_then_signal(*arguments):
+        result = optimizer_step(*arguments)
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return result
+
+    trainer._optimizer_step = step_then_signal
+
+
+def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 240) -> list[dict]:
+    """Runs the trials in ``ranks`` processes; returns rank 0's lines. AssertionError with the log if one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, __file__, str(out)]
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    text = json.dumps(trials)
+    for process in processes:
+        process.stdin.write(text)
+        process.stdin.close()
+        process.stdin = None
+    results = [process.communicate(timeout=timeout_s) for process in processes]
+    for process, (_, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [json.loads(line) for line in results[0][0].splitlines() if line.startswith("{")]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
