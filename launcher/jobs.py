@@ -50,8 +50,7 @@ def result_of(config: JobConfig) -> Path:
 
 def _print_result(config: JobConfig) -> None:
     if config.kind == "evaluate":
-        from stpredict.evaluation.results import read_evaluation
-        from stpredict.jobs.evaluate import as_text
+        from stpredict.evaluation.results import as_text, read_evaluation
 
         print(as_text(read_evaluation(config.run / "metrics.json")))
     print(result_of(config))

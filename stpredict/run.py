@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.errors import UsageError
 
+_SOURCE = str(Path(__file__).parent)
 State = Literal["pending", "running", "done", "failed", "preempted"]
 
 
@@ -96,9 +97,11 @@ class Run:
             "host": socket.gethostname(),
             "directory": str(Path.cwd()),
             "cpus": os.cpu_count(),
+            "cpu": _cpu(),
+            "gpus": (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
             "packages": {d.name: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())},
-            "git_commit": _git("rev-parse", "HEAD"),
-            "git_diff": _git("diff", "HEAD"),
+            "git_commit": _output("git", "-C", _SOURCE, "rev-parse", "HEAD"),
+            "git_diff": _output("git", "-C", _SOURCE, "diff", "HEAD"),
         }
         write_atomically(self.environment_path, json.dumps(environment, indent=1) + "\n")
 
@@ -149,10 +152,18 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of git in the folder of this source, or None where the package is not in a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where there is no such command or it fails (no git checkout, no GPU)."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _cpu() -> str | None:
+    """The processor's name as Linux gives it; None elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -77,7 +77,8 @@ def _precision(facts: list[RunFacts]) -> str:
 def _hardware(run: RunFacts) -> str:
     host = (run.status and run.status.host) or run.environment.get("host")
     cpus = run.environment.get("cpus")
-    return ", ".join(filter(None, [host, f"{cpus} CPU cores" if cpus else None, run.environment.get("platform")]))
+    cores = f"{cpus} cores of {run.environment.get('cpu') or 'an unnamed CPU'}" if cpus else None
+    return ", ".join(filter(None, [host, cores, *run.environment.get("gpus", []), run.environment.get("platform")]))
 
 
 def _software(environment: dict[str, Any]) -> str:

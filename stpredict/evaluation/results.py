@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.table import Table
 
 from data_pipeline.errors import UsageError
 
@@ -100,3 +102,27 @@ def read_evaluation(path: Path) -> Evaluation:
     except ValidationError as error:
         what = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}".removeprefix(": ")
         raise UsageError(f"{path}: damaged ({what}); run the evaluate job again") from None
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """The means as a table, then the verdict and what the tokenizer does."""
+    frames = evaluation.frame_numbers
+    table = Table(
+        "method",
+        "PSNR (dB)",
+        "SSIM",
+        "MSE",
+        title=f"mean over {evaluation.clips} clips, frames {frames[0]} to {frames[-1]}",
+    )
+    for name, scores in evaluation.methods.items():
+        table.add_row(name, f"{scores.psnr:.2f}", f"{scores.ssim:.4f}", f"{scores.mse:.6f}")
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table)
+    tokenizer = evaluation.tokenizer
+    return (
+        f"{evaluation.verdict()}\n{capture.get()}"
+        f"reconstruction of all frames {tokenizer.psnr:.2f} dB, best constant frame "
+        f"{tokenizer.constant_frame_psnr:.2f} dB: {tokenizer.gain_db:+.2f} dB; {tokenizer.codes_used} of "
+        f"{tokenizer.codebook_size} codes in use, perplexity {tokenizer.codebook_perplexity:.1f}"
+    )

@@ -54,7 +54,7 @@ def _encode_split(
         shards=latent_shards(clips.samples * passes, config.shards, ranks.size),
         rank=ranks.rank,
         world_size=ranks.size,
-        plan=canonical_json(config.data) + f"seed {config.seed} passes {passes}",
+        plan=f"{canonical_json(config.data)} seed {config.seed} passes {passes} of {clips.model_dump_json()}",
         classes=clips.classes,
         clip=config.data.clip,
     )

@@ -8,6 +8,7 @@ from itertools import compress
 import numpy as np
 
 from data_pipeline.errors import UsageError
+from data_pipeline.manifest import read_manifest
 from data_pipeline.stream import clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
 from data_pipeline.video_files import write_gif, write_mp4
@@ -70,7 +71,8 @@ def _continue_clips(
     config: GenerateConfig, tokenizer: CausalCnnTokenizer, prior: NextBlockPrior, run: Run, ranks: Ranks
 ) -> None:
     """Continues this rank's share of the clips and writes them to samples/part_RANK.npz."""
-    progress = Progress(run, config.clips, "clip") if ranks.is_main else None
+    clips_there = min(config.clips, read_manifest(config.data.shards / "val").samples)
+    progress = Progress(run, clips_there, "clip") if ranks.is_main else None
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "index", "keys")}
     batches = clip_evaluation_batches(
         config.data,
@@ -98,7 +100,7 @@ def _continue_clips(
             parts[name].append(np.asarray(array))
         done += len(keys) * ranks.size
         if progress:
-            progress.update(min(config.clips, done), "continuing")
+            progress.update(min(clips_there, done), "continuing")
     run.samples.mkdir(parents=True, exist_ok=True)
     merged = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
     np.savez(run.samples / f"part_{ranks.rank}.npz", **merged)

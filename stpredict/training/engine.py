@@ -82,7 +82,9 @@ class Trainer:
                 sums = self._optimizer_step(micro_batches, counts)
                 clock.step_done()
                 last = self.step == training.steps
-                if self.step % training.log_every == 0 or last or self.step == 1:
+                saving = last or self.step % training.checkpoint.every == 0
+                # What is saved has been looked at: a non-finite loss ends the run before it reaches a checkpoint.
+                if self.step % training.log_every == 0 or saving or self.step == 1:
                     values = self._training_values(sums, counts, clock)
                     if logger:
                         logger.scalars("train", self.step, values)
@@ -96,7 +98,7 @@ class Trainer:
                 if self.step % training.picture_every == 0 or last:
                     self._picture(logger)
                     clock.restart()
-                if self.step % training.checkpoint.every == 0 or last:
+                if saving:
                     self._save()
                     clock.restart()
         if logger:

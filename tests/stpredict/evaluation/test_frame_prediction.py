@@ -7,7 +7,7 @@ from data_pipeline.errors import UsageError
 from stpredict.evaluation import frame_prediction
 from stpredict.evaluation.frame_prediction import evaluate
 from stpredict.evaluation.generated import Generated, Index, read_generated
-from stpredict.evaluation.results import read_evaluation
+from stpredict.evaluation.results import as_text, read_evaluation
 from stpredict.jobs import evaluate as job
 from stpredict.jobs.config import EvaluateConfig
 from stpredict.run import Run
@@ -126,7 +126,7 @@ def test_the_job_writes_metrics_a_chart_and_its_table(pipeline, caplog):
     assert (evaluate_run.path / "frames.png").read_bytes().startswith(b"\x89PNG")
     assert evaluate_run.status().step == 8
     for part in (result.verdict(), "repeat last frame", f"{result.prediction.psnr:.2f}", "codes in use"):
-        assert part in job.as_text(result)
+        assert part in as_text(result)
 
 
 @pytest.mark.parametrize(

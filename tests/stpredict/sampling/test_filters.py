@@ -22,7 +22,9 @@ LOGITS = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
     ids=str,
 )
 def test_filters_against_closed_forms(config, expected):
-    torch.testing.assert_close(probabilities(LOGITS, SamplingConfig(**config)), torch.tensor(expected, dtype=torch.float32))
+    torch.testing.assert_close(
+        probabilities(LOGITS, SamplingConfig(**config)), torch.tensor(expected, dtype=torch.float32)
+    )
 
 
 def test_drawing_inverts_the_cumulative_distribution():
