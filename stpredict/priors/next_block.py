@@ -92,12 +92,14 @@ class NextBlockPrior(nn.Module):
         self.apply(self._init)
 
     def _init(self, module: nn.Module) -> None:
-        """Normal 0.02; what writes into the residual stream is scaled down by its number of additions."""
+        """Normal, 0.02 at the published width of 1536 and as 1 / sqrt(width) elsewhere, so that a narrow twin starts
+        with activations of the same size; what writes into the residual stream is divided by sqrt(its additions)."""
+        std = 0.02 * (1536 / self.config.width) ** 0.5
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=std)
         if isinstance(module, Attention | SwiGLU):
             last = module.out if isinstance(module, Attention) else module.down
-            nn.init.normal_(last.weight, std=0.02 / (2 * self.config.layers) ** 0.5)
+            nn.init.normal_(last.weight, std=std / (2 * self.config.layers) ** 0.5)
 
     def forward(self, ids: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         """Logits of the blocks that follow.

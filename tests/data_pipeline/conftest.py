@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,3 @@ def videos(tmp_path_factory) -> Path:
 def clip_set(videos, tmp_path_factory) -> Path:
     """The 43 videos in train/: 8 shards, with two or three windows each."""
     return make_shards(videos, tmp_path_factory.mktemp("clips"), shards=8, window_bytes=10_000)
-
-
-@pytest.fixture(scope="session")
-def test_data() -> Path:
-    """Folder of real data sets (STPREDICT_TEST_DATA); skips without it."""
-    if "STPREDICT_TEST_DATA" not in os.environ:
-        pytest.skip("needs real videos: set STPREDICT_TEST_DATA to a folder with weizmann/ and awkward/")
-    return Path(os.environ["STPREDICT_TEST_DATA"])
