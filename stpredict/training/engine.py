@@ -60,6 +60,8 @@ class Trainer:
         torch.manual_seed(seed * ranks.size + ranks.rank)  # from here on each rank drops out its own units
         self.step = 0
         self.saved_step = -1
+        # Counted where the loss is and read when values are logged, so that no step waits for a GPU.
+        self.non_finite = torch.zeros((), device=ranks.device)
         self._resume()
 
     def train(self) -> None:
@@ -124,6 +126,7 @@ class Trainer:
             loss = sum(weight * sums[name] / counts[name] for name, weight in self.task.weights.items())
             # DeepSpeed averages gradients over ranks; counts already span them, so the average is undone.
             self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+            self.non_finite += ~loss.detach().isfinite()
             self.engine.step()
             for name, value in sums.items():
                 total[name] = total.get(name, 0) + value.detach()
@@ -131,14 +134,16 @@ class Trainer:
         return total
 
     def _training_values(self, sums: dict, counts: dict[str, float], clock: "StepClock") -> dict[str, float]:
-        stacked = torch.stack([value.double().cpu() for value in sums.values()])
-        means = {name: total / counts[name] for name, total in zip(sums, self.ranks.sum(stacked).tolist(), strict=True)}
+        stacked = torch.stack([value.double().cpu() for value in (*sums.values(), self.non_finite)])
+        *totals, non_finite = self.ranks.sum(stacked).tolist()
+        means = {name: total / counts[name] for name, total in zip(sums, totals, strict=True)}
         loss = sum(weight * means[name] for name, weight in self.task.weights.items())
         norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if non_finite or not math.isfinite(norm):
             raise UserError(
-                f"{self.run.path}: loss {loss} and gradient norm {norm} at step {self.step}; "
-                "lower training.optimizer.lr or lengthen the warm-up, then run again from the last checkpoint"
+                f"{self.run.path}: loss or gradient is not finite, at step {self.step} or since the last one logged "
+                f"(loss {loss:.4g}, gradient norm {norm:.4g}); lower training.optimizer.lr or lengthen the warm-up, "
+                "in another `run`, or run again from the last checkpoint"
             )
         return {
             "loss": loss,

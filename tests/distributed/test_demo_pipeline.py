@@ -60,7 +60,7 @@ def test_a_second_launch_does_nothing(demo):
     before = {job: Run(run / job).status() for job in JOBS}
     again = stpredict("launch", PIPELINE, "--cluster", "local", *smallest(run))
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("up to date") == len(JOBS)
+    assert again.stdout.count(": up to date") == len(JOBS)
     assert {job: Run(run / job).status() for job in JOBS} == before
 
 

@@ -135,7 +135,7 @@ def test_refusals_leave_the_run_as_it_was(tmp_path):
         run_ranks([trial("run", training={"zero_stage": 2, "steps": 9})], tmp_path, 1)
     with pytest.raises(AssertionError, match="was saved under another config"):
         run_ranks([trial("run", training={"zero_stage": 1, "steps": 9}, config_hash="other")], tmp_path, 1)
-    with pytest.raises(AssertionError, match="at step 3; lower"):
+    with pytest.raises(AssertionError, match="loss or gradient is not finite, at step 3"):
         run_ranks([trial("poisoned", poison=9, training={"log_every": 100})], tmp_path, 1)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
     assert not list((tmp_path / "poisoned").glob("checkpoints/*"))
