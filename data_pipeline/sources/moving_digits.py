@@ -36,7 +36,7 @@ def walk(
     videos = workdir / "videos"
     _start_afresh_if_changed(videos, config)
     counts: dict[Split, int] = {"train": config.videos, "val": config.validation_videos}
-    images = {split: _digit_images(config, split) for split in counts}
+    images = {split: digit_images(config, split) for split in counts}
     total, samples = sum(counts.values()), []
     check_space(videos, total * config.frames * config.size**2 // 5)  # measured: about a twentieth of a byte a pixel
 
@@ -87,7 +87,7 @@ def render(images: np.ndarray, positions: np.ndarray, size: int) -> np.ndarray:
     return frames
 
 
-def _digit_images(config: MovingDigitsSource, split: Split) -> tuple[np.ndarray, np.ndarray]:
+def digit_images(config: MovingDigitsSource, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Images of digits, uint8 (n, digit_size, digit_size), and which digit each is, int (n,)."""
     if config.mnist is not None:
         images = _read_idx(config.mnist, f"{_MNIST_FILES[split]}-images-idx3-ubyte")

@@ -7,7 +7,7 @@ import pytest
 from data_pipeline.config import MovingDigitsSource
 from data_pipeline.decode import probe
 from data_pipeline.errors import UsageError
-from data_pipeline.sources.moving_digits import _digit_images, render, trajectories
+from data_pipeline.sources.moving_digits import digit_images, render, trajectories
 from data_pipeline.sources.source import walk
 
 SMALL = MovingDigitsSource(videos=6, validation_videos=3, frames=9)
@@ -73,8 +73,8 @@ def test_where_digits_overlap_the_brighter_pixel_wins():
 
 
 def test_validation_shows_digits_that_training_never_shows():
-    train, train_names = _digit_images(SMALL, "train")
-    val, val_names = _digit_images(SMALL, "val")
+    train, train_names = digit_images(SMALL, "train")
+    val, val_names = digit_images(SMALL, "val")
     assert train.shape[1:] == val.shape[1:] == (28, 28)
     assert set(train_names) == set(val_names) == set(range(10))
     assert not {i.tobytes() for i in train} & {i.tobytes() for i in val}
@@ -92,7 +92,7 @@ def test_mnist_files_are_read_plain_or_zipped(tmp_path, zipped):
                 (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
             else:
                 (tmp_path / name).write_bytes(data)
-    read, names = _digit_images(MovingDigitsSource(mnist=tmp_path), "val")
+    read, names = digit_images(MovingDigitsSource(mnist=tmp_path), "val")
     np.testing.assert_array_equal(read, images)
     assert names.tolist() == [0, 1, 2, 3, 4]
 

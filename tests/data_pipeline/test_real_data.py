@@ -11,7 +11,7 @@ from data_pipeline.config import ClipConfig, ClipDataConfig, FolderSource, Movin
 from data_pipeline.decode import DecodeError, decode_clip, probe
 from data_pipeline.manifest import merge, read_manifest
 from data_pipeline.shards import plan_shards, write_shards
-from data_pipeline.sources.moving_digits import _digit_images
+from data_pipeline.sources.moving_digits import digit_images
 from data_pipeline.sources.source import walk
 from data_pipeline.stream import clip_batches
 
@@ -72,6 +72,6 @@ def test_what_was_filmed_upright_is_read_upright(test_data):
 
 def test_mnist_digits(test_data):
     config = MovingDigitsSource(mnist=test_data / "mnist" / "raw")
-    images, names = _digit_images(config, "val")
+    images, names = digit_images(config, "val")
     assert images.shape == (10_000, 28, 28)
     assert np.bincount(names).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
