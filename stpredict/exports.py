@@ -25,6 +25,8 @@ from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.training.checkpoint import gathered_weights, read_state
 
+FILES = {"config.yaml", "model.safetensors"}
+
 
 class TokenizerExport(Config):
     kind: Literal["tokenizer"] = "tokenizer"
@@ -48,21 +50,24 @@ AnyExport = Annotated[TokenizerExport | PriorExport, Field(discriminator="kind")
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> None:
-    """Writes the export of a complete checkpoint; what stood at ``out`` is replaced only when the new one is whole."""
+    """Writes the export of a complete checkpoint to ``out``, which is absent, empty, or an older export to replace."""
+    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= FILES):
+        raise UsageError(f"{out}: holds other things than an export; give a folder that is empty or does not exist")
     config = validate(AnyExport, read_state(checkpoint).export, checkpoint / "state.json")
     weights = gathered_weights(checkpoint)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "model.safetensors")
         write_atomically(temporary / "config.yaml", as_yaml(config))
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         temporary.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot write the export: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_export(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Attention by mask description, over PyTorch's fused kernels. No N x N tensor is built."""
+"""Attention by mask description, over PyTorch's fused kernels. A mask tensor is at most ``CHUNK`` rows high."""
 
 import torch
 import torch.nn.functional as F

@@ -19,10 +19,8 @@ class Index(BaseModel):
 
     keys: list[str] = Field(min_length=1)
     given_frames: int = Field(ge=1)
-    fps: float = Field(gt=0)
     codebook_size: int = Field(ge=1)
     prior_step: int | None = None
-    precision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _precision(facts: list[RunFacts]) -> str:
     of_run = {run.name: run.precision for run in facts if run.precision}
     if len(set(of_run.values())) > 1:
         return ", ".join(f"{name} {precision}" for name, precision in of_run.items())
-    return _distinct(of_run.values()) or _distinct(run.index.precision for run in facts if run.index)
+    return _distinct(of_run.values())
 
 
 def _hardware(run: RunFacts) -> str:

@@ -18,7 +18,6 @@ from stpredict.evaluation.results import Evaluation, read_evaluation
 from stpredict.run import Run, Status
 
 TRAINING = ("tokenizer", "prior")
-PRECISIONS = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 
 
 @dataclass
@@ -112,8 +111,8 @@ def _read_training(facts: RunFacts) -> None:
         facts.problems.append(f"no metrics in {run.metrics_path}: no training curves")
     states = sorted(run.checkpoints.glob("step_*/state.json"))
     state = _read_json(facts, states[-1]) if states else None
-    if state and (dtype := state.get("dtype")):
-        facts.precision = PRECISIONS.get(dtype, dtype)
+    if state:
+        facts.precision = state.get("precision")
 
 
 def _attempt(facts: RunFacts, read, what: Run | Path) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from data_pipeline.config import ClipDataConfig, Config, LatentDataConfig, Source
+from data_pipeline.config import ClipConfig, ClipDataConfig, Config, LatentDataConfig, Source
 from stpredict.losses.config import ReconstructionLossConfig
 from stpredict.priors.config import NextBlockConfig
 from stpredict.sampling.config import SamplingConfig
@@ -46,12 +46,18 @@ class TokenizerJobConfig(JobConfig):
     training: TrainingConfig
 
 
+class TokenizedClipDataConfig(ClipDataConfig):
+    """Clips for a trained tokenizer."""
+
+    clip: ClipConfig | None = Field(None, description="default: as the tokenizer was trained on")
+
+
 class EncodeConfig(JobConfig):
     """Caches the latents of every clip: fills ``run/train`` and ``run/val`` with latent shards."""
 
     kind: Literal["encode"] = "encode"
     tokenizer: Path = Field(description="run or export of a tokenizer")
-    data: ClipDataConfig
+    data: TokenizedClipDataConfig
     passes: int = Field(1, ge=1, description="times every video is visited; with random starts each gives another clip")
     batch_size: int = Field(8, ge=1, description="clips per rank and forward")
     clips_per_member: int = Field(64, ge=1)
@@ -75,7 +81,7 @@ class GenerateConfig(JobConfig):
     kind: Literal["generate"] = "generate"
     prior: Path = Field(description="run or export of a prior")
     tokenizer: Path = Field(description="run or export of its tokenizer")
-    data: ClipDataConfig
+    data: TokenizedClipDataConfig
     given_frames: int = Field(5, ge=1)
     clips: int = Field(32, ge=1, description="held-out clips to continue (all of them if there are fewer)")
     batch_size: int = Field(16, ge=1, description="clips per rank and forward")

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import logging
+import math
 from itertools import compress
 
 import numpy as np
 
+from data_pipeline.config import ClipConfig, ClipDataConfig
+from data_pipeline.disk import check_space
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import read_manifest
 from data_pipeline.stream import clip_evaluation_batches
@@ -14,33 +17,37 @@ from data_pipeline.transforms import to_clip, to_video
 from data_pipeline.video_files import write_gif, write_mp4
 from stpredict.evaluation.pictures import side_by_side
 from stpredict.exports import PriorExport, load_prior, load_tokenizer
+from stpredict.jobs.clips import clips_for
 from stpredict.jobs.config import GenerateConfig
+from stpredict.priors.config import given_latent_frames
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.sampling.next_block import continue_tokens
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
+from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.training.ranks import Ranks, join_ranks
 
 log = logging.getLogger(__name__)
-FPS = 8
+FPS = 8  # of the pictures: slow enough to compare
 ARRAYS = ("truth", "prediction", "reconstruction", "truth_tokens")
 
 
 def run(config: GenerateConfig, run: Run) -> None:
-    tokenizer, _, fingerprint = load_tokenizer(config.tokenizer)
+    tokenizer, tokenizer_export, fingerprint = load_tokenizer(config.tokenizer)
+    data = clips_for(config.data, config.tokenizer, tokenizer_export)
     prior, prior_export = load_prior(config.prior)
-    _check(config, tokenizer, prior_export, fingerprint)
+    _check(config, data.clip, tokenizer_export.model, prior_export, fingerprint)
+    check_space(run.path, 4 * config.clips * data.clip.frames * math.prod(data.clip.size) * data.clip.channels)
     with join_ranks() as ranks:
         tokenizer.to(ranks.device)
         prior.to(ranks.device)
-        _continue_clips(config, tokenizer, prior, run, ranks)
+        _continue_clips(config, data, tokenizer, prior, run, ranks)
         ranks.barrier()
         if ranks.is_main:
             keys = _merge_parts(run, ranks)
             facts = {
                 "keys": keys,
                 "given_frames": config.given_frames,
-                "fps": FPS,
                 "codebook_size": prior_export.codebook_size,
                 "prior_step": prior_export.step,
             }
@@ -48,34 +55,35 @@ def run(config: GenerateConfig, run: Run) -> None:
             _write_pictures(run, keys[: config.pictures])
 
 
-def _check(config: GenerateConfig, tokenizer: CausalCnnTokenizer, prior: PriorExport, fingerprint: str) -> None:
+def _check(
+    config: GenerateConfig, clip: ClipConfig, tokenizer: CausalCnnConfig, prior: PriorExport, fingerprint: str
+) -> None:
     """UsageError where prior, tokenizer and clips do not belong together."""
     if prior.tokenizer_fingerprint != fingerprint:
         raise UsageError(
             f"{config.prior}: trained on latents of another tokenizer (fingerprint {prior.tokenizer_fingerprint[:12]}) "
             f"than {config.tokenizer} ({fingerprint[:12]}); give the one it was trained with"
         )
-    clip = config.data.clip
-    try:
-        grid = tokenizer.config.grid(clip.frames, *clip.size)
-        tokenizer.config.grid(config.given_frames, *clip.size)
-    except ValueError as error:
-        raise UsageError(f"data.clip or given_frames: {error}") from error
+    grid = tokenizer.grid(clip.frames, *clip.size)
     if grid != prior.grid:
         raise UsageError(f"data.clip: makes a token grid of {grid}, {config.prior} was trained on {prior.grid}")
-    if config.given_frames >= clip.frames:
-        raise UsageError(f"given_frames {config.given_frames}: must leave some of the {clip.frames} frames to predict")
+    given_latent_frames(config.given_frames, clip, tokenizer, prior.model)
 
 
 def _continue_clips(
-    config: GenerateConfig, tokenizer: CausalCnnTokenizer, prior: NextBlockPrior, run: Run, ranks: Ranks
+    config: GenerateConfig,
+    data: ClipDataConfig,
+    tokenizer: CausalCnnTokenizer,
+    prior: NextBlockPrior,
+    run: Run,
+    ranks: Ranks,
 ) -> None:
     """Continues this rank's share of the clips and writes them to samples/part_RANK.npz."""
-    clips_there = min(config.clips, read_manifest(config.data.shards / "val").samples)
+    clips_there = min(config.clips, read_manifest(data.shards / "val").samples)
     progress = Progress(run, clips_there, "clip") if ranks.is_main else None
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "index", "keys")}
     batches = clip_evaluation_batches(
-        config.data,
+        data,
         "val",
         seed=config.seed,
         rank=ranks.rank,

@@ -1,6 +1,6 @@
 """Weights of the losses that a tokenizer is trained with."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.config import Config
 
@@ -10,3 +10,9 @@ class ReconstructionLossConfig(Config):
 
     l1: float = Field(1.0, ge=0)
     l2: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _something(self):
+        if not self.l1 and not self.l2:
+            raise ValueError("one of l1 and l2 must be above 0")
+        return self

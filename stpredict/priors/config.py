@@ -2,9 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from data_pipeline.config import Config
+from data_pipeline.config import ClipConfig, Config
+from data_pipeline.errors import UsageError
+from stpredict.tokenizers.config import CausalCnnConfig
 
 
 class NextBlockConfig(Config):
@@ -19,7 +21,7 @@ class NextBlockConfig(Config):
     width: int = Field(1536, ge=1)
     heads: int = Field(16, ge=1)
     mlp_width: int = Field(4096, ge=1)
-    block: tuple[int, int, int] = (1, 1, 16)
+    block: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 16)
     rope_axes: Literal[1, 3] = 3
     dropout: float = Field(0.1, ge=0, lt=1)
 
@@ -30,4 +32,16 @@ class NextBlockConfig(Config):
         return self
 
 
-PriorConfig = NextBlockConfig
+def given_latent_frames(given: int, clip: ClipConfig, tokenizer: CausalCnnConfig, prior: NextBlockConfig) -> int:
+    """Latent frames that ``given`` frames of a clip make. UsageError where they do not, or are not whole blocks, or
+    leave nothing to predict."""
+    try:
+        latent = tokenizer.grid(given, *clip.size)[0]
+    except ValueError as error:
+        raise UsageError(f"given_frames: {error}") from error
+    if given >= clip.frames or latent % prior.block[0]:
+        raise UsageError(
+            f"given_frames {given}: the {latent} latent frames they make must be whole blocks (model.block) and leave "
+            f"some of the clip's {clip.frames} frames to predict"
+        )
+    return latent

@@ -1,7 +1,7 @@
 """NBP's prior: a LLaMA-style transformer that predicts a whole block of tokens at a time.
 
 Token j of block i predicts token j of block i + 1. Attention is bidirectional inside a block and causal
-between blocks (specification: "Next-block prediction"), so block (1, 1, 1) is next-token prediction.
+between blocks (Ren et al. 2025, arXiv:2502.07737, fig. 3), so block (1, 1, 1) is next-token prediction.
 Shapes: b batch, n tokens of the sequence, d width, v codebook size.
 """
 

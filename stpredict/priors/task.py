@@ -5,16 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from data_pipeline.stream import latent_batches, latent_evaluation_batches
-from data_pipeline.transforms import to_clip
 from torch import Tensor
 
 from data_pipeline.config import LatentDataConfig
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import read_manifest
+from data_pipeline.stream import latent_batches, latent_evaluation_batches
+from data_pipeline.transforms import to_clip
 from stpredict.evaluation.pictures import side_by_side, stacked
 from stpredict.exports import PriorExport, load_tokenizer
-from stpredict.priors.config import NextBlockConfig
+from stpredict.priors.config import NextBlockConfig, given_latent_frames
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.sampling.config import SamplingConfig
 from stpredict.sampling.next_block import continue_tokens
@@ -36,7 +36,9 @@ class PriorTask(Task):
             self.model = NextBlockPrior(model, manifest.codebook_size, manifest.grid)
         except ValueError as error:
             raise UsageError(f"model.block: {error}") from error
-        self.given_latent_frames = self.tokenizer.config.grid(given_frames, *self.tokenizer_export.clip.size)[0]
+        read_manifest(data.latents / "val")  # a missing split is said now, not at the first validation
+        clip, export = self.tokenizer_export.clip, self.tokenizer_export.model
+        self.given_latent_frames = given_latent_frames(given_frames, clip, export, model)
         self.weights = {"cross_entropy": 1.0}
         self.data, self.seed = data, seed
 

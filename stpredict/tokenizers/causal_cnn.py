@@ -1,4 +1,4 @@
-"""The tokenizer of NBP: a causal 3D CNN with finite scalar quantization (specification: section "Video tokenizer").
+"""The tokenizer of NBP (Ren et al. 2025, arXiv:2502.07737): a causal 3D CNN with finite scalar quantization.
 
 A clip ``(b, c, 1 + 4n, h, w)`` becomes token ids ``(b, 1 + n, h / 8, w / 8)`` at the published strides. The
 first frame stands alone, so one image is a clip of one frame, and later frames never change earlier tokens.

@@ -3,9 +3,10 @@
 from math import prod
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from data_pipeline.config import Config
+from data_pipeline.config import ClipConfig, Config
+from data_pipeline.errors import UsageError
 
 
 class CausalCnnConfig(Config):
@@ -18,15 +19,19 @@ class CausalCnnConfig(Config):
     kind: Literal["causal_cnn"] = "causal_cnn"
     video_channels: int = 3
     patch: int = Field(1, ge=1, description="pixels folded into channels by the stem, per side; 1 as published")
-    channels: tuple[int, ...] = (128, 256, 256, 512)
-    blocks: tuple[int, ...] = Field((4, 4, 4, 4), description="residual blocks of each encoder stage")
-    decoder_blocks: tuple[int, ...] | None = Field(None, description="the same for the decoder; default: as encoder")
+    channels: tuple[PositiveInt, ...] = (128, 256, 256, 512)
+    blocks: tuple[NonNegativeInt, ...] = Field((4, 4, 4, 4), description="residual blocks of each encoder stage")
+    decoder_blocks: tuple[NonNegativeInt, ...] | None = Field(
+        None, description="of the decoder; default: as the encoder"
+    )
     strides: tuple[tuple[int, int, int], ...] = Field(
         ((1, 2, 2), (2, 2, 2), (2, 2, 2)), description="(t, h, w) of the convolution after each stage but the last"
     )
     middle_blocks: int = Field(4, ge=0)
     groups: int = Field(32, ge=1, description="groups of every GroupNorm, per frame")
-    levels: tuple[int, ...] = Field((8, 8, 8, 5, 5, 5), description="FSQ levels; their product is the codebook size")
+    levels: tuple[PositiveInt, ...] = Field(
+        (8, 8, 8, 5, 5, 5), description="of FSQ; their product is the codebook size"
+    )
 
     @model_validator(mode="after")
     def _stages_agree(self):
@@ -64,5 +69,11 @@ class CausalCnnConfig(Config):
             )
         return 1 + (frames - 1) // t, height // s, width // s
 
-
-TokenizerConfig = CausalCnnConfig
+    def check_clip(self, clip: ClipConfig, where: str) -> tuple[int, int, int]:
+        """The token grid of ``clip``. UsageError where its channels, frames or size do not fit."""
+        if clip.channels != self.video_channels:
+            raise UsageError(f"{where}: clips have {clip.channels} channels, the tokenizer takes {self.video_channels}")
+        try:
+            return self.grid(clip.frames, *clip.size)
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from error

@@ -4,10 +4,11 @@ checkpoints/step_00001000/
     (DeepSpeed's files)   weights, optimizer, one part per rank
     rng_rank_N.pt         random states of rank N
     state.json            step, samples consumed, world size, ZeRO stage
-    COMPLETE              written last, after every rank's files are on disk
+    COMPLETE              sizes of all files; written last, after every rank's files are on disk
 checkpoints/latest        name of the newest complete one, replaced atomically after its marker
 """
 
+import json
 import logging
 import os
 import random
@@ -15,7 +16,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel
 
@@ -37,7 +37,7 @@ class CheckpointState(BaseModel):
     samples_consumed: int
     world_size: int
     zero_stage: int
-    dtype: str
+    precision: str
     config_hash: str
     export: dict[str, Any]
 
@@ -48,13 +48,27 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint; logs the names of newer ones that a kill left unfinished."""
-    complete = complete_checkpoints(checkpoints)
-    newest = complete[-1] if complete else None
-    for folder in sorted(checkpoints.glob("step_*")):
-        if newest is None or folder.name > newest.name:
-            log.warning("%s has no %s marker (its save was interrupted): skipped", folder, MARKER)
-    return newest
+    """The newest complete checkpoint; logs which newer ones are skipped, and why."""
+    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+        problem = _problem(folder)
+        if problem is None:
+            return folder
+        log.warning("%s %s: skipped", folder, problem)
+    return None
+
+
+def _problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used: DeepSpeed would start with empty moments where one of its files is missing."""
+    try:
+        sizes = json.loads((folder / MARKER).read_text())
+    except FileNotFoundError:
+        return f"has no {MARKER} marker (its save was interrupted)"
+    wrong = [name for name, size in sizes.items() if not _has_size(folder / name, size)]
+    return f"is damaged ({', '.join(wrong)} missing or of another size)" if wrong else None
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
@@ -86,11 +100,14 @@ def save_checkpoint(engine, checkpoints: Path, state: CheckpointState, ranks: Ra
     if ranks.is_main:
         write_atomically(folder / "state.json", state.model_dump_json(indent=1) + "\n")
         _flush(folder)
-        write_atomically(folder / MARKER, "")
+        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+        write_atomically(folder / MARKER, json.dumps(sizes, indent=1) + "\n")
         write_atomically(checkpoints / "latest", folder.name + "\n")
         for old in complete_checkpoints(checkpoints)[:-keep]:
             (old / MARKER).unlink()
-            shutil.rmtree(old)
+        for unfinished in checkpoints.glob("step_*"):  # these, and what a kill left behind
+            if not (unfinished / MARKER).exists():
+                shutil.rmtree(unfinished)
     ranks.barrier()
     return folder
 
@@ -101,12 +118,15 @@ def load_checkpoint(engine, checkpoint: Path, expected: CheckpointState, ranks: 
     UsageError where world size, ZeRO stage or precision differ from the checkpoint's.
     """
     state = read_state(checkpoint)
-    for name in ("world_size", "zero_stage", "dtype"):
+    keys = {"world_size": "resources.processes", "zero_stage": "training.zero_stage", "precision": "training.precision"}
+    for name, key in keys.items():
         then, here = getattr(state, name), getattr(expected, name)
         if then != here:
-            raise UsageError(f"{checkpoint}: saved with {name} {then}, this run has {here}; resume with {name} {then}")
-    engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    _restore_random_states(torch.load(checkpoint / f"rng_rank_{ranks.rank}.pt", weights_only=False))
+            raise UsageError(f"{checkpoint}: saved with {name} {then}, this run has {here}; resume with {key}={then}")
+    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if loaded is None:
+        raise UserError(f"{checkpoint}: DeepSpeed found nothing to load in it; remove it to use the one before")
+    _restore_random_states(torch.load(checkpoint / f"rng_rank_{ranks.rank}.pt", weights_only=True))
     return state
 
 
@@ -129,7 +149,6 @@ def _random_states() -> dict:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": np.random.get_state(),
         "python": random.getstate(),
     }
 
@@ -138,7 +157,6 @@ def _restore_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
-    np.random.set_state(states["numpy"])
     random.setstate(states["python"])
 
 

@@ -44,7 +44,7 @@ class TrainingConfig(Config):
         None, ge=1, description="samples per rank and forward; default: no accumulation"
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 2
     clip_norm: float | None = Field(1.0, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -23,6 +23,7 @@ def deepspeed_config(training: TrainingConfig, dtype: torch.dtype, ranks: int, a
         "gradient_clipping": training.clip_norm or 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": {"stage": training.zero_stage},
         "steps_per_print": 10**9,  # metrics are ours
     }

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from data_pipeline.errors import UsageError, UserError
-from stpredict.run import Progress, Run
+from stpredict.run import Progress, Run, now
 from stpredict.training.checkpoint import (
     CheckpointState,
     load_checkpoint,
@@ -80,13 +80,12 @@ class Trainer:
                 counts, stopping = self._agree(micro_batches, bool(stop))
                 if stopping:
                     self._save()
-                    raise Preempted(f"stopped at step {self.step} of {training.steps}; run again to continue")
+                    self._leave_preempted()
                 sums = self._optimizer_step(micro_batches, counts)
                 clock.step_done()
                 last = self.step == training.steps
                 saving = last or self.step % training.checkpoint.every == 0
-                # What is saved has been looked at: a non-finite loss ends the run before it reaches a checkpoint.
-                if self.step % training.log_every == 0 or saving or self.step == 1:
+                if self.step % training.log_every == 0 or last or self.step == 1:
                     values = self._training_values(sums, counts, clock)
                     if logger:
                         logger.scalars("train", self.step, values)
@@ -94,14 +93,14 @@ class Trainer:
                         log.info("step %d/%d  %s", self.step, training.steps, _as_text(values))
                 elif progress:
                     progress.update(self.step, "training")
+                if saving:
+                    self._save()
+                    clock.restart()
                 if self.step % training.validate_every == 0 or last:
                     self._validate(logger, progress)
                     clock.restart()
                 if self.step % training.picture_every == 0 or last:
                     self._picture(logger)
-                    clock.restart()
-                if saving:
-                    self._save()
                     clock.restart()
         if logger:
             logger.close()
@@ -134,24 +133,37 @@ class Trainer:
         return total
 
     def _training_values(self, sums: dict, counts: dict[str, float], clock: "StepClock") -> dict[str, float]:
-        stacked = torch.stack([value.double().cpu() for value in (*sums.values(), self.non_finite)])
-        *totals, non_finite = self.ranks.sum(stacked).tolist()
+        self._check_finite()
+        totals = self.ranks.sum(torch.stack([value.double().cpu() for value in sums.values()])).tolist()
         means = {name: total / counts[name] for name, total in zip(sums, totals, strict=True)}
         loss = sum(weight * means[name] for name, weight in self.task.weights.items())
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if non_finite or not math.isfinite(norm):
-            raise UserError(
-                f"{self.run.path}: loss or gradient is not finite, at step {self.step} or since the last one logged "
-                f"(loss {loss:.4g}, gradient norm {norm:.4g}); lower training.optimizer.lr or lengthen the warm-up, "
-                "in another `run`, or run again from the last checkpoint"
-            )
         return {
             "loss": loss,
             **means,
-            "grad_norm": norm,
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "lr": self.engine.optimizer.param_groups[0]["lr"],
             **clock.values(self.training.batch_size),
         }
+
+    def _check_finite(self) -> None:
+        """UserError, on all ranks, where a loss or gradient was not finite since the last look: before values are
+        believed, and before weights are saved."""
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        bad = self.non_finite.double().cpu() + (not math.isfinite(norm))
+        if self.ranks.sum(bad).item():
+            raise UserError(
+                f"{self.run.path}: the loss or its gradient is not finite, at step {self.step} or since the last one "
+                "logged; lower training.optimizer.lr or lengthen the warm-up, in another `run`, or run again from the "
+                "last checkpoint"
+            )
+
+    def _leave_preempted(self) -> None:
+        """Says so in status.json before any rank ends, since the first to end may take the others with it."""
+        message = f"stopped at step {self.step} of {self.training.steps}; run again to continue"
+        if self.ranks.is_main:
+            self.run.update_status(state="preempted", finished=now(), error=message)
+        self.ranks.barrier()
+        raise Preempted(message)
 
     def _validate(self, logger: MetricsLogger | None, progress: Progress | None) -> None:
         totals: dict[str, torch.Tensor] = {}
@@ -189,7 +201,7 @@ class Trainer:
             samples_consumed=self.step * self.training.batch_size,
             world_size=self.ranks.size,
             zero_stage=self.training.zero_stage,
-            dtype=str(self.dtype).removeprefix("torch."),
+            precision="bf16" if self.dtype == torch.bfloat16 else "fp32",
             config_hash=self.config_hash,
             export=self.task.export_config().model_copy(update={"step": self.step}).model_dump(mode="json"),
         )
@@ -197,6 +209,7 @@ class Trainer:
     def _save(self) -> None:
         if self.step == self.saved_step:
             return
+        self._check_finite()
         checkpoint = save_checkpoint(
             self.engine, self.run.checkpoints, self._state(), self.ranks, self.training.checkpoint.keep
         )
@@ -204,7 +217,8 @@ class Trainer:
         log.info("saved %s", checkpoint)
 
     def _resume(self) -> None:
-        checkpoint = newest_checkpoint(self.run.checkpoints)
+        newest = newest_checkpoint(self.run.checkpoints) if self.ranks.is_main else None
+        checkpoint = self.ranks.from_main(newest)
         if checkpoint is None:
             return
         hash_then = read_state(checkpoint).config_hash

@@ -5,10 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from data_pipeline.errors import UsageError
+
+# Ranks wait for each other's files here (an export, a share of the latents); who dies meanwhile is the launcher's care.
+CONTROL_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,12 @@ class Ranks:
     size: int
     device: torch.device
     control: dist.ProcessGroup
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's ``value``, on every rank: what all must decide alike is decided there."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
 
     @property
     def is_main(self) -> bool:
@@ -42,14 +54,26 @@ def join_ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     takes over this group.
     """
     cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", _gpu()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     else:
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     dist.destroy_process_group()  # not after an error: the other ranks may never come
+
+
+def _gpu() -> int:
+    """This rank's GPU: the one that it sees, where each task sees its own; else that of its place on the node."""
+    local_rank, visible = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if visible == 1 and "SLURM_STEP_ID" in os.environ:
+        return 0
+    if local_rank >= visible:
+        raise UsageError(
+            f"{per_node} processes on this machine, but {visible} GPUs: set resources.processes to at most {visible}"
+        )
+    return local_rank

@@ -127,6 +127,29 @@ def test_an_export_made_by_hand_equals_the_jobs_own(demo, tmp_path):
     assert (config.step, config.grid, model.codebook_size) == (4, (9, 8, 8), 1024)
 
 
+def test_an_export_never_replaces_other_files(demo, tmp_path):
+    run, _ = demo
+    (tmp_path / "thesis.txt").write_text("dear")
+    refused = stpredict("export", run / "prior", tmp_path)
+    assert refused.returncode == 2
+    assert "holds other things than an export" in refused.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "dear"
+
+
+def test_encoding_fewer_clips_than_ranks_by_the_commands_in_the_configs_heads(demo, tmp_path):
+    run, _ = demo
+    shards, latents = tmp_path / "shards", tmp_path / "latents"
+    settings = ["source.videos=8", "source.validation_videos=1", f"run={shards}"]
+    for command in (
+        ["shard", "configs/data/moving_digits.yaml", *settings],
+        ["encode", "configs/data/encode.yaml", f"tokenizer={run}/tokenizer", f"data.shards={shards}", f"run={latents}"],
+    ):
+        result = stpredict(*command)
+        assert result.returncode == 0, result.stderr
+    assert [read_manifest(latents / split).samples for split in ("train", "val")] == [8, 1]
+    assert read_manifest(latents / "val").clip.channels == 1  # as the tokenizer was trained
+
+
 @pytest.fixture(scope="module")
 def other_tokenizer(demo, tmp_path_factory) -> Path:
     """The same tokenizer with one weight changed, exported."""
@@ -148,13 +171,15 @@ def test_bad_inputs_are_one_line_and_exit_2(demo, other_tokenizer, tmp_path):
     empty.mkdir()
     latents, tokenizer = run / "latents", run / "tokenizer"
     generate = ["generate", "configs/priors/generate.yaml", f"run={tmp_path / 'g'}", f"prior={run / 'prior'}"]
-    generate += [f"data.shards={run / 'shards'}", "resources.processes=1", "data.clip.channels=1"]
+    generate += [f"data.shards={run / 'shards'}", "resources.processes=1"]
     prior = ["train", "configs/priors/demo.yaml", f"data.latents={latents}", "resources.processes=1"]
     trials = {
         "another tokenizer": [*prior, f"run={tmp_path / 'p'}", f"tokenizer={other_tokenizer}"],
         "trained on latents of another tokenizer": [*generate, f"tokenizer={other_tokenizer}"],
         "neither a run with an export nor an export": [*generate, f"tokenizer={empty}"],
         "block 1x3x8 does not divide": [*prior, f"run={tmp_path}/q", f"tokenizer={tokenizer}", "model.block=[1,3,8]"],
+        "clips have 3 channels, the tokenizer takes 1": [*generate, f"tokenizer={tokenizer}", "data.clip.channels=3"],
+        "given_frames: a clip of 4 frames": [*prior, f"run={tmp_path}/q", f"tokenizer={tokenizer}", "given_frames=4"],
         "no run with a complete checkpoint": ["export", empty, tmp_path / "e"],
         "no complete checkpoint of step 7; there are 4, 6": ["export", tokenizer, tmp_path / "e", "--step", "7"],
         "did you mean 'optimizer'": [*prior, f"tokenizer={tokenizer}", "training.optimiser.lr=1"],

@@ -66,7 +66,7 @@ def runs(tmp_path_factory) -> dict[int, tuple[Path, list[dict]]]:
     trials += [
         trial(f"stage{stage}_accumulated", training={"zero_stage": stage, "micro_batch_size": 1}) for stage in STAGES
     ]
-    for precision, stage in [("fp32", 1), ("fp32", 3), ("bf16", 2)]:
+    for precision, stage in [("fp32", 1), ("fp32", 3), ("bf16", 2), ("bf16", 3)]:
         settings = {"zero_stage": stage, "precision": precision}
         name = f"{precision}_{stage}"
         trials.append(trial(f"{name}_whole", training=settings, dropout=0.5))
@@ -93,12 +93,12 @@ def test_losses_and_weights_equal_plain_pytorch(runs, reference, ranks, stage, s
             torch.testing.assert_close(weights[name], expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["fp32_1", "fp32_3", "bf16_2"])
+@pytest.mark.parametrize("name", ["fp32_1", "fp32_3", "bf16_2", "bf16_3"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(runs, name, ranks):
     folder, results = runs[ranks]
     stopped = [result for result in results if result["stopped"]]
-    assert len(stopped) == 3
+    assert len(stopped) == 4
     assert all(result["step"] == 4 for result in stopped)
     whole, resumed = (Run(folder / f"{name}_{kind}") for kind in ("whole", "resumed"))
     weights, again = (gathered_weights(newest_checkpoint(run.checkpoints)) for run in (whole, resumed))
@@ -131,22 +131,30 @@ def test_checkpoint_folder_holds_what_design_says(runs):
 def test_refusals_leave_the_run_as_it_was(tmp_path):
     run_ranks([trial("run", training={"zero_stage": 1})], tmp_path, 1)
     before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    with pytest.raises(AssertionError, match="saved with zero_stage 1, this run has 2; resume with zero_stage 1"):
+    with pytest.raises(AssertionError, match="saved with zero_stage 1, this run has 2; resume with"):
         run_ranks([trial("run", training={"zero_stage": 2, "steps": 9})], tmp_path, 1)
     with pytest.raises(AssertionError, match="was saved under another config"):
         run_ranks([trial("run", training={"zero_stage": 1, "steps": 9}, config_hash="other")], tmp_path, 1)
-    with pytest.raises(AssertionError, match="loss or gradient is not finite, at step 3"):
+    with pytest.raises(AssertionError, match="not finite, at step 3"):
         run_ranks([trial("poisoned", poison=9, training={"log_every": 100})], tmp_path, 1)
+    with pytest.raises(AssertionError, match="not finite, at step 2"):  # stopped by a signal: nothing bad is saved
+        run_ranks([trial("poisoned", poison=9, until=2, training={"log_every": 100, "zero_stage": 0})], tmp_path, 1)
+    with pytest.raises(AssertionError, match="zero_stage 1 in bf16 cannot be exported; use zero_stage=2"):
+        run_ranks([trial("bf16", training={"zero_stage": 1, "precision": "bf16"})], tmp_path, 1)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
     assert not list((tmp_path / "poisoned").glob("checkpoints/*"))
 
 
 def test_an_incomplete_checkpoint_is_skipped_and_said(tmp_path, caplog):
-    for step in (3, 6):
+    for step in (3, 6, 9):
         (tmp_path / f"step_{step:08d}").mkdir()
-    (tmp_path / "step_00000003" / "COMPLETE").touch()
+        (tmp_path / f"step_{step:08d}" / "weights").write_bytes(b"12345")
+    for step in (3, 9):
+        (tmp_path / f"step_{step:08d}" / "COMPLETE").write_text('{"weights": 5}')
+    (tmp_path / "step_00000009" / "weights").write_bytes(b"1234")
     assert newest_checkpoint(tmp_path).name == "step_00000003"
     assert "step_00000006 has no COMPLETE marker" in caplog.text
+    assert "step_00000009 is damaged (weights missing or of another size)" in caplog.text
 
 
 def test_batches_that_do_not_divide_name_those_that_do():

@@ -68,7 +68,7 @@ def _write_generated(run: Run, truth, prediction, reconstruction, tokens, **inde
     for name, array in arrays.items():
         np.save(run.samples / f"{name}.npy", array)
     keys = [f"clip-{number}" for number in range(len(truth))]
-    facts = {"keys": keys, "given_frames": GIVEN, "fps": 10.0, "codebook_size": 512, "prior_step": 300, **index}
+    facts = {"keys": keys, "given_frames": GIVEN, "codebook_size": 512, "prior_step": 300, **index}
     (run.samples / "index.json").write_text(json.dumps(facts))
 
 
@@ -113,7 +113,7 @@ def _train(run: Run, at) -> None:
     run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     checkpoint = run.checkpoints / "step_00000300"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"step": 300, "dtype": "bfloat16"}))
+    (checkpoint / "state.json").write_text(json.dumps({"step": 300, "precision": "bf16"}))
 
 
 def _write_manifests(path: Path, **description) -> None:

@@ -21,7 +21,7 @@ def clips(n: int = 3, t: int = 8, size: int = 12, channels: int = 3) -> np.ndarr
 
 
 def generated(truth, prediction=None, reconstruction=None, tokens=None, codebook_size=64, given=3) -> Generated:
-    index = Index(keys=[str(n) for n in range(len(truth))], given_frames=given, fps=10, codebook_size=codebook_size)
+    index = Index(keys=[str(n) for n in range(len(truth))], given_frames=given, codebook_size=codebook_size)
     tokens = np.zeros((len(truth), 2, 2, 2), np.int64) if tokens is None else tokens
     prediction = truth if prediction is None else prediction
     return Generated(index, truth, prediction, truth if reconstruction is None else reconstruction, tokens)
@@ -134,7 +134,7 @@ def test_the_job_writes_metrics_a_chart_and_its_table(pipeline, caplog):
     [
         (lambda samples: (samples / "index.json").unlink(), "finish the generate job"),
         (lambda samples: (samples / "index.json").write_text('{"keys": ["a"'), "damaged"),
-        (lambda samples: (samples / "index.json").write_text('{"keys": ["a"], "given_frames": 5}'), "fps"),
+        (lambda samples: (samples / "index.json").write_text('{"keys": ["a"], "given_frames": 5}'), "codebook_size"),
         (lambda samples: (samples / "prediction.npy").unlink(), "prediction.npy: not there"),
         (lambda samples: (samples / "prediction.npy").write_bytes(b""), "prediction.npy: damaged"),
         (lambda samples: (samples / "truth.npy").write_bytes((samples / "truth.npy").read_bytes()[:999]), "damaged"),

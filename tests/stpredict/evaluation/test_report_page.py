@@ -107,7 +107,7 @@ def test_no_runs_at_all_is_still_a_page(tmp_path):
 
 
 def test_different_precisions_are_told_apart(pipeline, tmp_path):
-    (pipeline["prior"] / "checkpoints" / "step_00000300" / "state.json").write_text('{"dtype": "float32"}')
+    (pipeline["prior"] / "checkpoints" / "step_00000300" / "state.json").write_text('{"precision": "fp32"}')
     page = write_report("x", pipeline, tmp_path / "report.html").read_text()
     assert "tokenizer bf16, prior fp32" in page
 
