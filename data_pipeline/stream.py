@@ -12,6 +12,10 @@ that it owns: in all processes together V x ``window_bytes``.
 
 import logging
 import math
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -153,6 +157,7 @@ class _ShardSet:
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_is,
+            worker_init_fn=_outlast_stop_signals if workers else None,
             multiprocessing_context="fork" if workers else None,
             prefetch_factor=max(2, math.ceil(2 * batch_size / workers)) if workers else None,
             generator=torch.Generator(),  # of its own: loading data must not move the training's random state
@@ -224,3 +229,23 @@ def _collate(samples: list[Batch]) -> Batch:
 
 def _as_is(item: Any) -> Any:
     return item
+
+
+def _outlast_stop_signals(_worker: int) -> None:
+    """Keeps a worker alive through a stop signal to the whole process group (a SLURM step's, systemd's, a terminal's):
+    the main process saves first, which it cannot once a worker is dead.
+
+    A SIGTERM from the main process still ends the worker: so torch ends one that is stuck, and Python, when it exits,
+    those left. A worker whose main process died ends by torch's watchdog.
+    """
+    for number in (signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # sigwaitinfo, which tells the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(main: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)

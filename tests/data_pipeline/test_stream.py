@@ -1,10 +1,17 @@
 """The stream as training sees it: real shards, DataLoader workers, batches."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from numbered_videos import frame_numbers, make_shards
@@ -242,3 +249,78 @@ def test_one_shard_feeds_one_process(videos, tmp_path):
     one = make_shards(videos, tmp_path, shards=1)
     assert json.loads((one / "train" / "manifest.json").read_text())["samples"] == SAMPLES
     assert len({key for key, _ in train(one, SAMPLES, virtual_streams=None, workers=1)}) == SAMPLES
+
+
+MAIN = """
+import signal, sys
+from itertools import islice
+import psutil
+from data_pipeline.config import ClipDataConfig
+from data_pipeline.stream import clip_batches
+
+for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
+config = ClipDataConfig.model_validate_json(sys.argv[1])
+batches = clip_batches(config, "train", seed=0, rank=0, world_size=1, micro_batch_size=4)
+next(batches)
+print(*(child.pid for child in psutil.Process().children()), flush=True)
+sys.stdin.readline()
+print(sum(len(batch["key"]) for batch in islice(batches, 20)), flush=True)
+"""
+
+
+@pytest.fixture
+def main_process(clip_set):
+    """A main process of two workers, in a group of its own; it goes on when told by a line, and ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, data(clip_set, workers=2).model_dump_json()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    yield process, workers
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_stop_signal_to_the_whole_group_leaves_the_workers_to_the_main_process(main_process, number):
+    process, workers = main_process
+    os.killpg(process.pid, number)
+    time.sleep(0.3)
+    began = time.monotonic()
+    out, _ = process.communicate("go on\n")
+    assert (process.returncode, out) == (0, "80\n")
+    assert time.monotonic() - began < 10
+    assert psutil.wait_procs(workers, timeout=1)[1] == []
+
+
+def test_workers_do_not_outlive_a_main_process_that_was_killed(main_process):
+    process, workers = main_process
+    process.kill()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+STUCK = """
+import time
+from torch.utils.data import DataLoader, IterableDataset
+from data_pipeline.stream import _outlast_stop_signals
+
+class Stuck(IterableDataset):
+    def __iter__(self):
+        yield 1
+        time.sleep(1000)
+
+options = {"num_workers": 2, "batch_size": None, "worker_init_fn": _outlast_stop_signals}
+readings = iter(DataLoader(Stuck(), multiprocessing_context="fork", **options))
+next(readings)
+"""
+
+
+@pytest.mark.parametrize("end", ["", "del readings"])
+def test_a_main_process_that_ends_does_not_wait_for_a_stuck_worker(end):
+    assert subprocess.run([sys.executable, "-c", STUCK + end], timeout=40).returncode == 0
