@@ -1,8 +1,8 @@
 """Files that are whole or absent, and room for them. Torch-free."""
 
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +11,21 @@ from typing import Any
 from data_pipeline.errors import UserError
 
 
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside ``path`` that nobody else takes: nodes that share a file system share process numbers."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether ``path`` is such a name, left by a process that was killed."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 @contextmanager
 def renamed(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that becomes ``path`` if the block succeeds and is removed if it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         temporary.replace(path)

@@ -71,6 +71,7 @@ class Manifest(Description):
 
     format: Literal[1] = FORMAT
     samples: int
+    skipped: int = 0  # left out because they could not be read
     shards: list[Shard]
 
 
@@ -126,8 +127,8 @@ def merge(folder: str | Path) -> Manifest:
         problem = f"missing or unfinished: {_some(missing)}" if missing else f"of another set: {_some(strange)}"
         raise UserError(f"{folder}: of {first.shards} shards {problem}; run the job that writes them again")
     shards = [record.shard for record in records if record.shard.samples]
-    manifest = Manifest(**dict(first.set), samples=sum(shard.samples for shard in shards), shards=shards)
-    skipped = sum(record.skipped for record in records)
+    samples, skipped = sum(shard.samples for shard in shards), sum(record.skipped for record in records)
+    manifest = Manifest(**dict(first.set), samples=samples, skipped=skipped, shards=shards)
     if not shards:
         raise UserError(f"{folder}: none of the {skipped} samples could be read; the log gives the reason for each")
     write_json(folder / "manifest.json", manifest.model_dump(mode="json", exclude_none=True))

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.disk import write_json
+from data_pipeline.disk import temporary_path, write_json
 from data_pipeline.manifest import Description, Shard, ShardRecord, Window, file_sha256, shard_name
 
 
@@ -19,7 +19,7 @@ class TarShard:
         import webdataset  # here, because it imports torch
 
         self._folder, self._name, self._window_bytes = folder, shard_name(index), window_bytes
-        self._temporary = folder / f".{self._name}.tar.{os.getpid()}.tmp"
+        self._temporary = temporary_path(folder / f"{self._name}.tar")
         self._file = self._temporary.open("wb")
         self._tar = webdataset.TarWriter(self._file, user="", group="", encoder=False, mtime=0)
         self._windows: list[Window] = []

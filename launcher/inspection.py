@@ -77,6 +77,7 @@ def _set(folder: Path) -> Facts:
         "what": "latent set" if manifest.kind == "latents" else "shard set",
         "path": str(folder),
         "samples": manifest.samples,
+        "skipped": manifest.skipped if manifest.kind == "clips" else None,
         "shards": len(manifest.shards),
         "samples per shard": f"{min(counts, default=0)} to {max(counts, default=0)}",
         "bytes": sum(sizes),
@@ -102,7 +103,7 @@ def _checkpoint(folder: Path) -> Facts:
         state = json.loads((folder / "state.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         state = {}
-    keys = ("step", "samples_consumed", "world_size", "zero_stage", "dtype")
+    keys = ("step", "samples_consumed", "world_size", "zero_stage", "precision")
     return {
         "what": "checkpoint",
         "path": str(folder),

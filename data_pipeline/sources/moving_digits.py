@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from data_pipeline.config import MovingDigitsSource
-from data_pipeline.disk import check_space, write_json
+from data_pipeline.disk import check_space, is_temporary, write_json
 from data_pipeline.errors import UsageError
 from data_pipeline.seeding import generator
 from data_pipeline.sources.source import SourceSample, Split
@@ -118,10 +119,25 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def _start_afresh_if_changed(videos: Path, config: MovingDigitsSource) -> None:
-    """Removes videos that were rendered from another config; more or fewer of the same videos are no change."""
+    """Removes videos that were rendered from another config; more or fewer of the same videos are no change.
+
+    UsageError if ``videos`` holds anything but rendered videos: those are a person's own."""
     recipe = config.model_dump(mode="json", exclude={"videos", "validation_videos"})
     marker = videos / "source.json"
-    if videos.exists() and not (marker.exists() and json.loads(marker.read_text()) == recipe):
-        shutil.rmtree(videos)
+    if videos.exists() and not all(is_temporary(entry) for entry in videos.iterdir()):
+        rendered = _read_marker(marker)
+        if rendered is None:
+            raise UsageError(f"{videos} is not empty and was not rendered by this source; give another `run`")
+        if rendered != recipe:
+            shutil.rmtree(videos)
     videos.mkdir(parents=True, exist_ok=True)
     write_json(marker, recipe)
+
+
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    """From what the videos beside ``path`` were rendered; None if it is no marker of this source."""
+    try:
+        recipe = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return recipe if isinstance(recipe, dict) and recipe.get("kind") == "moving_digits" else None

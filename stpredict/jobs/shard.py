@@ -4,16 +4,19 @@ Rank 0 finds (or renders) the videos and plans the shards, every rank writes its
 with one process; with several, torch.distributed carries the plans.
 """
 
+import logging
 import os
 from datetime import timedelta
 from typing import Any
 
 from data_pipeline.disk import check_space
-from data_pipeline.manifest import merge
+from data_pipeline.manifest import merge, read_manifest
 from data_pipeline.shards import ShardPlan, plan_shards, shard_count, unfinished, write_shards
 from data_pipeline.sources.source import walk
 from stpredict.jobs.config import ShardConfig
 from stpredict.run import Progress, Run
+
+log = logging.getLogger(__name__)
 
 
 def run(config: ShardConfig, run: Run) -> None:
@@ -36,7 +39,20 @@ def run(config: ShardConfig, run: Run) -> None:
         for split in plans:
             merge(config.run / split)
         progress.update(total, "written")
+        if line := left_out(run):
+            log.warning("%s", line)
     ranks.leave()
+
+
+def left_out(run: Run) -> str | None:
+    """How many videos a finished job left out, in a line that says where they are named; None if it took all."""
+    folders = (run.path / "train", run.path / "val")
+    manifests = [read_manifest(folder) for folder in folders if (folder / "manifest.json").is_file()]
+    skipped = sum(manifest.skipped for manifest in manifests)
+    if not skipped:
+        return None
+    total = skipped + sum(manifest.samples for manifest in manifests)
+    return f"{skipped} of {total} videos could not be read and were left out; {run.logs}/rank_*.log names them"
 
 
 def plan(config: ShardConfig, run: Run) -> dict[str, list[ShardPlan]]:

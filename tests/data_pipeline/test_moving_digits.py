@@ -45,6 +45,16 @@ def test_a_rerun_keeps_what_is_there_and_a_changed_config_does_not(tmp_path):
     assert probe(samples[0].path).frames == 5
 
 
+@pytest.mark.parametrize("name", ["holiday.mp4", "source.json"])
+def test_a_persons_own_videos_are_never_removed(tmp_path, name):
+    own = tmp_path / "videos" / name
+    own.parent.mkdir()
+    own.write_text('{"camera": "mine"}')
+    with pytest.raises(UsageError, match="videos is not empty and was not rendered by this source"):
+        walk(SMALL, tmp_path)
+    assert list(tmp_path.rglob("*")) == [own.parent, own]
+
+
 def test_progress_reaches_the_total(tmp_path):
     seen = []
     walk(SMALL, tmp_path, lambda done, total: seen.append((done, total)))

@@ -12,7 +12,7 @@ from numbered_videos import make_shards, make_videos
 
 from data_pipeline.config import FolderSource
 from data_pipeline.decode import probe
-from data_pipeline.disk import check_space
+from data_pipeline.disk import check_space, renamed
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifest import merge, read_manifest, verify
 from data_pipeline.shards import plan_shards, shard_count, unfinished, write_shard, write_shards
@@ -144,8 +144,21 @@ def test_unreadable_videos_are_left_out_counted_and_named(few, tmp_path, caplog)
     folder = make_shards(few, tmp_path / "out", shards=2) / "train"
     assert read_manifest(folder).samples == 9
     records = [json.loads(path.read_text()) for path in folder.glob("shard-*.json")]
-    assert sum(record["skipped"] for record in records) == 1
+    assert sum(record["skipped"] for record in records) == read_manifest(folder).skipped == 1
     assert any(str(bad) in record.message and "decord" in record.message for record in caplog.records)
+
+
+def test_a_manifest_that_does_not_say_what_was_skipped_is_read(few, tmp_path):
+    path = make_shards(few, tmp_path, shards=2) / "train" / "manifest.json"
+    older = {key: value for key, value in json.loads(path.read_text()).items() if key != "skipped"}
+    path.write_text(json.dumps(older))
+    assert read_manifest(path.parent).skipped == 0
+
+
+def test_two_nodes_with_the_same_process_number_do_not_share_a_temporary_name(tmp_path):
+    with renamed(tmp_path / "x") as one, renamed(tmp_path / "x") as other:
+        assert one != other
+        one.touch(), other.touch()
 
 
 def test_only_unreadable_videos_fail(tmp_path):
