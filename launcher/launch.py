@@ -13,7 +13,7 @@ from launcher.jobs import result_of
 from launcher.local import run_job
 from launcher.pipeline import Action, Job, plan
 from launcher.progress import format_seconds
-from launcher.rundir import locked
+from launcher.rundir import locked, refuse_foreign
 from stpredict.config import as_yaml
 from stpredict.run import write_atomically
 
@@ -28,6 +28,7 @@ def launch(
     run_job: Callable[..., int] = run_job,
 ) -> int:
     """Runs ``jobs`` in order up to the first that does not end well; returns its exit status, otherwise 0."""
+    refuse_foreign(pipeline.run, "pipeline.yaml", pipeline.jobs)
     with locked(pipeline.run):
         actions = plan(jobs, rerun)
         write_atomically(pipeline.run / "pipeline.yaml", as_yaml(pipeline))

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError
 from launcher.config import PipelineConfig
-from launcher.rundir import changed_keys, fingerprint, is_empty
+from launcher.rundir import changed_keys, fingerprint, is_empty, refuse_foreign
 from stpredict.config import apply_overrides, read_yaml, resolve, validate
 from stpredict.jobs.config import AnyJobConfig, JobConfig
 from stpredict.run import Run
@@ -56,6 +56,7 @@ def plan(jobs: Sequence[Job], rerun: Collection[str] = ()) -> dict[str, Action]:
     for job in jobs:
         if asked & set(job.needs):
             asked.add(job.name)
+        refuse_foreign(job.run.path)
         anew = [need for need in job.needs if actions[need] == "run"]
         if is_empty(job.run):
             actions[job.name] = "run"

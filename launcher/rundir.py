@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +12,8 @@ from typing import IO, Any
 import yaml
 from pydantic import BaseModel
 
-from data_pipeline.errors import UsageError
+from data_pipeline.disk import is_temporary
+from data_pipeline.errors import UsageError, UserError
 from stpredict.config import as_yaml
 from stpredict.jobs.config import JobConfig
 from stpredict.run import Run, now
@@ -41,17 +42,33 @@ def changed_keys(run: Run, config: BaseModel) -> list[str]:
     return [f"{key}: {a} → {b}" for key, a, b in pairs if a != b]
 
 
+def refuse_foreign(folder: Path, marker: str = "config.yaml", known: Collection[str] = ()) -> None:
+    """UsageError if ``folder`` holds a person's own files: anything that no start leaves behind and that is not
+    ``known``, without the ``marker`` that every run of ours has. Asked before anything is written there."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; give another `run`")
+    try:
+        config = yaml.safe_load((folder / marker).read_text())
+    except FileNotFoundError:
+        ours = _entries(folder) <= {*OF_THE_START, *known}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        ours = False
+    else:
+        ours = isinstance(config, dict) and {"kind", "run"} <= config.keys()
+    if not ours:
+        raise UsageError(f"{folder} is not empty and not a run directory; give another `run`")
+
+
 def is_empty(run: Run) -> bool:
     """Nothing was made there yet: such a run may start over with another config."""
-    if not run.path.exists():
-        return True
     status = run.status()
-    entries = {entry.name for entry in run.path.iterdir()}
-    return entries <= OF_THE_START and (status is None or status.state != "done")
+    return _entries(run.path) <= OF_THE_START and (status is None or status.state != "done")
 
 
 def is_done(run: Run, config: BaseModel) -> bool:
-    """Whether ``run`` is finished with ``config``. UsageError if it holds the work, finished or not, of another one."""
+    """Whether ``run`` is finished with ``config``. UsageError if it holds the work, finished or not, of another one,
+    or is no run directory at all."""
+    refuse_foreign(run.path)
     if is_empty(run):
         return False
     if changes := changed_keys(run, config):
@@ -66,11 +83,12 @@ def is_done(run: Run, config: BaseModel) -> bool:
 def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> None:
     """Writes what stands in a run directory before its ranks start."""
     status = run.status()
+    goes_on = not is_empty(run) and not changed_keys(run, config)  # otherwise an earlier fingerprint is another job's
     run.write_config(as_yaml(config))
     run.update_status(
         kind=config.kind,
         state="pending",
-        fingerprint=print_of or (status and status.fingerprint) or fingerprint(config),
+        fingerprint=print_of or (goes_on and status and status.fingerprint) or fingerprint(config),
         started=now(),
         finished=None,
         error=None,
@@ -91,10 +109,20 @@ def locked(folder: Path) -> Iterator[IO[str]]:
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise UsageError(f"{folder} is in use by {owner}; wait for it, or give another `run`") from None
+        except OSError as error:
+            raise UserError(
+                f"{folder}: its file system has no file locks ({error.strerror}), without which two jobs could write "
+                "there at once; give a `run` on another one"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield file
+
+
+def _entries(folder: Path) -> set[str]:
+    """Names in ``folder``, without what a killed process was about to rename."""
+    return {entry.name for entry in folder.iterdir() if not is_temporary(entry)} if folder.exists() else set()
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

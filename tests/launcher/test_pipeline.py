@@ -132,6 +132,35 @@ def test_a_changed_key_is_named_and_rerun_keeps_the_old_runs_of_the_job_and_its_
     assert pipeline.run("second.old-2").path.exists()
 
 
+@pytest.mark.parametrize("where", ["", "first", "second"])
+def test_a_persons_own_folders_are_refused_before_anything_is_written_there(pipeline, where):
+    own = pipeline.folder / "runs" / "p" / where / "own" / "thesis.txt"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    for rerun in ([], ["first"]):
+        with pytest.raises(UsageError, match="is not empty and not a run directory"):
+            pipeline.launch(rerun=rerun)
+    files = [path for path in (pipeline.folder / "runs").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert files == [own]
+
+
+def test_another_config_made_where_a_job_failed_early_is_not_taken_for_that_job(pipeline, fake):
+    pipeline.launch("2")
+    (pipeline.run("first").path / "pid_0").unlink()  # of the fake rank: a real one leaves nothing so early
+    other = pipeline.load()[1][0].config.model_copy(update={"seed": 7})
+    assert fake("ok")(other) == 0  # `stpredict evaluate other.yaml run=runs/p/first`
+    with pytest.raises(UsageError, match=r"'first'.*has another config \(seed: 7 → 0\)"):
+        pipeline.launch()
+
+
+def test_a_job_of_a_pipeline_continued_alone_stays_the_pipelines(pipeline, fake):
+    pipeline.launch("ok")
+    second = pipeline.load()[1][1].config
+    pipeline.run("second").update_status(state="preempted")
+    assert fake("ok")(second) == 0
+    assert set(plan(pipeline.load()[1]).values()) == {"skip"}
+
+
 def test_keys_that_change_no_result_leave_a_job_up_to_date(pipeline):
     pipeline.launch()
     change(pipeline.data, "first", set={"generated": "/videos", "resources": {"threads": 2}})
