@@ -48,7 +48,7 @@ def stpredict(
 def shard(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder of videos, or YAML of kind shard")],
     out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="directory to fill (default: the YAML's run)")
+        str | None, typer.Argument(metavar="OUT", help="directory to fill (default: the YAML's run)")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -56,7 +56,8 @@ def shard(
 
     \b
     stpredict shard ~/videos runs/shards   class = name of the sub-folder
-    stpredict shard configs/data/demo.yaml
+    stpredict shard configs/data/moving_digits.yaml
+    stpredict shard configs/data/moving_digits.yaml source.videos=500
     """
     from launcher import jobs
 

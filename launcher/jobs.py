@@ -8,16 +8,12 @@ from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError
 from launcher import local, ranks
-from launcher.rundir import is_done, locked, prepare
+from launcher.rank import leave
+from launcher.rundir import is_done, locked, prepare, refuse_foreign
 from stpredict.config import apply_overrides, read_yaml, resolve, validate
 from stpredict.jobs.config import AnyJobConfig, JobConfig
+from stpredict.jobs.start import command_of, start
 from stpredict.run import Run
-
-COMMANDS = {"tokenizer": "train", "prior": "train"}  # of the kinds that are not called like their command
-
-
-def command_of(kind: str) -> str:
-    return COMMANDS.get(kind, kind)
 
 
 def load_job(path: Path, overrides: Sequence[str], command: str) -> JobConfig:
@@ -36,7 +32,7 @@ def run(config: JobConfig) -> int:
     """Runs the job with the ranks that this process finds itself among; finding none, starts them here."""
     place = ranks.join()
     if place is not None:
-        return _join(config, place)
+        leave(_join(config, place))
     code = local.run_job(config)
     if code == 0:
         _print_result(config)
@@ -57,24 +53,28 @@ def _print_result(config: JobConfig) -> None:
 
 
 def _join(config: JobConfig, place: ranks.Ranks) -> int:
+    """Only rank 0 touches what the run directory says of itself: should it be refused, the other ranks, which cannot
+    know, change nothing there of the job that is going on."""
     run = Run(config.run)
     with ExitStack() as stack:
         if place.rank == 0:
+            refuse_foreign(run.path)
             stack.enter_context(locked(run.path))
         if is_done(run, config):
             return 0
         if place.rank == 0:
             prepare(run, config)
-        from stpredict.jobs.start import start
-
         return start(config)
 
 
-def load_shard_job(source: Path, out: Path | None, overrides: Sequence[str]) -> JobConfig:
-    """``source`` is a folder of videos to shard into ``out``, or a YAML of kind shard whose run ``out`` replaces."""
+def load_shard_job(source: Path, out: str | None, overrides: Sequence[str]) -> JobConfig:
+    """``source`` is a folder of videos to shard into ``out``, or a YAML of kind shard whose run ``out`` replaces.
+    An ``out`` like key=value is the first of the overrides, unless there is a directory of that name."""
+    if out is not None and "=" in out and not Path(out).exists():
+        out, overrides = None, [out, *overrides]
     if source.is_file():
         return load_job(source, [*overrides, *([f"run={out}"] if out else [])], "shard")
     if out is None:
         raise UsageError(f"give the directory to fill: stpredict shard {source} OUT")
-    data = OmegaConf.create({"kind": "shard", "run": str(out), "source": {"kind": "folder", "path": str(source)}})
+    data = OmegaConf.create({"kind": "shard", "run": out, "source": {"kind": "folder", "path": str(source)}})
     return validate(AnyJobConfig, resolve(apply_overrides(data, overrides), source), source)

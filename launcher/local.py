@@ -19,7 +19,7 @@ from typing import IO
 from rich.console import Console
 
 from launcher.progress import Watch
-from launcher.rundir import is_done, locked, prepare
+from launcher.rundir import is_done, locked, prepare, refuse_foreign
 from stpredict.jobs.config import JobConfig
 from stpredict.run import Run, now
 
@@ -49,6 +49,7 @@ def run_job(
     Raises UsageError when the run directory is in use or holds the work of another config.
     """
     run, name = Run(config.run), name or config.kind
+    refuse_foreign(run.path)
     with locked(run.path) as lock, _stop_signals() as stops:
         if is_done(run, config):
             _say(f"{name}: already done; remove {run.path} to do it again")
@@ -57,7 +58,13 @@ def run_job(
         ranks = _start(run, config.resources.processes, config.resources.threads or threads, command(run), lock)
         with Watch(run, name, console) as watch:
             ended = supervise(ranks, stops, watch.show)
-        return _conclude(run, name, ended)
+        code = _conclude(run, name, ended)
+    if code == 0 and config.kind == "shard":
+        from stpredict.jobs.shard import left_out
+
+        if line := left_out(run):
+            _say(f"{name}: {line}", style="yellow")
+    return code
 
 
 def _start(
@@ -73,6 +80,8 @@ def _start(
         "PYTHONUNBUFFERED": "1",
     }
     run.logs.mkdir(parents=True, exist_ok=True)
+    for error in run.logs.glob("rank_*.error"):  # of an earlier start, perhaps with more ranks
+        error.unlink()
     ranks = []
     for rank in range(processes):
         environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -119,8 +128,7 @@ def supervise(ranks: Sequence[subprocess.Popen], stops: list[int], show: Callabl
             _kill_groups(ranks)
         show()
         time.sleep(POLL_S)
-    if any(ended.values()):
-        _kill_groups(ranks)  # what a dead rank left behind, such as its data workers
+    _kill_groups(ranks)  # what a rank left behind, such as its data workers: they hold the lock of the directory
     return ended
 
 
@@ -138,14 +146,22 @@ def _conclude(run: Run, name: str, ended: dict[int, int]) -> int:
     code, status = exit_status(ended.values()), run.status()
     if code == 0 and status.state == "done":
         return 0
+    failed = [rank for rank, code in ended.items() if code not in (0, PREEMPTED)]
+    first = run.first_error(failed)
+    if code != 0 and status.state == "done" and first is None:
+        rank, how = next((rank, _describe(code)) for rank, code in ended.items() if code)
+        _say(f"warning: {name}: done, but rank {rank} {how} afterwards (log: {run.log_path(rank)})", style="yellow")
+        return 0
     if code == PREEMPTED:
         run.update_status(state="preempted", finished=now())
         _say(f"{name}: {status.error or 'stopped; run again to continue'}")
         return PREEMPTED
-    culprit = next((rank for rank, code in ended.items() if code not in (0, PREEMPTED)), 0)
+    culprit = failed[0] if failed else 0
+    if first and ended[culprit] > 0:  # a death by signal explains the errors of the others, which saw it as one
+        culprit, error = first
+    else:
+        error = f"rank {culprit} {_describe(ended[culprit])}: {_last_line(run.log_path(culprit))}"
     log = run.log_path(culprit)
-    known = status.error if status.state == "failed" and ended[culprit] > 0 else None
-    error = known or f"rank {culprit} {_describe(ended[culprit])}: {_last_line(log)}"
     run.update_status(state="failed", finished=now(), error=error)
     _say(f"error: {name}: {error} (log: {log})", style="red")
     return code or 1

@@ -1,9 +1,12 @@
 """One rank of a job, as the local executor starts it: ``python -m launcher.rank CONFIG PARENT``."""
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 from stpredict.config import load
 from stpredict.jobs.config import AnyJobConfig
@@ -19,13 +22,24 @@ def end_with(parent: int) -> None:
         raise SystemExit(f"the launcher (process {parent}) is gone")
 
 
-def main() -> int:
+def leave(code: int) -> NoReturn:
+    """Ends this process here and now. The job is over and its status written; what Python's own way out would still do
+    is tear down threads of C++ libraries, some of which abort there once in a while ("terminate called without an
+    active exception"): a finished job would seem to have failed."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk, which is no reason to end with another status
+            stream.flush()
+    os._exit(code)
+
+
+def main() -> NoReturn:
     config, parent = sys.argv[1:]
     end_with(int(parent))
     from stpredict.jobs.start import start
 
-    return start(load(AnyJobConfig, config))
+    leave(start(load(AnyJobConfig, config)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,6 @@
 """A run directory: what one job wrote, and where. Torch-free, so that a login node can read it.
 
-config.yaml  status.json  metrics.jsonl  environment.json  tensorboard/  logs/rank_N.log
+config.yaml  status.json  metrics.jsonl  environment.json  tensorboard/  logs/rank_N.log  logs/rank_N.error
 checkpoints/step_00001000/  export/  samples/
 """
 
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_pipeline.disk import renamed
 from data_pipeline.errors import UsageError
 
 _SOURCE = str(Path(__file__).parent)
@@ -65,6 +67,18 @@ class Run:
 
     def log_path(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
+
+    def error_path(self, rank: int) -> Path:
+        """One line: why this rank failed. There only if it did, in the last start."""
+        return self.logs / f"rank_{rank}.error"
+
+    def first_error(self, ranks: Iterable[int]) -> tuple[int, str] | None:
+        """Which of ``ranks`` failed first, and why: it knows the cause, the others only lost their peer."""
+        files = [(path.stat().st_mtime_ns, rank) for rank in ranks if (path := self.error_path(rank)).is_file()]
+        if not files:
+            return None
+        _, rank = min(files)
+        return rank, self.error_path(rank).read_text().strip()
 
     def status(self) -> Status | None:
         """What status.json says, or None where there is none. UsageError where it is damaged."""
@@ -146,10 +160,8 @@ def now() -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with renamed(path) as temporary:
+        temporary.write_text(text)
 
 
 def _output(*command: str) -> str | None:

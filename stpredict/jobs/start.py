@@ -1,5 +1,6 @@
 """Runs one job in this process, as one of its ranks: logging, status file, errors, exit status. Torch-free."""
 
+import errno
 import importlib
 import logging
 import os
@@ -8,7 +9,7 @@ import sys
 
 from data_pipeline.errors import UserError
 from stpredict.jobs.config import JobConfig
-from stpredict.run import Run, now
+from stpredict.run import Run, State, now, write_atomically
 from stpredict.training.signals import Preempted
 
 log = logging.getLogger(__name__)
@@ -23,47 +24,90 @@ MODULES = {
     "evaluate": "stpredict.jobs.evaluate",
     "report": "stpredict.jobs.report",
 }
+# The command for each kind of job that is not called like its command.
+COMMANDS = {"tokenizer": "train", "prior": "train"}
 EXIT_PREEMPTED = 75
+FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up"}
+
+
+def command_of(kind: str) -> str:
+    """The command that runs a job of ``kind``."""
+    return COMMANDS.get(kind, kind)
 
 
 def start(config: JobConfig) -> int:
-    """Runs the job as rank ``RANK`` (0 where there is none). Returns 0, 1, 2, or 75: stopped early, resumable."""
+    """Runs the job as rank ``RANK`` (0 where there is none). Returns 0, 1, 2, or 75: stopped early, resumable.
+
+    Only rank 0 writes status.json; why another rank failed stands in its logs/rank_N.error.
+    """
     rank = int(os.environ.get("RANK", 0))
     run = Run(config.run)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr, force=True
     )
-    if rank == 0:
-        run.update_status(
-            kind=config.kind,
-            state="running",
-            started=now(),
-            finished=None,
-            error=None,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            slurm_job_id=os.environ.get("SLURM_JOB_ID"),
-        )
-        run.write_environment()
     try:
+        run.error_path(rank).unlink(missing_ok=True)
+        if rank == 0:
+            _begin(config, run)
         importlib.import_module(MODULES[config.kind]).run(config, run)
+        if rank == 0:
+            run.update_status(state="done", finished=now(), phase="")
     except Exception as error:
         return _failed(run, rank, error)
-    if rank == 0:
-        run.update_status(state="done", finished=now(), phase="")
     return 0
+
+
+def _begin(config: JobConfig, run: Run) -> None:
+    run.update_status(
+        kind=config.kind,
+        state="running",
+        started=now(),
+        finished=None,
+        error=None,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        slurm_job_id=os.environ.get("SLURM_JOB_ID"),
+    )
+    run.write_environment()
 
 
 def _failed(run: Run, rank: int, error: Exception) -> int:
     if isinstance(error, Preempted):
         log.warning("%s", error)
-        if rank == 0:
-            run.update_status(state="preempted", finished=now(), error=str(error))
+        _leave_word(run, rank, "preempted", str(error))
         return EXIT_PREEMPTED
-    mendable = isinstance(error, UserError)
-    log.error("%s", error, exc_info=None if mendable and not os.environ.get("STPREDICT_DEBUG") else error)
-    status = run.status()
-    if status is None or status.state != "failed":  # the first rank to fail knows why; the others fail after it
-        text = str(error) if mendable else f"{type(error).__name__}: {error}"
-        run.update_status(state="failed", finished=now(), error=text.splitlines()[0] if text else repr(error))
-    return error.exit_status if mendable else 1
+    full = _full_disk(run, error)
+    mendable = full is not None or isinstance(error, UserError)
+    text = (full or str(error)) if mendable else f"{type(error).__name__}: {error}"
+    log.error("%s", full or error, exc_info=None if mendable and not os.environ.get("STPREDICT_DEBUG") else error)
+    _leave_word(run, rank, "failed", text.splitlines()[0] if text else repr(error))
+    return error.exit_status if isinstance(error, UserError) else 1
+
+
+def _leave_word(run: Run, rank: int, state: State, line: str) -> None:
+    """Says how this rank ended in its .error file if it failed and, on rank 0, in status.json. Where even that cannot
+    be written, the log alone says it."""
+    try:
+        if state == "failed":
+            write_atomically(run.error_path(rank), f"{line}\n")
+        if rank == 0:
+            first = run.first_error(range(int(os.environ.get("WORLD_SIZE", 1)))) if state == "failed" else None
+            run.update_status(state=state, finished=now(), error=first[1] if first else line)
+    except Exception as error:
+        log.error("%s: cannot say there that the job is %s: %s", run.path, state, error)
+
+
+def _full_disk(run: Run, error: BaseException) -> str | None:
+    """What to say if ``error``, or what led to it, is a full disk. (A failed write does not know its file's name.)"""
+    seen: list[BaseException] = []
+    chain = [error]
+    while chain:
+        link = chain.pop(0)
+        if link in seen:
+            continue
+        seen.append(link)
+        if isinstance(link, OSError) and link.errno in FULL:
+            where = link.filename or run.path
+            return f"{where}: {FULL[link.errno]}; make room and run again: it continues where it stopped"
+        chain += [other for other in (link.__cause__, link.__context__) if other is not None]
+    return None

@@ -7,7 +7,7 @@ import sys
 import time
 
 from launcher.rank import end_with
-from stpredict.run import Progress, Run
+from stpredict.run import Progress, Run, write_atomically
 
 
 def main() -> int:
@@ -35,8 +35,7 @@ def main() -> int:
         case "save" | "hurt" | "sleep" | "deaf":
             for _ in range(600):
                 if stopped and what == "hurt":
-                    run.update_status(state="failed", error="connection closed by peer")
-                    return 1
+                    return fail(run, rank, "connection closed by peer")
                 if stopped:
                     if rank == 0:
                         run.update_status(state="preempted", error="stopped at step 4")
@@ -44,14 +43,23 @@ def main() -> int:
                 time.sleep(0.05)
             return 0
         case "fail":
-            if rank == 0:
-                run.update_status(state="failed", error="no videos in /nowhere; give a folder that has some")
-            return 1
+            return fail(run, rank, "no videos in /nowhere; give a folder that has some")
+        case "abort":  # as C++ does at the end of a process, after the job
+            while run.status().state != "done":
+                time.sleep(0.02)
+            os.abort()
         case "crash":
             raise RuntimeError("the roof fell in")
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
     return int(what)
+
+
+def fail(run, rank, error):
+    write_atomically(run.error_path(rank), f"{error}\n")
+    if rank == 0:
+        run.update_status(state="failed", error=error)
+    return 1
 
 
 if __name__ == "__main__":

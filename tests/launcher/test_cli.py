@@ -1,13 +1,21 @@
 import json
 import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from data_pipeline.video_files import write_mp4
 from launcher import cli, local
+from launcher.jobs import load_job
+from launcher.rundir import locked, prepare
 from stpredict.run import Run
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = ["shard", "inspect", "train", "encode", "generate", "evaluate", "report", "launch", "status", "logs"]
 COMMANDS += ["export", "doctor"]
 EVALUATE = {"kind": "evaluate", "run": "runs/a", "generated": "runs/g"}
@@ -103,6 +111,51 @@ def test_a_folder_is_sharded_into_out(stpredict, tmp_path, fake, monkeypatch):
     path = write(tmp_path / "s.yaml", {"kind": "shard", "run": "own", "source": {"kind": "moving_digits"}})
     assert stpredict("shard", path, "other")[1] == "other\n"
     assert stpredict("shard", path)[1] == "own\n"
+
+
+def test_an_override_in_the_place_of_out_is_an_override(stpredict, tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(local, "run_job", fake("ok"))
+    path = write(tmp_path / "s.yaml", {"kind": "shard", "run": "own", "source": {"kind": "moving_digits"}})
+    assert stpredict("shard", path, "source.videos=9", "seed=3")[:2] == (0, "own\n")
+    config = yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())
+    assert (config["source"]["videos"], config["seed"]) == (9, 3)
+    (tmp_path / "a=b").mkdir()
+    assert stpredict("shard", path, "a=b")[1] == "a=b\n"
+
+
+def test_the_configs_that_help_names_exist(stpredict):
+    for command in COMMANDS:
+        for name in re.findall(r"configs/\S+\.yaml", stpredict(command, "--help")[1]):
+            assert (ROOT / name).is_file(), name
+
+
+def test_videos_left_out_are_said_at_the_end(stpredict, tmp_path):
+    for index in range(5):
+        write_mp4(tmp_path / "videos" / f"{index}.mp4", np.zeros((3, 32, 32, 3), np.uint8), fps=10)
+    (tmp_path / "videos" / "broken.mp4").write_bytes(b"nothing" * 100)
+    code, out, err = stpredict("shard", "videos", "out")
+    assert (code, out) == (0, "out\n")
+    line = "1 of 6 videos could not be read and were left out; out/logs/rank_*.log names them"
+    assert err.splitlines()[-1] == f"shard: {line}"
+    assert line in Run("out").log_path(0).read_text()
+    assert "broken.mp4" in Run("out").log_path(0).read_text()
+    assert "skipped" in stpredict("inspect", "out")[1]
+
+
+def test_ranks_found_leave_the_run_of_a_living_job_alone(tmp_path):
+    """torchrun's or srun's: rank 0 is refused, rank 1 goes on alone and fails at the rendezvous."""
+    run = Run(tmp_path / "run")
+    path = write(tmp_path / "s.yaml", {"kind": "shard", "run": str(run.path), "source": {"kind": "moving_digits"}})
+    refused = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "nowhere"}
+    with locked(run.path):
+        prepare(run, load_job(path, (), "shard"))
+        before = run.status_path.read_bytes()
+        for rank, code in (("0", 2), ("1", 1)):
+            command = [sys.executable, "-m", "launcher", "shard", str(path)]
+            ended = subprocess.run(command, env={**refused, "RANK": rank}, capture_output=True, text=True)
+            assert ended.returncode == code, ended.stderr
+        assert run.status_path.read_bytes() == before
+    assert "nowhere" in run.error_path(1).read_text()
 
 
 def test_launch_dry_run_starts_nothing(stpredict, tmp_path):

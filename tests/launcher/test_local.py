@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import UsageError, UserError
 from launcher import local
 from launcher.local import exit_status
 from stpredict.jobs.config import Resources
@@ -86,6 +87,67 @@ def test_a_rank_that_does_not_hear_sigterm_is_killed_after_the_grace(job, fake, 
 def test_the_error_that_the_job_itself_wrote_is_the_one_shown(job, fake, capsys):
     assert fake("fail")(job()) == 1
     assert "evaluate: no videos in /nowhere; give a folder that has some" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_error_shown_is_that_of_the_rank_that_failed_first_and_not_what_it_did_to_rank_0(
+    job, fake, tmp_path, capsys
+):
+    assert fake("hurt", "fail")(job(2)) == 1
+    assert Run(tmp_path / "run").status().error.startswith("no videos in /nowhere")
+    assert "rank_1.log" in capsys.readouterr().err
+    assert fake("sleep", "crash")(job(2)) == 1  # the words of an earlier start are not repeated
+    assert "the roof fell in" in Run(tmp_path / "run").status().error
+
+
+def test_a_job_that_is_done_stays_done_when_a_rank_aborts_on_its_way_out(job, fake, tmp_path, capsys):
+    assert fake("ok", "abort")(job(2)) == 0
+    assert Run(tmp_path / "run").status().state == "done"
+    assert "warning: evaluate: done, but rank 1 died of SIGABRT afterwards" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_a_rank_leaves_behind_is_ended_with_it_so_that_the_directory_is_free(job, tmp_path):
+    run = Run(tmp_path / "run")
+    code = "import subprocess; print('child', subprocess.Popen(['sleep', '60'], close_fds=False).pid)"
+    assert local.run_job(job(), command=lambda _: [sys.executable, "-c", code]) == 1
+    code = f"from stpredict.run import Run; Run({str(run.path)!r}).update_status(state='done'); {code}"
+    assert local.run_job(job(), command=lambda _: [sys.executable, "-c", code]) == 0
+    children = [int(line.split()[1]) for line in run.log_path(0).read_text().splitlines() if line.startswith("child")]
+    wait_for(lambda: not any(psutil.pid_exists(child) for child in children))
+    assert local.run_job(job(), command=lambda _: []) == 0  # not in use
+
+
+def test_a_persons_own_folder_is_no_run_directory_and_stays_as_it_is(job, fake, tmp_path):
+    own = tmp_path / "run" / "videos" / "holiday.mp4"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    with pytest.raises(UsageError, match="run is not empty and not a run directory; give another `run`"):
+        fake("ok")(job())
+    assert list((tmp_path / "run").rglob("*")) == [own.parent, own]
+
+
+@pytest.mark.parametrize("text", ["learning_rate: 1\n", "[1, 2]\n", "a: [\n"])
+def test_a_config_of_something_else_is_not_overwritten(job, fake, tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match="not a run directory"):
+        fake("ok")(job())
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [("config.yaml", text)]
+
+
+def test_what_a_start_that_was_killed_leaves_is_no_obstacle(job, fake, tmp_path):
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / ".config.yaml.0123.tmp").touch()
+    assert fake("ok")(job()) == 0
+
+
+def test_a_file_system_without_locks_is_one_line(job, fake, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("launcher.rundir.fcntl.flock", flock)
+    with pytest.raises(UserError, match=r"its file system has no file locks \(No locks available\).* give a `run`"):
+        fake("ok")(job())
 
 
 def test_a_rank_killed_for_memory_is_named_so(job, fake, tmp_path):

@@ -1,0 +1,118 @@
+"""What a rank leaves behind when it ends: status.json from rank 0 alone, and one line about why it failed."""
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data_pipeline.errors import UsageError
+from stpredict.jobs import start as module
+from stpredict.jobs.start import start
+from stpredict.run import Run, write_atomically
+
+
+@pytest.fixture
+def rank(job, tmp_path, monkeypatch):
+    """``rank(1, error)`` is the exit status of a rank 1 of 2 whose job raises ``error``, and its run."""
+
+    def call(number, error=None):
+        def work(config, run):
+            if error:
+                raise error
+
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("stpredict.jobs.evaluate.run", work)
+        return start(job(2)), Run(tmp_path / "run")
+
+    handlers, level = list(logging.root.handlers), logging.root.level
+    yield call
+    logging.root.handlers[:] = handlers  # start sets up a rank's own
+    logging.root.setLevel(level)
+
+
+def test_only_rank_0_writes_the_status(rank):
+    code, run = rank(1, UsageError("no videos in /nowhere\ngive others"))
+    assert code == 2
+    assert run.status() is None
+    assert run.error_path(1).read_text() == "no videos in /nowhere\n"
+    code, run = rank(0, RuntimeError("connection closed by peer"))
+    assert code == 1
+    assert run.status().state == "failed"
+    assert run.status().error == "no videos in /nowhere"  # the first to fail knows why
+
+
+def test_a_new_start_forgets_the_old_error(rank):
+    rank(1, ValueError("x"))
+    code, run = rank(1)
+    assert code == 0
+    assert not run.error_path(1).exists()
+    code, run = rank(0)
+    assert run.status().state == "done"
+
+
+def wrapped(error):
+    try:
+        try:
+            raise error
+        except OSError:
+            raise RuntimeError("cannot save")  # noqa: B904 (the context is the point)
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/scratch/a.pt"), "/scratch/a.pt"),
+        (wrapped(OSError(errno.ENOSPC, "No space left on device")), "run"),
+    ],
+)
+def test_a_full_disk_is_one_line(rank, capsys, monkeypatch, error, where):
+    monkeypatch.setenv("STPREDICT_DEBUG", "")
+    code, run = rank(0, error)
+    assert code == 1
+    line = "no space left on the device; make room and run again: it continues where it stopped"
+    assert run.status().error.endswith(f"{where}: {line}")
+    (logged,) = capsys.readouterr().err.splitlines()
+    assert logged.endswith(line)
+
+
+def test_other_errors_of_the_system_are_as_they_were(rank):
+    _, run = rank(0, PermissionError(errno.EACCES, "Permission denied", "/x"))
+    assert run.status().error == "PermissionError: [Errno 13] Permission denied: '/x'"
+
+
+def test_the_exit_status_is_kept_when_the_status_file_cannot_be_written(rank, capsys, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "write_atomically", full)
+    monkeypatch.setattr("stpredict.run.write_atomically", full)
+    code, _ = rank(0)
+    assert code == 1
+    assert "cannot say there that the job is failed" in capsys.readouterr().err
+
+
+def test_the_first_error_is_the_oldest(tmp_path):
+    run = Run(tmp_path)
+    assert run.first_error(range(3)) is None
+    for rank, at in ((0, 30), (2, 10), (1, 20)):
+        write_atomically(run.error_path(rank), f"error of {rank}\n")
+        os.utime(run.error_path(rank), (at, at))
+    assert run.first_error(range(2)) == (1, "error of 1")
+
+
+def test_a_rank_leaves_with_its_status_and_its_words_whatever_its_threads_do():
+    code = """
+import atexit, os, sys
+from launcher.rank import leave
+atexit.register(os.abort)
+print("last words")
+leave(75)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (75, "last words\n")
