@@ -21,6 +21,7 @@ from rich.table import Table
 
 COMPILERS = {"ninja", "g++", "c++", "gcc", "cc1plus", "clang++", "nvcc", "cicc", "ld"}
 GB = 1e9
+STALE_S = 600.0  # no compilation of ours takes as long
 
 
 class Check(NamedTuple):
@@ -99,7 +100,7 @@ def _bf16() -> str:
 
 
 def _deepspeed() -> str:
-    removed = remove_stale_locks(extensions_folder())
+    removed, held = remove_stale_locks(extensions_folder())
     note = f"; removed a lock left by a killed compiler: {', '.join(map(str, removed))}" if removed else ""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -108,8 +109,12 @@ def _deepspeed() -> str:
         return f"{deepspeed.__version__} on {get_accelerator().device_name()}{note}"
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
+    builder = ShareMemCommBuilder()
+    for lock in held:
+        if lock.parent.name == builder.name:
+            raise RuntimeError(being_compiled(lock))
     began = time.monotonic()
-    ShareMemCommBuilder().load(verbose=False)
+    builder.load(verbose=False)
     return f"{deepspeed.__version__}, deepspeed_shm_comm loaded in {time.monotonic() - began:.1f} s{note}"
 
 
@@ -119,15 +124,26 @@ def extensions_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
 
 
-def remove_stale_locks(folder: Path, older_than_s: float = 10.0) -> list[Path]:
-    """Removes the lock files that a killed compilation left, on which every later start would wait for ever."""
-    locks = [lock for lock in folder.glob("**/lock") if time.time() - lock.stat().st_mtime > older_than_s]
+def remove_stale_locks(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Removes the lock files that a killed compilation left, on which every later start would wait for ever.
+
+    Returns those that it removed and those that it left: younger than STALE_S, since ``folder`` may be shared with
+    nodes whose compilers cannot be seen from here, or with a compiler at work here.
+    """
+    locks = {lock: time.time() - lock.stat().st_mtime for lock in folder.glob("**/lock")}
     mine = (process.info for process in psutil.process_iter(["name", "username"]))
-    if not locks or any(info["name"] in COMPILERS and info["username"] == getuser() for info in mine):
-        return []
-    for lock in locks:
+    compiling = any(info["name"] in COMPILERS and info["username"] == getuser() for info in mine)
+    stale = [lock for lock, age in locks.items() if age > STALE_S and not compiling]
+    for lock in stale:
         lock.unlink(missing_ok=True)
-    return locks
+    return stale, [lock for lock in locks if lock not in stale]
+
+
+def being_compiled(lock: Path) -> str:
+    return (
+        f"a compilation seems to be running, here or on another node with this home: {lock} exists. Wait for it; if "
+        f"there is none, remove that file (after {STALE_S / 60:.0f} minutes `stpredict doctor` does)"
+    )
 
 
 def _av() -> str:
