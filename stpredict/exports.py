@@ -5,7 +5,6 @@ export/model.safetensors  fp32 weights by name
 """
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.config import ClipConfig, Config
+from data_pipeline.disk import temporary_path
 from data_pipeline.errors import UsageError, UserError
 from stpredict.config import as_yaml, canonical_json, load, validate
 from stpredict.priors.config import NextBlockConfig
@@ -55,7 +55,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
         raise UsageError(f"{out}: holds other things than an export; give a folder that is empty or does not exist")
     config = validate(AnyExport, read_state(checkpoint).export, checkpoint / "state.json")
     weights = gathered_weights(checkpoint)
-    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
+    temporary, old = (temporary_path(out), temporary_path(out))
     try:
         temporary.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "model.safetensors")

@@ -16,11 +16,11 @@ from markupsafe import Markup
 
 from stpredict.evaluation.charts import as_svg, frame_chart, training_chart
 from stpredict.evaluation.run_facts import TRAINING, RunFacts, read_facts
+from stpredict.jobs.start import command_of
 from stpredict.run import write_atomically
 
 MOST_PICTURES = 8
 PICTURE_BYTES = 5 * 2**20  # of GIFs in one page; base64 makes a third more of them
-COMMANDS = {"tokenizer": "train", "prior": "train"}  # of the other kinds of job, the command has the kind's name
 
 
 def write_report(title: str, runs: dict[str, Path], out: Path) -> Path:
@@ -142,7 +142,7 @@ def _has_pictures(run: RunFacts) -> bool:
 
 
 def _command(run: RunFacts) -> str:
-    return f"stpredict {COMMANDS.get(run.kind, run.kind)} {shlex.quote(str(run.run.config_path))}"
+    return f"stpredict {command_of(run.kind)} {shlex.quote(str(run.run.config_path))}"
 
 
 def _svg(figure, run: RunFacts) -> Markup:
