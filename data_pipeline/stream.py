@@ -47,7 +47,7 @@ def clip_batches(
     seed: int,
     rank: int,
     world_size: int,
-    micro_batch_size: int,
+    batch_size: int,
     consumed: int = 0,
 ) -> Iterator[Batch]:
     """This rank's training batches, without end: clip uint8 (b, t, h, w, c), label int64 (b,), key list[str].
@@ -56,7 +56,7 @@ def clip_batches(
     or the ranks cannot share it; UserError, while iterating, if more than ``max_bad_fraction`` is unreadable.
     """
     shards = _ShardSet(config, config.shards / split, "clips", Clips(config.clip, seed))
-    return shards.training_batches(seed, rank, world_size, micro_batch_size, consumed)
+    return shards.training_batches(seed, rank, world_size, batch_size, consumed)
 
 
 def latent_batches(
@@ -66,12 +66,12 @@ def latent_batches(
     seed: int,
     rank: int,
     world_size: int,
-    micro_batch_size: int,
+    batch_size: int,
     consumed: int = 0,
 ) -> Iterator[Batch]:
     """Like ``clip_batches``, of a latent set: latent int64 (b, T', H', W'), label int64 (b,), key list[str]."""
     shards = _ShardSet(config, config.latents / split, "latents", Latents())
-    return shards.training_batches(seed, rank, world_size, micro_batch_size, consumed)
+    return shards.training_batches(seed, rank, world_size, batch_size, consumed)
 
 
 def clip_evaluation_batches(

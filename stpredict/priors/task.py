@@ -1,6 +1,7 @@
 """Training a prior: predict the next block of cached latents."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -43,25 +44,10 @@ class PriorTask(Task):
         self.data, self.seed = data, seed
 
     def training_batches(self, share: Share, consumed: int) -> Iterator[Batch]:
-        return latent_batches(
-            self.data,
-            "train",
-            seed=self.seed,
-            rank=share.rank,
-            world_size=share.world_size,
-            micro_batch_size=share.batch_size,
-            consumed=consumed,
-        )
+        return latent_batches(self.data, "train", seed=self.seed, consumed=consumed, **asdict(share))
 
     def validation_batches(self, share: Share) -> Iterator[Batch]:
-        return latent_evaluation_batches(
-            self.data,
-            "val",
-            seed=self.seed,
-            rank=share.rank,
-            world_size=share.world_size,
-            batch_size=share.batch_size,
-        )
+        return latent_evaluation_batches(self.data, "val", seed=self.seed, **asdict(share))
 
     def counts(self, batch: Batch) -> dict[str, float]:
         targets = float(batch["latent"].shape[0] * (self.model.order.tokens - self.model.order.block_tokens))

@@ -1,6 +1,7 @@
 """Training a tokenizer: reconstruct clips."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -30,25 +31,10 @@ class TokenizerTask(Task):
         self.data, self.seed = data, seed
 
     def training_batches(self, share: Share, consumed: int) -> Iterator[Batch]:
-        return clip_batches(
-            self.data,
-            "train",
-            seed=self.seed,
-            rank=share.rank,
-            world_size=share.world_size,
-            micro_batch_size=share.batch_size,
-            consumed=consumed,
-        )
+        return clip_batches(self.data, "train", seed=self.seed, consumed=consumed, **asdict(share))
 
     def validation_batches(self, share: Share) -> Iterator[Batch]:
-        return clip_evaluation_batches(
-            self.data,
-            "val",
-            seed=self.seed,
-            rank=share.rank,
-            world_size=share.world_size,
-            batch_size=share.batch_size,
-        )
+        return clip_evaluation_batches(self.data, "val", seed=self.seed, **asdict(share))
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {"l1": float(batch["clip"].numel()), "l2": float(batch["clip"].numel())}

@@ -144,7 +144,7 @@ def test_training_order_is_one_order_and_resumes(tmp_path):
         ranks = []
         for rank in range(world_size):
             config = LatentDataConfig(latents=tmp_path, workers=workers)
-            where = {"rank": rank, "world_size": world_size, "micro_batch_size": batch, "consumed": consumed}
+            where = {"rank": rank, "world_size": world_size, "batch_size": batch, "consumed": consumed}
             batches = latent_batches(config, "train", seed=0, **where)
             taken = [key for item in islice(batches, samples // world_size // batch) for key in item["key"]]
             ranks.append(taken)

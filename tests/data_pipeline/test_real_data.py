@@ -27,7 +27,7 @@ def test_weizmann_from_folder_to_batches(test_data, tmp_path):
     merge(tmp_path / "train")
     assert read_manifest(tmp_path / "train").samples == len(train)
     config = ClipDataConfig(shards=tmp_path, clip=ClipConfig(size=(48, 64)), workers=1)
-    batches = clip_batches(config, "train", seed=0, rank=0, world_size=1, micro_batch_size=8)
+    batches = clip_batches(config, "train", seed=0, rank=0, world_size=1, batch_size=8)
     for item in islice(batches, 3):
         assert item["clip"].shape == (8, 17, 48, 64, 3)
         assert all(key.startswith(ACTIONS[label]) for key, label in zip(item["key"], item["label"], strict=True))

@@ -37,7 +37,7 @@ def train(shards, samples, *, rank=0, world_size=1, batch=1, consumed=0, seed=0,
         seed=seed,
         rank=rank,
         world_size=world_size,
-        micro_batch_size=batch,
+        batch_size=batch,
         consumed=consumed,
     )
     taken = []
@@ -225,7 +225,7 @@ def test_a_missing_shard_fails_by_name(broken_set):
 
 
 def test_errors_come_when_the_stream_is_opened_not_in_the_first_step(clip_set, tmp_path):
-    options = {"seed": 0, "rank": 0, "micro_batch_size": 1}
+    options = {"seed": 0, "rank": 0, "batch_size": 1}
     with pytest.raises(UsageError, match="no shard set here: the folder does not exist"):
         clip_batches(data(tmp_path / "nowhere"), "train", world_size=1, **options)
     with pytest.raises(UsageError, match="cannot share 8 virtual streams"):
@@ -261,7 +261,7 @@ from data_pipeline.stream import clip_batches
 for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
     signal.signal(number, lambda *_: None)
 config = ClipDataConfig.model_validate_json(sys.argv[1])
-batches = clip_batches(config, "train", seed=0, rank=0, world_size=1, micro_batch_size=4)
+batches = clip_batches(config, "train", seed=0, rank=0, world_size=1, batch_size=4)
 next(batches)
 print(*(child.pid for child in psutil.Process().children()), flush=True)
 sys.stdin.readline()
