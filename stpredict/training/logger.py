@@ -25,7 +25,8 @@ class MetricsLogger:
 
     def picture(self, name: str, step: int, frames: np.ndarray) -> None:
         """``frames`` uint8 (t, h, w, 3), shown as a strip of about eight of them."""
-        strip = np.concatenate(list(frames[:: max(1, len(frames) // 8)]), axis=1)
+        shown = frames[:: max(1, len(frames) // 8)]
+        strip = np.concatenate(list(np.pad(shown, ((0, 0), (0, 0), (0, 8), (0, 0)), constant_values=255)), axis=1)
         self.tensorboard.add_image(name, strip, step, dataformats="HWC")
 
     def close(self) -> None:
