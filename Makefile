@@ -11,7 +11,8 @@ TORCH  ?= torch==2.13.0
 .PHONY: help install demo test test-slow lint format clean
 help:
 	@echo "make demo                        the whole pipeline on two CPU cores, in minutes; ends with a report"
-	@echo "make demo VIDEOS=/some/folder    the same on your own videos (class = sub-folder)"
+	@echo "make demo VIDEOS=/some/folder    the same on your own videos (class = sub-folder), into runs/demo_FOLDER"
+	@echo "make demo ARGS=...               more for stpredict launch: ARGS=\"--rerun prior\", ARGS=run=runs/other"
 	@echo "make test                        the test suite   (make test-slow: the long proofs)"
 	@echo "make install                     .venv with pinned dependencies and DeepSpeed's CPU op built"
 	@echo "make lint, make format           ruff"
@@ -30,9 +31,10 @@ $(READY): requirements.txt pyproject.toml
 
 demo: $(READY)
 ifdef VIDEOS
-	$(BIN)/stpredict launch configs/pipelines/demo_videos.yaml --cluster local vars.videos="$(abspath $(VIDEOS))"
+	$(BIN)/stpredict launch configs/pipelines/demo_videos.yaml --cluster local vars.videos="$(abspath $(VIDEOS))" \
+		run="runs/demo_$(notdir $(abspath $(VIDEOS)))" $(ARGS)
 else
-	$(BIN)/stpredict launch configs/pipelines/demo.yaml --cluster local
+	$(BIN)/stpredict launch configs/pipelines/demo.yaml --cluster local $(ARGS)
 endif
 
 test: $(READY)

@@ -130,7 +130,10 @@ def merge(folder: str | Path) -> Manifest:
     samples, skipped = sum(shard.samples for shard in shards), sum(record.skipped for record in records)
     manifest = Manifest(**dict(first.set), samples=samples, skipped=skipped, shards=shards)
     if not shards:
-        raise UserError(f"{folder}: none of the {skipped} samples could be read; the log gives the reason for each")
+        raise UserError(
+            f"{folder}: none of the {skipped} samples could be read; the log gives the reason for each. "
+            "Add readable ones, or say which are whose by folders named train and val"
+        )
     write_json(folder / "manifest.json", manifest.model_dump(mode="json", exclude_none=True))
     return manifest
 

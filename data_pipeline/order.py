@@ -113,9 +113,10 @@ def stream_count(shards: int, wanted: int | None, world_size: int, workers: int,
         return streams
     ways = []
     if streams % world_size == 0:
-        ways.append(f"workers={_or([w for w in range(1, workers) if streams // world_size % w == 0])}")
+        ways.append(f"data.workers={_or([w for w in range(1, workers) if streams // world_size % w == 0])}")
     else:
-        ways.append(f"processes={_or([n for n in range(1, min(streams, world_size) + 1) if streams % n == 0])}")
+        fit = [n for n in range(1, min(streams, world_size) + 1) if streams % n == 0]
+        ways.append(f"resources.processes={_or(fit)}")
     if readers <= shards:
         ways.append(f"virtual_streams={shards // readers * readers}")
     raise UsageError(

@@ -35,7 +35,15 @@ class Job:
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineConfig, list[Job]]:
     """The pipeline in ``path`` and its jobs, each after those that it needs."""
-    node = apply_overrides(read_yaml(path), overrides)
+    node = read_yaml(path)
+    known = list(node.get("jobs") or {})
+    for override in overrides:
+        match override.partition("=")[0].split("."):
+            case ["jobs", name, *_] if name not in known:
+                raise UsageError(
+                    f"{override}: {path} has no job {name!r}; its jobs: {', '.join(known)} (jobs.JOB.set.KEY=value)"
+                )
+    node = apply_overrides(node, overrides)
     # A job's ${run:NAME} is kept as it is until the job's own config is resolved.
     data = resolve(node, path, run_of=lambda name: f"${{run:{name}}}")
     pipeline = validate(PipelineConfig, data, path)

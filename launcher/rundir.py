@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from stpredict.run import Run, now
 
 # Keys that change nothing in what a job makes.
 HARMLESS = ("run", "resources.threads")
+ORPHANS_END_S = 15.0  # data workers notice within seconds that their rank is gone
 # What a start leaves behind before the job itself has made anything.
 OF_THE_START = {"config.yaml", "status.json", "environment.json", "logs", ".lock"}
 
@@ -97,6 +99,27 @@ def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> None:
     )
 
 
+def _lock(file: IO[str]) -> None:
+    """Takes the lock. Where the launcher that holds it is dead, its last processes are about to end: waits for them."""
+    deadline = time.monotonic() + ORPHANS_END_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            if _alive(file.read()) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _alive(owner: str) -> bool:
+    """Whether the launcher that wrote ``owner`` into the lock file may still be there."""
+    match owner.split():
+        case ["process", pid, "on", host] if host == socket.gethostname():
+            return Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists()
+    return True
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[str]]:
     """Holds the lock of a run directory. Ranks inherit the open file, and so the lock: should the launcher be killed,
@@ -104,7 +127,7 @@ def locked(folder: Path) -> Iterator[IO[str]]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"

@@ -80,7 +80,7 @@ def find_export(path: Path) -> Path:
         raise UsageError(
             f"{path}: this run has no export yet (state: {status.state}); finish it, or `stpredict export`"
         )
-    raise UsageError(f"{path}: neither a run with an export nor an export (config.yaml and model.safetensors)")
+    raise UsageError(f"{path}: neither a run with an export nor an export; train it first, or give another path")
 
 
 def fingerprint(export: Path) -> str:

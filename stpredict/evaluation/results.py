@@ -82,8 +82,8 @@ class Evaluation(BaseModel):
         """Whether prediction beats repeating the last given frame, with its number whichever way it falls."""
         gain = f"{abs(self.gain_over_repeat_db):.2f} dB"
         if self.beats_repeating:
-            return f"Predictions beat repeating the last frame by {gain}."
-        return f"Predictions do NOT beat repeating the last frame (−{gain})."  # noqa: RUF001
+            return f"Predictions beat repeating the last frame by {gain} PSNR."
+        return f"Predictions do NOT beat repeating the last frame (−{gain} PSNR)."  # noqa: RUF001
 
 
 def scores(psnr: np.ndarray, ssim: np.ndarray, mse: np.ndarray) -> Scores:

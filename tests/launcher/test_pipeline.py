@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -206,3 +207,8 @@ def test_the_cluster_sets_the_threads_of_ranks(pipeline):
     launch(*pipeline.load(), ClusterConfig(threads=5), run_job=pipeline.fake("ok"))
     assert "threads 5" in pipeline.run("first").log_path(0).read_text()
     assert json.loads(pipeline.run("first").status_path.read_text())["state"] == "done"
+
+
+def test_an_override_of_a_job_that_is_not_there_names_those_that_are():
+    with pytest.raises(UsageError, match=r"has no job 'priorr'; its jobs: shards, tokenizer, .*jobs\.JOB\.set\.KEY"):
+        load_pipeline(Path("configs/pipelines/demo.yaml"), ["jobs.priorr.set.training.steps=5"])

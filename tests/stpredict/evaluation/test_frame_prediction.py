@@ -49,7 +49,7 @@ def test_a_prediction_that_equals_the_truth_beats_repeating_by_all_there_is():
     expected = EXACT_DB - psnr(np.repeat(truth[:, 2:3], 5, axis=1), truth[:, 3:]).mean()
     assert result.prediction.mse == 0
     assert result.gain_over_repeat_db == pytest.approx(expected)
-    assert result.verdict() == f"Predictions beat repeating the last frame by {expected:.2f} dB."
+    assert result.verdict() == f"Predictions beat repeating the last frame by {expected:.2f} dB PSNR."
 
 
 def test_repeating_against_itself_is_not_called_a_win():
