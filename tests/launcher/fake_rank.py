@@ -21,7 +21,11 @@ def main() -> int:
     if what == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(f"pid {os.getpid()} threads {os.environ['OMP_NUM_THREADS']} world {os.environ['WORLD_SIZE']}", flush=True)
-    (run.path / f"pid_{rank}").write_text(str(os.getpid()))
+    write_atomically(run.path / f"pid_{rank}", str(os.getpid()))
+    everyone = [run.path / f"pid_{other}" for other in range(int(os.environ["WORLD_SIZE"]))]
+    deadline = time.monotonic() + 20
+    while not all(path.exists() for path in everyone) and time.monotonic() < deadline:
+        time.sleep(0.01)  # so that nobody is ended before it has begun
     if rank == 0:
         run.update_status(state="running")
         progress = Progress(run, 4, "step", interval_s=0)
