@@ -113,10 +113,11 @@ def _lock(file: IO[str]) -> None:
 
 
 def _alive(owner: str) -> bool:
-    """Whether the launcher that wrote ``owner`` into the lock file may still be there."""
+    """Whether the launcher that wrote ``owner`` into the lock file may still be at that run. This process, which asks
+    for the lock, is not: what it started there is about to end."""
     match owner.split():
         case ["process", pid, "on", host] if host == socket.gethostname():
-            return Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists()
+            return pid != str(os.getpid()) and (Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists())
     return True
 
 

@@ -43,8 +43,9 @@ def test_the_last_processes_of_a_dead_launcher_are_waited_for(tmp_path, orphan):
 
 
 def test_a_living_launcher_is_not_waited_for(tmp_path, orphan):
-    orphan(30.0)  # its owner, as the file says, is this process
+    orphan(30.0)
+    (tmp_path / ".lock").write_text(f"process {os.getppid()} on {socket.gethostname()}\n")
     before = time.monotonic()
-    with pytest.raises(UsageError, match=f"is in use by process {os.getpid()} on"), locked(tmp_path):
+    with pytest.raises(UsageError, match=f"is in use by process {os.getppid()} on"), locked(tmp_path):
         pass
     assert time.monotonic() - before < 5
