@@ -55,7 +55,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
         raise UsageError(f"{out}: holds other things than an export; give a folder that is empty or does not exist")
     config = validate(AnyExport, read_state(checkpoint).export, checkpoint / "state.json")
     weights = gathered_weights(checkpoint)
-    temporary, old = (temporary_path(out), temporary_path(out))
+    temporary, old = temporary_path(out), temporary_path(out)
     try:
         temporary.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "model.safetensors")
@@ -66,6 +66,8 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot write the export: {error}") from error
     finally:
+        if old.exists() and not out.exists():  # the swap broke off in the middle
+            old.rename(out)
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
 
