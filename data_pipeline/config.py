@@ -6,13 +6,17 @@ Torch-free, like every ``config.py`` of the project: a login node reads these in
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Config(BaseModel):
     """Base of every config: unknown keys are errors, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# A folder, a URL, or several of them in braces: text, because a Path would turn s3:// into s3:/.
+Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 
 
 class FolderSource(Config):
@@ -47,32 +51,81 @@ Source = Annotated[FolderSource | MovingDigitsSource, Field(discriminator="kind"
 
 
 class ClipConfig(Config):
-    """How one clip is cut from a video: ``frames`` frames, ``stride`` apart, resized to ``size``."""
+    """How clips are cut from a video: ``frames`` frames, ``stride`` apart, resized and cropped to ``size``.
+
+    Everything random is drawn once per clip, from (seed, epoch, key): all its frames are treated alike.
+    """
 
     frames: int = Field(17, ge=1)
     size: tuple[int, int] = Field((64, 64), description="height and width in pixels")
-    stride: int = Field(1, ge=1, description="take every n-th frame")
+    fps: float | None = Field(None, gt=0, description="frames per second, picked by timestamp; default: every frame")
+    stride: int = Field(1, ge=1, description="take every n-th frame (of those at fps, where that is given)")
     start: Literal["random", "centre", "first"] = "random"
+    per_video: int = Field(1, ge=1, description="clips per video and epoch, from as many equal parts of it")
     resize: Literal["crop", "stretch"] = Field(
-        "crop", description="crop: short side to size, then centre crop; stretch: straight to size"
+        "crop", description="crop: short side to short_side, then cut out size; stretch: straight to size"
     )
+    short_side: int | None = Field(None, ge=1, description="pixels, before the crop; default: as small as size allows")
+    crop: Literal["centre", "random"] = "centre"
+    flip: bool = Field(False, description="mirror every other clip left to right")
     channels: Literal[1, 3] = Field(3, description="3: RGB; 1: luminance")
+    max_pixels: int = Field(2**25, ge=1, description="refuse videos with larger frames: height x width")
+
+    @property
+    def unaugmented(self) -> "ClipConfig":
+        """The same clips without random crop and flip: for validation."""
+        return self.model_copy(update={"crop": "centre", "flip": False})
 
 
-class ClipDataConfig(Config):
-    """Clips from a shard set: ``shards`` is a shard job's run, which holds ``train/`` and ``val/``."""
+class CacheConfig(Config):
+    """Where shards from an object store are kept on local disk; processes of one machine share it."""
 
-    shards: Path
-    clip: ClipConfig = ClipConfig()
-    workers: int = Field(1, ge=0, description="DataLoader worker processes per rank")
+    folder: Path
+    bytes: int = Field(100 * 2**30, ge=1, description="the least recently read shards go first")
+
+
+class StreamConfig(Config):
+    """What every stream of a shard set has."""
+
+    workers: int = Field(1, ge=0, description="DataLoader worker processes per rank and set")
     virtual_streams: int | None = Field(None, ge=1, description="V of the stream; default from the shard count")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="fail when more of the samples read are unreadable")
+    timeout_s: float = Field(60, gt=0, description="a worker that is longer at one sample is replaced, the sample too")
+    buffer_bytes: int = Field(4 * 2**30, ge=1, description="most that one worker may hold in shuffle windows")
+    cache: CacheConfig | None = Field(None, description="of shards that are read over the network")
 
 
-class LatentDataConfig(Config):
+class ClipSetConfig(Config):
+    """One more shard set to draw training clips from."""
+
+    shards: Location
+    clip: ClipConfig = ClipConfig()
+    weight: float = Field(1, gt=0)
+
+
+class ClipDataConfig(StreamConfig):
+    """Clips from a shard set: ``shards`` is a shard job's run, which holds ``train/`` and ``val/``, on disk or at a
+    URL (s3://, gs://, https://); braces name several: ``runs/part-{0..3}``.
+
+    Training steps draw from this set and those of ``mix`` by their weights, each step from one; validation from this.
+    """
+
+    shards: Location
+    clip: ClipConfig = ClipConfig()
+    weight: float = Field(1, gt=0, description="of this set in the mix")
+    mix: dict[str, ClipSetConfig] = {}
+
+
+class LatentSetConfig(Config):
+    """One more latent set to draw from."""
+
+    latents: Location
+    weight: float = Field(1, gt=0)
+
+
+class LatentDataConfig(StreamConfig):
     """Cached latents: ``latents`` is an encode job's run, which holds ``train/`` and ``val/``."""
 
-    latents: Path
-    workers: int = Field(1, ge=0, description="DataLoader worker processes per rank")
-    virtual_streams: int | None = Field(None, ge=1, description="V of the stream; default from the shard count")
-    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="fail when more of the samples read are unreadable")
+    latents: Location
+    weight: float = Field(1, gt=0, description="of this set in the mix")
+    mix: dict[str, LatentSetConfig] = {}

@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from data_pipeline.errors import UsageError, UserError
 from data_pipeline.formats import Clips, Latents
 from data_pipeline.manifest import read_manifest
 from data_pipeline.order import FileOrder, Order, shares, stream_count
+from data_pipeline.storage import child
 from data_pipeline.windows import Format, Reading, WindowReader
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def clip_batches(
     ``consumed`` counts the samples that all ranks together took before. UsageError if there is no such shard set
     or the ranks cannot share it; UserError, while iterating, if more than ``max_bad_fraction`` is unreadable.
     """
-    shards = _ShardSet(config, config.shards / split, "clips", Clips(config.clip, seed))
+    shards = _ShardSet(config, child(config.shards, split), "clips", Clips(config.clip, seed))
     return shards.training_batches(seed, rank, world_size, batch_size, consumed)
 
 
@@ -70,7 +70,7 @@ def latent_batches(
     consumed: int = 0,
 ) -> Iterator[Batch]:
     """Like ``clip_batches``, of a latent set: latent int64 (b, T', H', W'), label int64 (b,), key list[str]."""
-    shards = _ShardSet(config, config.latents / split, "latents", Latents())
+    shards = _ShardSet(config, child(config.latents, split), "latents", Latents())
     return shards.training_batches(seed, rank, world_size, batch_size, consumed)
 
 
@@ -92,7 +92,7 @@ def clip_evaluation_batches(
     float32 (b,), 0 for what only fills up a batch and for unreadable samples. Another ``epoch`` cuts other clips
     where starts are random. Raises like ``clip_batches``.
     """
-    shards = _ShardSet(config, config.shards / split, "clips", Clips(config.clip, seed))
+    shards = _ShardSet(config, child(config.shards, split), "clips", Clips(config.clip, seed))
     return shards.evaluation_batches(rank, world_size, batch_size, limit, epoch)
 
 
@@ -108,19 +108,19 @@ def latent_evaluation_batches(
     epoch: int = 0,
 ) -> Iterator[Batch]:
     """Like ``clip_evaluation_batches``, of a latent set, in which nothing depends on ``seed`` or ``epoch``."""
-    shards = _ShardSet(config, config.latents / split, "latents", Latents())
+    shards = _ShardSet(config, child(config.latents, split), "latents", Latents())
     return shards.evaluation_batches(rank, world_size, batch_size, limit, epoch)
 
 
 class _ShardSet:
     """A shard set, opened: what clips and latents have in common."""
 
-    def __init__(self, config: ClipDataConfig | LatentDataConfig, folder: Path, kind: str, format: Format):
+    def __init__(self, config: ClipDataConfig | LatentDataConfig, folder: str, kind: str, format: Format):
         self._config, self._folder, self._format = config, folder, format
         self._manifest = read_manifest(folder)
         if self._manifest.kind != kind:
             raise UsageError(f"{folder}: holds {self._manifest.kind}, {kind} are needed")
-        self._counts = [[window.count for window in shard.windows] for shard in self._manifest.shards]
+        self._counts = [shard.window_samples for shard in self._manifest.shards]
 
     def training_batches(
         self, seed: int, rank: int, world_size: int, batch_size: int, consumed: int
@@ -188,7 +188,7 @@ class _Samples(IterableDataset):
 class _Health:
     """Counts unreadable samples, logs each once, and fails the job when there are too many."""
 
-    def __init__(self, folder: Path, most: float):
+    def __init__(self, folder: str, most: float):
         self._folder, self._most = folder, most
         self._read = self._bad = 0
         self._known: set[str] = set()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.disk import temporary_path, write_json
-from data_pipeline.manifest import Description, Shard, ShardRecord, Window, file_sha256, shard_name
+from data_pipeline.manifest import Description, Shard, ShardRecord, file_sha256, shard_name
 
 
 class TarShard:
@@ -22,7 +22,7 @@ class TarShard:
         self._temporary = temporary_path(folder / f"{self._name}.tar")
         self._file = self._temporary.open("wb")
         self._tar = webdataset.TarWriter(self._file, user="", group="", encoder=False, mtime=0)
-        self._windows: list[Window] = []
+        self._windows: list[tuple[int, int]] = []  # bytes, samples
         self._start = self._count = 0
 
     def add(self, key: str, members: dict[str, bytes], description: dict[str, Any], count: int = 1) -> None:
@@ -44,10 +44,11 @@ class TarShard:
         self._file.close()
         shard = Shard(
             name=self._name,
-            samples=sum(window.count for window in self._windows),
+            samples=sum(count for _, count in self._windows),
             bytes=self._temporary.stat().st_size,
             sha256=file_sha256(self._temporary),
-            windows=self._windows,
+            window_bytes=[size for size, _ in self._windows],
+            window_samples=[count for _, count in self._windows],
         )
         record = ShardRecord(shard=shard, set=description, shards=shards, plan=plan, skipped=skipped)
         self._temporary.replace(self._folder / f"{self._name}.tar")
@@ -60,5 +61,5 @@ class TarShard:
         self._file.close()
 
     def _end_window(self, end: int) -> None:
-        self._windows.append(Window(offset=self._start, bytes=end - self._start, count=self._count))
+        self._windows.append((end - self._start, self._count))
         self._start, self._count = end, 0

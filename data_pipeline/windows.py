@@ -8,7 +8,6 @@ import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -17,6 +16,7 @@ from data_pipeline.decode import DecodeError
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Slot
+from data_pipeline.storage import child, read_range
 
 Raw = dict[str, Any]  # a sample as the tar has it
 
@@ -42,7 +42,7 @@ class Reading:
 class WindowReader:
     """``read`` gives the sample at a slot. ``stream`` says on whose behalf: each keeps its current window."""
 
-    def __init__(self, folder: Path, manifest: Manifest, format: Format):
+    def __init__(self, folder: str, manifest: Manifest, format: Format):
         self._folder, self._manifest, self._format = folder, manifest, format
         self._current: dict[int, tuple[tuple[int, int], list[Raw | None]]] = {}
 
@@ -80,9 +80,7 @@ class WindowReader:
         """Exactly as many entries as the manifest says; None where a damaged tar has no more to give."""
         extent = self._manifest.shards[shard].windows[window]
         try:
-            with self._name(shard).open("rb", buffering=0) as file:
-                file.seek(extent.offset)
-                data = file.read(extent.bytes)
+            data = read_range(self._name(shard), extent.offset, extent.bytes)
         except FileNotFoundError:
             raise UserError(f"{self._name(shard)} is missing, though the manifest names it; restore it") from None
         samples: list[Raw | None] = []
@@ -91,8 +89,8 @@ class WindowReader:
         samples = samples[: extent.count]
         return samples + [None] * (extent.count - len(samples))
 
-    def _name(self, shard: int) -> Path:
-        return self._folder / f"{self._manifest.shards[shard].name}.tar"
+    def _name(self, shard: int) -> str:
+        return child(self._folder, f"{self._manifest.shards[shard].name}.tar")
 
 
 def _members(data: bytes) -> Iterator[dict[str, Any]]:

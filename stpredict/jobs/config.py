@@ -26,7 +26,18 @@ class JobConfig(Config):
     resources: Resources = Resources()
 
 
-class ShardConfig(JobConfig):
+class PartedJobConfig(JobConfig):
+    """A job that several jobs may do together: each of ``parts`` jobs, given the same config but for ``part``, writes
+    its share of the shards of one set into ``run``; `stpredict merge` then makes the set readable.
+
+    A part keeps its status and logs in ``run/parts/``, so that the parts can run at once.
+    """
+
+    part: int = Field(0, ge=0, description="which of the parts this job does, from 0")
+    parts: int = Field(1, ge=1, description="jobs that write this set together")
+
+
+class ShardConfig(PartedJobConfig):
     """Data set → WebDataset shards: fills ``run/train`` and ``run/val`` with tars and a manifest each."""
 
     kind: Literal["shard"] = "shard"
@@ -52,7 +63,7 @@ class TokenizedClipDataConfig(ClipDataConfig):
     clip: ClipConfig | None = Field(None, description="default: as the tokenizer was trained on")
 
 
-class EncodeConfig(JobConfig):
+class EncodeConfig(PartedJobConfig):
     """Caches the latents of every clip: fills ``run/train`` and ``run/val`` with latent shards."""
 
     kind: Literal["encode"] = "encode"

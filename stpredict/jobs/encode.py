@@ -10,6 +10,7 @@ from data_pipeline.config import ClipDataConfig
 from data_pipeline.disk import check_space
 from data_pipeline.latents import LatentWriter, latent_shards
 from data_pipeline.manifest import merge, read_manifest
+from data_pipeline.storage import child
 from data_pipeline.stream import clip_evaluation_batches
 from data_pipeline.transforms import to_video
 from stpredict.config import canonical_json
@@ -27,7 +28,7 @@ def run(config: EncodeConfig, run: Run) -> None:
     tokenizer, export, fingerprint = load_tokenizer(config.tokenizer)
     data = clips_for(config.data, config.tokenizer, export)
     passes = {"train": config.passes, "val": 1}
-    samples = {split: read_manifest(data.shards / split).samples * passes[split] for split in passes}
+    samples = {split: read_manifest(child(data.shards, split)).samples * passes[split] for split in passes}
     tokens = math.prod(tokenizer.config.grid(data.clip.frames, *data.clip.size)) * sum(samples.values())
     check_space(config.run, 2 * tokens * np.min_scalar_type(tokenizer.config.codebook_size - 1).itemsize)
     with join_ranks() as ranks:
@@ -55,7 +56,7 @@ def _writer(
     fingerprint: str,
     ranks: Ranks,
 ) -> LatentWriter:
-    clips = read_manifest(data.shards / split)
+    clips = read_manifest(child(data.shards, split))
     return LatentWriter(
         config.run / split,
         grid=tokenizer.config.grid(data.clip.frames, *data.clip.size),

@@ -12,6 +12,7 @@ from data_pipeline.config import ClipConfig, ClipDataConfig
 from data_pipeline.disk import check_space
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import read_manifest
+from data_pipeline.storage import child
 from data_pipeline.stream import clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
 from data_pipeline.video_files import write_gif, write_mp4
@@ -79,7 +80,7 @@ def _continue_clips(
     ranks: Ranks,
 ) -> None:
     """Continues this rank's share of the clips and writes them to samples/part_RANK.npz."""
-    clips_there = min(config.clips, read_manifest(data.shards / "val").samples)
+    clips_there = min(config.clips, read_manifest(child(data.shards, "val")).samples)
     progress = Progress(run, clips_there, "clip") if ranks.is_main else None
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "index", "keys")}
     batches = clip_evaluation_batches(

@@ -11,6 +11,7 @@ from torch import Tensor
 from data_pipeline.config import LatentDataConfig
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import read_manifest
+from data_pipeline.storage import child
 from data_pipeline.stream import latent_batches, latent_evaluation_batches
 from data_pipeline.transforms import to_clip
 from stpredict.evaluation.pictures import side_by_side, stacked
@@ -26,7 +27,7 @@ PICTURED = 4
 
 class PriorTask(Task):
     def __init__(self, model: NextBlockConfig, data: LatentDataConfig, tokenizer: Path, given_frames: int, seed: int):
-        manifest = read_manifest(data.latents / "train")
+        manifest = read_manifest(child(data.latents, "train"))
         self.tokenizer, self.tokenizer_export, self.fingerprint = load_tokenizer(tokenizer)
         if manifest.fingerprint != self.fingerprint:
             raise UsageError(
@@ -37,7 +38,7 @@ class PriorTask(Task):
             self.model = NextBlockPrior(model, manifest.codebook_size, manifest.grid)
         except ValueError as error:
             raise UsageError(f"model.block: {error}") from error
-        read_manifest(data.latents / "val")  # a missing split is said now, not at the first validation
+        read_manifest(child(data.latents, "val"))  # a missing split is said now, not at the first validation
         clip, export = self.tokenizer_export.clip, self.tokenizer_export.model
         self.given_latent_frames = given_latent_frames(given_frames, clip, export, model)
         self.weights = {"cross_entropy": 1.0}

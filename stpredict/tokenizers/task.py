@@ -8,6 +8,7 @@ import torch
 
 from data_pipeline.config import ClipDataConfig
 from data_pipeline.manifest import read_manifest
+from data_pipeline.storage import child
 from data_pipeline.stream import clip_batches, clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
 from stpredict.evaluation.frame_metrics import frame_mse, frame_psnr
@@ -25,7 +26,7 @@ class TokenizerTask(Task):
     def __init__(self, model: CausalCnnConfig, loss: ReconstructionLossConfig, data: ClipDataConfig, seed: int):
         model.check_clip(data.clip, "data.clip")
         for split in ("train", "val"):  # a missing split is said now, not at the first validation
-            read_manifest(data.shards / split)
+            read_manifest(child(data.shards, split))
         self.model = CausalCnnTokenizer(model)
         self.weights = {name: weight for name, weight in (("l1", loss.l1), ("l2", loss.l2)) if weight}
         self.data, self.seed = data, seed

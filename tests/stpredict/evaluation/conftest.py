@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.manifest import Manifest, Shard, Window
+from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.video_files import write_gif
 from stpredict.evaluation.pictures import side_by_side
 from stpredict.jobs import evaluate
@@ -118,8 +118,15 @@ def _train(run: Run, at) -> None:
 
 def _write_manifests(path: Path, **description) -> None:
     for split, samples in (("train", 2000), ("val", 64)):
-        windows = [Window(offset=0, bytes=samples * 9000, count=samples)]
-        shard = Shard(name="shard-000000", samples=samples, bytes=samples * 9000, sha256="0", windows=windows)
+        size = samples * 9000
+        shard = Shard(
+            name="shard-000000",
+            samples=samples,
+            bytes=size,
+            sha256="0",
+            window_bytes=[size],
+            window_samples=[samples],
+        )
         (path / split).mkdir()
         manifest = Manifest(samples=samples, shards=[shard], **description)
         (path / split / "manifest.json").write_text(manifest.model_dump_json(exclude_none=True))

@@ -76,7 +76,7 @@ def test_what_failed_did_not_finish_or_is_not_there_is_named_and_the_rest_is_sho
         "stopped early, and can be continued: stopped at step 200 of 300",
         "<strong>sample</strong>: not run",
         "<strong>measurements</strong>: no evaluate run",
-        "not a manifest of format 1",
+        "not a manifest of format 2",
     ):
         assert part in page, part
     assert page.count("<img") == 8
