@@ -7,6 +7,7 @@ on neither ranks, workers nor batch sizes; and it can be entered at any n withou
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
@@ -14,6 +15,14 @@ import numpy as np
 
 from data_pipeline.errors import UsageError
 from data_pipeline.seeding import generator
+
+
+class Share(NamedTuple):
+    """Which part of every batch a process reads: ``batch_size`` samples as rank ``rank`` of ``world_size``."""
+
+    rank: int
+    world_size: int
+    batch_size: int
 
 
 class Slot(NamedTuple):
@@ -31,25 +40,42 @@ class Order:
     def __init__(self, counts: Sequence[Sequence[int]], streams: int, seed: int):
         self.streams = streams
         self._counts, self._seed = counts, seed
-        self._totals = [sum(windows) for windows in counts]
+        self._totals = np.array([sum(windows) for windows in counts])
+        self._shards = lru_cache(maxsize=4)(self._permutation)  # neighbouring streams are in the same few epochs
 
     def samples(self, consumed: int, reader: int = 0, readers: int = 1) -> Iterator[tuple[int, Slot]]:
         """Every ``readers``-th global sample from ``consumed + reader`` on, each with its virtual stream.
 
         ``streams`` must be a multiple of ``readers``: then no two readers share a stream.
         """
+        epochs, skips = self._entries(consumed)
         opened: dict[int, Iterator[Slot]] = {}
         for number in count(consumed + reader, readers):
-            position, stream = divmod(number, self.streams)
+            stream = number % self.streams
             if stream not in opened:
-                opened[stream] = self.stream(stream, position)
+                opened[stream] = self._stream(stream, int(epochs[stream]), int(skips[stream]))
             yield stream, next(opened[stream])
 
-    def stream(self, stream: int, start: int) -> Iterator[Slot]:
-        """The samples of one virtual stream, for ever, from its ``start``-th on."""
-        skip = start
+    def _entries(self, consumed: int) -> tuple[np.ndarray, np.ndarray]:
+        """For every stream, when ``consumed`` samples are gone: the epoch it is in, and its samples of it that are
+        gone. One permutation of the shards for each epoch that has begun; nothing is read."""
+        skips = (consumed + self.streams - 1 - np.arange(self.streams)) // self.streams
+        epochs = np.zeros_like(skips)
+        behind = np.ones_like(skips, dtype=bool)  # streams whose epoch is not found yet
+        padding = -len(self._totals) % self.streams
         for epoch in count():
-            for shard in self._shards(epoch)[stream :: self.streams]:
+            dealt = np.pad(self._totals[self._shards(epoch)], (0, padding))
+            in_epoch = dealt.reshape(-1, self.streams).sum(axis=0)
+            behind &= skips >= in_epoch
+            if not behind.any():
+                return epochs, skips
+            skips[behind] -= in_epoch[behind]
+            epochs[behind] += 1
+
+    def _stream(self, stream: int, epoch: int, skip: int) -> Iterator[Slot]:
+        """The samples of one virtual stream, for ever, but for the first ``skip`` of its ``epoch``."""
+        for number in count(epoch):
+            for shard in self._shards(number)[stream :: self.streams].tolist():
                 if skip >= self._totals[shard]:
                     skip -= self._totals[shard]
                     continue
@@ -57,19 +83,20 @@ class Order:
                     if skip >= samples:
                         skip -= samples
                         continue
-                    order = generator("window", self._seed, epoch, shard, window).permutation(samples)
+                    order = generator("window", self._seed, number, shard, window).permutation(samples)
                     for position in order[skip:].tolist():
-                        yield Slot(epoch, shard, window, position)
+                        yield Slot(number, shard, window, position)
                     skip = 0
 
-    def _shards(self, epoch: int) -> list[int]:
-        return generator("shards", self._seed, epoch).permutation(len(self._counts)).tolist()
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return generator("shards", self._seed, epoch).permutation(len(self._totals))
 
 
 class FileOrder:
     """Samples as they stand in the manifest, each once: the order of evaluation."""
 
     def __init__(self, counts: Sequence[Sequence[int]]):
+        self.samples = sum(map(sum, counts))
         self._windows = [(shard, window) for shard, windows in enumerate(counts) for window in range(len(windows))]
         self._ends = np.cumsum([samples for windows in counts for samples in windows])
 
@@ -80,13 +107,13 @@ class FileOrder:
         return Slot(epoch, *self._windows[number], index - start)
 
 
-def shares(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
-    """The samples that ``rank`` evaluates, and whether each counts. All ranks get the same number of whole batches:
-    what is short is filled with repetitions that do not count."""
-    per_rank = -(-samples // world_size)
-    padded = -(-per_rank // batch_size) * batch_size
-    first, end = rank * per_rank, min((rank + 1) * per_rank, samples)
-    return [(min(index, samples - 1), index < end) for index in range(first, first + padded)]
+def shares(samples: range, share: Share) -> list[tuple[int, bool]]:
+    """Those of ``samples`` that a rank evaluates, and whether each counts. All ranks get the same number of whole
+    batches: what is short is filled with repetitions that do not count."""
+    per_rank = -(-len(samples) // share.world_size)
+    padded = -(-per_rank // share.batch_size) * share.batch_size
+    first, end = share.rank * per_rank, min((share.rank + 1) * per_rank, len(samples))
+    return [(samples[min(number, len(samples) - 1)], number < end) for number in range(first, first + padded)]
 
 
 def divisible_count(most: int) -> int:
@@ -122,6 +149,25 @@ def stream_count(shards: int, wanted: int | None, world_size: int, workers: int,
     raise UsageError(
         f"{where}: {world_size} processes with {max(workers, 1)} workers each cannot share {streams} virtual streams "
         f"({shards} shards) evenly; use {', or '.join(ways)}, or {more}"
+    )
+
+
+def check_buffer(streams: int, window_bytes: int, limit: int, world_size: int, workers: int, where: str) -> None:
+    """UsageError if the windows that a worker holds, one for each of its virtual streams, may exceed ``limit`` bytes;
+    it says which numbers would fit."""
+    readers = world_size * max(workers, 1)
+    if streams // readers * window_bytes <= limit:
+        return
+    fit = [w for w in range(1, streams // world_size + 1) if streams % (world_size * w) == 0]
+    enough = next((w for w in fit if streams // (world_size * w) * window_bytes <= limit), None)
+    ways = [f"data.workers={enough}"] if enough else []
+    if fewer := limit // window_bytes * readers:
+        ways.append(f"data.virtual_streams={divisible_count(fewer) // readers * readers or readers}")
+    ways.append(f"data.buffer_bytes={streams // readers * window_bytes}")
+    raise UsageError(
+        f"{where}: each of {max(workers, 1)} workers of {world_size} processes would hold {streams // readers} of "
+        f"{streams} virtual streams with a window of up to {window_bytes:,} bytes, more than data.buffer_bytes "
+        f"{limit:,}; use {', or '.join(ways)}, or shard with smaller window_bytes"
     )
 
 

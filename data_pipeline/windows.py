@@ -6,7 +6,7 @@ replaced by the next one of its window that can, or failing that of its shard: p
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,9 +14,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipeline.decode import DecodeError
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest
 from data_pipeline.order import Slot
+from data_pipeline.shard_set import ShardSet
 from data_pipeline.storage import child, read_range
+from data_pipeline.workers import At
 
 Raw = dict[str, Any]  # a sample as the tar has it
 
@@ -24,11 +25,17 @@ Raw = dict[str, Any]  # a sample as the tar has it
 class Format(Protocol):
     """What the members of a tar mean."""
 
-    def unpack(self, members: dict[str, Any]) -> list[Raw]:
-        """WebDataset's dictionary of one key → the samples in it; each has at least ``key``."""
+    #: Samples that each of the set's counts stands for.
+    per_count: int
 
-    def sample(self, raw: Raw, epoch: int) -> dict[str, Any]:
-        """One sample, ready for a batch. Raises DecodeError if it is unreadable."""
+    def unpack(self, members: dict[str, Any]) -> list[Raw]:
+        """WebDataset's dictionary of one key → what is counted in it; each has at least ``key``."""
+
+    def sample(self, raw: Raw, epoch: int, part: int) -> dict[str, Any]:
+        """Sample number ``part`` of ``per_count``, ready to be stacked. Raises DecodeError if it is unreadable."""
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as training sees it, from the stacked samples."""
 
 
 @dataclass
@@ -39,64 +46,76 @@ class Reading:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-class WindowReader:
-    """``read`` gives the sample at a slot. ``stream`` says on whose behalf: each keeps its current window."""
+@dataclass
+class _Window:
+    """What a window holds: as many entries as the manifest says, None where a damaged tar has no more to give."""
 
-    def __init__(self, folder: str, manifest: Manifest, format: Format):
-        self._folder, self._manifest, self._format = folder, manifest, format
-        self._current: dict[int, tuple[tuple[int, int], list[Raw | None]]] = {}
+    where: tuple[int, int]
+    samples: list[Raw | None]
+    damage: str
+
+
+class WindowReader:
+    """``read`` gives the sample at a slot. ``stream`` says on whose behalf: each keeps its current window.
+
+    ``quarantined`` samples are not touched; ``at`` says aloud what is being read (see ``workers``).
+    """
+
+    def __init__(self, shards: ShardSet, format: Format, at: At, quarantined: Collection[str]):
+        self._set, self._format, self._at, self._quarantined = shards, format, at, quarantined
+        self._current: dict[int, _Window] = {}
 
     def read(self, slot: Slot, stream: int = 0) -> Reading:
         """The sample at ``slot`` or what replaces it. UserError if nothing in the shard is readable."""
         unreadable: dict[str, str] = {}
-        for window, position in self._candidates(slot):
-            raw = self._window(slot.shard, window, stream)[position]
+        for number, position in self._candidates(slot):
+            count, part = divmod(position, self._format.per_count)
+            window = self._window(slot.shard, number, stream)
+            raw = window.samples[count]
+            name = raw["key"] if raw else f"{self._name(slot.shard)}, window {number}, sample {count}"
             try:
                 if raw is None:
-                    raise DecodeError("missing in the tar, which is damaged: `stpredict inspect --verify` tells more")
-                return Reading(self._format.sample(raw, slot.epoch), unreadable)
+                    raise DecodeError(f"missing in the tar ({window.damage}): `stpredict inspect --verify` tells more")
+                if name in self._quarantined:
+                    raise DecodeError("quarantined: it has stopped a worker before")
+                with self._at(name):
+                    return Reading(self._format.sample(raw, slot.epoch, part), unreadable)
             except DecodeError as error:
-                name = raw["key"] if raw else f"{self._name(slot.shard)}, window {window}, sample {position}"
                 unreadable[name] = str(error)
         raise UserError(f"{self._name(slot.shard)}: no sample can be read; {name}: {unreadable[name]}")
 
     def _candidates(self, slot: Slot) -> Iterator[tuple[int, int]]:
         """The slot's own window from its position on, round; then the other windows of the shard."""
-        windows = self._manifest.shards[slot.shard].windows
-        for step in range(len(windows)):
-            window = (slot.window + step) % len(windows)
-            start = slot.position if step == 0 else 0
-            for position in range(windows[window].count):
-                yield window, (start + position) % windows[window].count
+        counts = self._set.manifest.shards[slot.shard].window_samples
+        for step in range(len(counts)):
+            window = (slot.window + step) % len(counts)
+            start, samples = slot.position if step == 0 else 0, counts[window] * self._format.per_count
+            for position in range(samples):
+                yield window, (start + position) % samples
 
-    def _window(self, shard: int, window: int, stream: int) -> list[Raw | None]:
-        where, samples = self._current.get(stream, (None, []))
-        if where != (shard, window):
-            samples = self._load(shard, window)
-            self._current[stream] = (shard, window), samples
-        return samples
+    def _window(self, shard: int, number: int, stream: int) -> _Window:
+        window = self._current.get(stream)
+        if window is None or window.where != (shard, number):
+            self._current.pop(stream, None)  # so that never more than one window of a stream is in memory
+            with self._at(f"{self._name(shard)}, window {number}", sample=False):
+                window = self._current[stream] = self._load(shard, number)
+        return window
 
-    def _load(self, shard: int, window: int) -> list[Raw | None]:
-        """Exactly as many entries as the manifest says; None where a damaged tar has no more to give."""
-        extent = self._manifest.shards[shard].windows[window]
+    def _load(self, shard: int, number: int) -> _Window:
+        extent = self._set.manifest.shards[shard].windows[number]
         try:
             data = read_range(self._name(shard), extent.offset, extent.bytes)
         except FileNotFoundError:
             raise UserError(f"{self._name(shard)} is missing, though the manifest names it; restore it") from None
         samples: list[Raw | None] = []
-        for members in _members(data):
-            samples += self._format.unpack(members)
+        damage = "fewer members than the manifest says"
+        try:
+            for members in group_by_keys(tar_file_expander([{"url": "", "stream": io.BytesIO(data)}])):
+                samples += self._format.unpack(members)
+        except (tarfile.TarError, EOFError, ValueError) as error:  # what follows the damage is lost
+            damage = str(error).splitlines()[0]
         samples = samples[: extent.count]
-        return samples + [None] * (extent.count - len(samples))
+        return _Window((shard, number), samples + [None] * (extent.count - len(samples)), damage)
 
     def _name(self, shard: int) -> str:
-        return child(self._folder, f"{self._manifest.shards[shard].name}.tar")
-
-
-def _members(data: bytes) -> Iterator[dict[str, Any]]:
-    """WebDataset's samples in a piece of a tar, up to the first damage."""
-    source = {"url": "", "stream": io.BytesIO(data)}
-    try:
-        yield from group_by_keys(tar_file_expander([source]))
-    except (tarfile.TarError, EOFError, ValueError):
-        return
+        return child(self._set.folders[shard], f"{self._set.manifest.shards[shard].name}.tar")

@@ -11,20 +11,20 @@ import numpy as np
 from data_pipeline.config import ClipConfig, ClipDataConfig
 from data_pipeline.disk import check_space
 from data_pipeline.errors import UsageError
-from data_pipeline.manifest import read_manifest
-from data_pipeline.storage import child
+from data_pipeline.order import Share
+from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
 from data_pipeline.video_files import write_gif, write_mp4
 from stpredict.evaluation.pictures import side_by_side
 from stpredict.exports import PriorExport, load_prior, load_tokenizer
-from stpredict.jobs.clips import clips_for
 from stpredict.jobs.config import GenerateConfig
 from stpredict.priors.config import given_latent_frames
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.sampling.next_block import continue_tokens
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
+from stpredict.tokenizers.clips import clips_for
 from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.training.ranks import Ranks, join_ranks
 
@@ -80,17 +80,15 @@ def _continue_clips(
     ranks: Ranks,
 ) -> None:
     """Continues this rank's share of the clips and writes them to samples/part_RANK.npz."""
-    clips_there = min(config.clips, read_manifest(child(data.shards, "val")).samples)
+    clips_there = min(config.clips, read_set(data.shards, "val").manifest.samples * data.clip.per_video)
     progress = Progress(run, clips_there, "clip") if ranks.is_main else None
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "index", "keys")}
     batches = clip_evaluation_batches(
-        data,
+        data.model_copy(update={"clip": data.clip.unaugmented}),
         "val",
         seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.size,
-        batch_size=config.batch_size,
-        limit=config.clips,
+        share=Share(ranks.rank, ranks.size, config.batch_size),
+        samples=range(config.clips),
     )
     done = 0
     for batch in batches:

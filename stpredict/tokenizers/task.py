@@ -1,14 +1,12 @@
 """Training a tokenizer: reconstruct clips."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 
 from data_pipeline.config import ClipDataConfig
-from data_pipeline.manifest import read_manifest
-from data_pipeline.storage import child
+from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_batches, clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
 from stpredict.evaluation.frame_metrics import frame_mse, frame_psnr
@@ -17,7 +15,7 @@ from stpredict.exports import TokenizerExport
 from stpredict.losses.config import ReconstructionLossConfig
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig
-from stpredict.training.task import Batch, Forward, Share, Sums, Task
+from stpredict.training.task import Batch, Forward, Share, Sums, Task, TrainingBatches
 
 PICTURED = 4
 
@@ -25,17 +23,21 @@ PICTURED = 4
 class TokenizerTask(Task):
     def __init__(self, model: CausalCnnConfig, loss: ReconstructionLossConfig, data: ClipDataConfig, seed: int):
         model.check_clip(data.clip, "data.clip")
-        for split in ("train", "val"):  # a missing split is said now, not at the first validation
-            read_manifest(child(data.shards, split))
+        for name, other in data.mix.items():
+            model.check_clip(other.clip, f"data.mix.{name}.clip")
+        read_set(data.shards, "val")  # a missing one is said now, not at the first validation
         self.model = CausalCnnTokenizer(model)
         self.weights = {name: weight for name, weight in (("l1", loss.l1), ("l2", loss.l2)) if weight}
-        self.data, self.seed = data, seed
+        self.data, self.seed, self.quarantined = data, seed, {}
 
-    def training_batches(self, share: Share, consumed: int) -> Iterator[Batch]:
-        return clip_batches(self.data, "train", seed=self.seed, consumed=consumed, **asdict(share))
+    def training_batches(self, share: Share, consumed: Mapping[str, int]) -> TrainingBatches:
+        return clip_batches(
+            self.data, "train", seed=self.seed, share=share, consumed=consumed, quarantined=self.quarantined
+        )
 
     def validation_batches(self, share: Share) -> Iterator[Batch]:
-        return clip_evaluation_batches(self.data, "val", seed=self.seed, **asdict(share))
+        data = self.data.model_copy(update={"clip": self.data.clip.unaugmented})
+        return clip_evaluation_batches(data, "val", seed=self.seed, share=share, quarantined=self.quarantined)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {"l1": float(batch["clip"].numel()), "l2": float(batch["clip"].numel())}

@@ -28,13 +28,15 @@ MARKER = "COMPLETE"
 
 
 class CheckpointState(BaseModel):
-    """state.json. ``samples_consumed`` counts over all ranks; it is the position in the data stream.
+    """state.json. ``samples_consumed`` of each shard set counts over all ranks; it is the position in the data.
+    ``quarantined`` samples have stopped a data worker (key → why).
 
     ``export`` is the config of an export of this checkpoint, so that exporting needs nothing but the checkpoint.
     """
 
     step: int
-    samples_consumed: int
+    samples_consumed: dict[str, int]
+    quarantined: dict[str, str]
     world_size: int
     zero_stage: int
     precision: str

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 
@@ -60,6 +60,7 @@ class Trainer:
         torch.manual_seed(seed * ranks.size + ranks.rank)  # from here on each rank drops out its own units
         self.step = 0
         self.saved_step = -1
+        self.consumed: dict[str, int] = {}  # samples behind the weights, of each set
         # Counted where the loss is and read when values are logged, so that no step waits for a GPU.
         self.non_finite = torch.zeros((), device=ranks.device)
         self._resume()
@@ -67,21 +68,22 @@ class Trainer:
     def train(self) -> None:
         """Runs the remaining steps. Raises Preempted after saving, where a signal asked to stop."""
         training, ranks = self.training, self.ranks
-        batches = self.task.training_batches(self.share, self.step * training.batch_size)
+        batches = self.task.training_batches(self.share, self.consumed)
         logger = MetricsLogger(self.run, self.step) if ranks.is_main else None
         progress = Progress(self.run, training.steps, "step") if ranks.is_main else None
         log.info("%s", self._summary())
         self.engine.train()
         clock = StepClock()
-        with StopRequest() as stop:
+        with closing(batches), StopRequest() as stop:
             while self.step < training.steps:
-                micro_batches = [self._to_device(next(batches)) for _ in range(self.accumulation)]
+                micro_batches = [self._to_device(batch) for batch in batches.draw(self.step, self.accumulation)]
                 clock.data_ready()
                 counts, stopping = self._agree(micro_batches, bool(stop))
                 if stopping:
                     self._save()
                     self._leave_preempted()
                 sums = self._optimizer_step(micro_batches, counts)
+                self.consumed = dict(batches.consumed)
                 clock.step_done()
                 last = self.step == training.steps
                 saving = last or self.step % training.checkpoint.every == 0
@@ -198,7 +200,8 @@ class Trainer:
     def _state(self) -> CheckpointState:
         return CheckpointState(
             step=self.step,
-            samples_consumed=self.step * self.training.batch_size,
+            samples_consumed=self.consumed,
+            quarantined=self.task.quarantined,
             world_size=self.ranks.size,
             zero_stage=self.training.zero_stage,
             precision="bf16" if self.dtype == torch.bfloat16 else "fp32",
@@ -210,6 +213,8 @@ class Trainer:
         if self.step == self.saved_step:
             return
         self._check_finite()
+        for found in self.ranks.gather(self.task.quarantined):
+            self.task.quarantined.update(found)
         checkpoint = save_checkpoint(
             self.engine, self.run.checkpoints, self._state(), self.ranks, self.training.checkpoint.keep
         )
@@ -228,6 +233,8 @@ class Trainer:
             )
         state = load_checkpoint(self.engine, checkpoint, self._state(), self.ranks)
         self.step = self.saved_step = state.step
+        self.consumed = state.samples_consumed
+        self.task.quarantined.update(state.quarantined)
         log.info("continuing from %s", checkpoint)
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -41,6 +41,12 @@ class Ranks:
         dist.all_reduce(tensor, group=self.control)
         return tensor
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, on every rank."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 

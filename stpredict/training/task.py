@@ -1,26 +1,31 @@
 """What a model family supplies to the engine. No task mentions ranks, devices or DeepSpeed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
 from data_pipeline.config import Config
+from data_pipeline.order import Share
 
 Batch = dict[str, Tensor | list[str]]
 Sums = dict[str, Tensor]
 Forward = Callable[..., object]
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which part of every batch this process reads."""
+class TrainingBatches(Protocol):
+    """This rank's training data (``data_pipeline.stream`` has it)."""
 
-    rank: int
-    world_size: int
-    batch_size: int
+    #: Samples of each set that all ranks together have drawn: the position, which a checkpoint saves.
+    consumed: dict[str, int]
+
+    def draw(self, step: int, count: int) -> list[Batch]:
+        """The ``count`` micro-batches of a step."""
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
 
 
 class Task(ABC):
@@ -35,9 +40,12 @@ class Task(ABC):
     #: Loss terms and their weights; the other terms of ``training_step`` are metrics.
     weights: dict[str, float]
 
+    #: Samples that stopped a data worker, and why. The engine restores and saves it with the checkpoint.
+    quarantined: dict[str, str]
+
     @abstractmethod
-    def training_batches(self, share: Share, consumed: int) -> Iterator[Batch]:
-        """Endless micro-batches, from the sample after ``consumed`` (counted over all ranks) on."""
+    def training_batches(self, share: Share, consumed: Mapping[str, int]) -> TrainingBatches:
+        """Endless micro-batches, from where ``consumed`` samples of each set (counted over all ranks) are gone."""
 
     @abstractmethod
     def validation_batches(self, share: Share) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 
 from data_pipeline.errors import UsageError
-from data_pipeline.order import FileOrder, Order, divisible_count, shares, stream_count
+from data_pipeline.order import FileOrder, Order, Share, divisible_count, shares, stream_count
 
 COUNTS = [[3, 4], [5], [1, 1, 1], [6, 2], [7], [2, 2, 2], [4], [3, 3], [5, 1]]  # samples per shard and window
 TOTAL = sum(map(sum, COUNTS))
@@ -88,7 +88,7 @@ def test_file_order_gives_each_sample_of_the_set_in_turn():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_ranks_share_evaluation_once_each_in_equally_many_whole_batches(samples, world_size, batch_size):
-    parts = [shares(samples, batch_size, rank, world_size) for rank in range(world_size)]
+    parts = [shares(range(samples), Share(rank, world_size, batch_size)) for rank in range(world_size)]
     assert len({len(part) for part in parts}) == 1
     assert len(parts[0]) % batch_size == 0
     assert sorted(index for part in parts for index, counted in part if counted) == list(range(samples))

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from itertools import islice
+from contextlib import closing, suppress
 
 import numpy as np
 import psutil
@@ -19,6 +18,7 @@ from numbered_videos import frame_numbers, make_shards
 from data_pipeline.config import ClipConfig, ClipDataConfig
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifest import read_manifest
+from data_pipeline.order import Share
 from data_pipeline.stream import clip_batches, clip_evaluation_batches, latent_batches
 
 CLIP = ClipConfig(frames=3, size=(16, 16), stride=2)
@@ -29,19 +29,20 @@ def data(shards, **changes):
     return ClipDataConfig(**{"shards": shards, "clip": CLIP, "workers": 0, "virtual_streams": 8, **changes})
 
 
+def drawn(config, count, *, share, consumed=0, seed=0, quarantined=None):
+    """The next ``count`` batches of one rank."""
+    batches = clip_batches(
+        config, "train", seed=seed, share=share, consumed={"main": consumed}, quarantined=quarantined
+    )
+    with closing(batches):
+        return [batch for step in range(count) for batch in batches.draw(step)]
+
+
 def train(shards, samples, *, rank=0, world_size=1, batch=1, consumed=0, seed=0, **changes):
     """The next ``samples`` of one rank: (key, clip bytes)."""
-    batches = clip_batches(
-        data(shards, **changes),
-        "train",
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        batch_size=batch,
-        consumed=consumed,
-    )
+    share = Share(rank, world_size, batch)
     taken = []
-    for item in islice(batches, -(-samples // batch)):
+    for item in drawn(data(shards, **changes), -(-samples // batch), share=share, consumed=consumed, seed=seed):
         assert item["clip"].shape == (batch, 3, 16, 16, 3)
         assert item["clip"].dtype == torch.uint8
         assert item["label"].dtype == torch.int64
@@ -58,8 +59,8 @@ def evaluate(shards, world_size=1, batch_size=4, **options):
     config = data(shards, **{name: options.pop(name) for name in list(options) if name in ClipDataConfig.model_fields})
     ranks = []
     for rank in range(world_size):
-        where = {"seed": 0, "rank": rank, "world_size": world_size, "batch_size": batch_size}
-        ranks.append(list(clip_evaluation_batches(config, "train", **where, **options)))
+        share = Share(rank, world_size, batch_size)
+        ranks.append(list(clip_evaluation_batches(config, "train", seed=0, share=share, **options)))
     return ranks
 
 
@@ -153,7 +154,7 @@ def test_evaluation_is_the_same_for_every_world_size_and_another_pass_cuts_other
 
 
 def test_evaluation_stops_at_the_limit(clip_set):
-    ranks = evaluate(clip_set, world_size=2, limit=5, batch_size=2)
+    ranks = evaluate(clip_set, world_size=2, samples=range(5), batch_size=2)
     weights = torch.cat([item["weight"] for batches in ranks for item in batches])
     assert weights.sum() == 5
     assert len(weights) == 8
@@ -225,15 +226,15 @@ def test_a_missing_shard_fails_by_name(broken_set):
 
 
 def test_errors_come_when_the_stream_is_opened_not_in_the_first_step(clip_set, tmp_path):
-    options = {"seed": 0, "rank": 0, "batch_size": 1}
-    with pytest.raises(UsageError, match="no shard set here: the folder does not exist"):
-        clip_batches(data(tmp_path / "nowhere"), "train", world_size=1, **options)
+    alone = {"seed": 0, "share": Share(0, 1, 1)}
+    with pytest.raises(UsageError, match="no shard set here"):
+        clip_batches(data(tmp_path / "nowhere"), "train", **alone)
     with pytest.raises(UsageError, match="cannot share 8 virtual streams"):
-        clip_batches(data(clip_set), "train", world_size=3, **options)
+        clip_batches(data(clip_set), "train", seed=0, share=Share(0, 3, 1))
     from data_pipeline.config import LatentDataConfig
 
     with pytest.raises(UsageError, match="holds clips, latents are needed"):
-        latent_batches(LatentDataConfig(latents=clip_set), "train", world_size=1, **options)
+        latent_batches(LatentDataConfig(latents=clip_set), "train", **alone)
 
 
 def test_reading_leaves_the_random_state_of_training_alone(clip_set):
@@ -253,19 +254,19 @@ def test_one_shard_feeds_one_process(videos, tmp_path):
 
 MAIN = """
 import signal, sys
-from itertools import islice
 import psutil
 from data_pipeline.config import ClipDataConfig
+from data_pipeline.order import Share
 from data_pipeline.stream import clip_batches
 
 for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
     signal.signal(number, lambda *_: None)
 config = ClipDataConfig.model_validate_json(sys.argv[1])
-batches = clip_batches(config, "train", seed=0, rank=0, world_size=1, batch_size=4)
-next(batches)
+batches = clip_batches(config, "train", seed=0, share=Share(0, 1, 4))
+batches.draw(0)
 print(*(child.pid for child in psutil.Process().children()), flush=True)
 sys.stdin.readline()
-print(sum(len(batch["key"]) for batch in islice(batches, 20)), flush=True)
+print(sum(len(batch["key"]) for batch in batches.draw(1, 20)), flush=True)
 """
 
 
@@ -308,7 +309,7 @@ def test_workers_do_not_outlive_a_main_process_that_was_killed(main_process):
 STUCK = """
 import time
 from torch.utils.data import DataLoader, IterableDataset
-from data_pipeline.stream import _outlast_stop_signals
+from data_pipeline.workers import _outlast_stop_signals
 
 class Stuck(IterableDataset):
     def __iter__(self):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from data_pipeline.config import ClipConfig, ClipDataConfig, LatentDataConfig
 from data_pipeline.manifest import read_manifest
+from data_pipeline.order import Share
 from data_pipeline.stream import clip_evaluation_batches, latent_evaluation_batches
 from data_pipeline.transforms import to_video
 from stpredict.exports import find_export, load_prior, load_tokenizer
@@ -90,11 +91,11 @@ def test_cached_latents_are_what_the_tokenizer_makes_of_the_clips(demo):
     manifest = read_manifest(run / "latents" / "train")
     assert (manifest.fingerprint, manifest.samples) == (fingerprint, 24)
     clip = ClipConfig(**export.clip.model_dump())
-    settings = {"seed": 0, "rank": 0, "world_size": 1, "batch_size": 24}
+    share = Share(0, 1, 24)
     data = ClipDataConfig(shards=run / "shards", clip=clip, workers=0)
-    clips = next(iter(clip_evaluation_batches(data, "train", **settings)))
+    clips = next(iter(clip_evaluation_batches(data, "train", seed=0, share=share)))
     latents = next(
-        iter(latent_evaluation_batches(LatentDataConfig(latents=run / "latents", workers=0), "train", **settings))
+        iter(latent_evaluation_batches(LatentDataConfig(latents=run / "latents", workers=0), "train", share=share))
     )
     expected = dict(zip(clips["key"], tokenizer.encode(to_video(clips["clip"])), strict=True))
     found = {key.removesuffix("-0"): ids for key, ids in zip(latents["key"], latents["latent"], strict=True)}

@@ -125,7 +125,12 @@ def test_checkpoint_folder_holds_what_design_says(runs):
     names = {path.name for path in newest.iterdir()}
     assert {"COMPLETE", "state.json", "rng_rank_0.pt", "rng_rank_1.pt"} <= names
     state = json.loads((newest / "state.json").read_text())
-    assert (state["step"], state["samples_consumed"], state["world_size"], state["zero_stage"]) == (6, 48, 2, 3)
+    assert (state["step"], state["samples_consumed"], state["world_size"], state["zero_stage"]) == (
+        6,
+        {"toy": 48},
+        2,
+        3,
+    )
 
 
 def test_refusals_leave_the_run_as_it_was(tmp_path):

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -56,21 +56,38 @@ def stack(numbers: list[int]) -> Batch:
     return {"x": x, "y": y, "mask": mask, "weight": torch.ones(len(numbers))}
 
 
+class ToyBatches:
+    """Sample n of the toy set is made from n."""
+
+    def __init__(self, share: Share, consumed: int, poison: int | None):
+        self.share, self.poison = share, poison
+        self.consumed = {"toy": consumed}
+
+    def draw(self, step: int, count: int) -> list[Batch]:
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> Batch:
+        first = self.consumed["toy"] + self.share.rank
+        numbers = [first + self.share.world_size * i for i in range(self.share.batch_size)]
+        self.consumed["toy"] += self.share.world_size * self.share.batch_size
+        batch = stack(numbers)
+        if self.poison in numbers:
+            batch["x"][0, 0] = float("nan")
+        return batch
+
+    def close(self) -> None:
+        pass
+
+
 class ToyTask(Task):
     def __init__(self, dropout: float = 0.0, poison: int | None = None):
         self.model = ToyModel(dropout)
         self.weights = {"l2": 1.0}
         self.poison = poison
+        self.quarantined = {}
 
-    def training_batches(self, share: Share, consumed: int) -> Iterator[Batch]:
-        n = consumed + share.rank
-        while True:
-            numbers = [n + share.world_size * i for i in range(share.batch_size)]
-            n = numbers[-1] + share.world_size
-            batch = stack(numbers)
-            if self.poison in numbers:
-                batch["x"][0, 0] = float("nan")
-            yield batch
+    def training_batches(self, share: Share, consumed: Mapping[str, int]) -> "ToyBatches":
+        return ToyBatches(share, consumed.get("toy", 0), self.poison)
 
     def validation_batches(self, share: Share) -> Iterator[Batch]:
         yield stack([10_000 + share.rank])

@@ -1,0 +1,46 @@
+"""A shard set that is to be read: its manifest, and where each of its shards lies. Torch-free."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.config import Location
+from data_pipeline.errors import UsageError
+from data_pipeline.manifest import Description, Manifest, read_manifest
+from data_pipeline.storage import child, expand
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """``folders[i]`` holds shard number i of ``manifest``."""
+
+    where: str
+    manifest: Manifest
+    folders: list[str]
+
+
+def read_set(location: Location | Path, split: str) -> ShardSet:
+    """The set ``split`` of a run, or of several runs that braces name: their shards one after another.
+
+    UsageError where there is no set, or the runs hold different things.
+    """
+    where = child(location, split)
+    runs = expand(where)
+    manifests = [read_manifest(folder) for folder in runs]
+    first = manifests[0]
+    for folder, manifest in zip(runs, manifests, strict=True):
+        for name in Description.model_fields.keys() - {"plan"}:
+            if getattr(manifest, name) != getattr(first, name):
+                raise UsageError(
+                    f"{folder}: has {name} {getattr(manifest, name)}, {runs[0]} has {getattr(first, name)}: not one set"
+                )
+    moments = [manifest.moments for manifest in manifests if manifest.moments is not None]
+    whole = first.model_copy(
+        update={
+            "samples": sum(manifest.samples for manifest in manifests),
+            "skipped": sum(manifest.skipped for manifest in manifests),
+            "moments": sum(moments[1:], moments[0]) if moments else None,
+            "shards": [shard for manifest in manifests for shard in manifest.shards],
+        }
+    )
+    folders = [folder for folder, manifest in zip(runs, manifests, strict=True) for _ in manifest.shards]
+    return ShardSet(where, whole, folders)

@@ -1,0 +1,201 @@
+"""A DataLoader whose stuck and dead workers are replaced.
+
+Video decoders are C code: on a bad file one may crash, which takes its worker with it, or never return, which no
+signal handler in the worker could end. So each worker writes on a board in shared memory what it is at and since when.
+When the next item does not come, the main process reads the board, quarantines the sample that a dead or overdue worker
+was at, and starts the workers anew behind the last item that it received. Nothing is lost or moved by that, because
+the stream can be entered anywhere; the quarantined sample is replaced like one that raises an error.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data_pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0  # how often the board is read while the main process waits
+MOST_RESTARTS = 3  # in a row, without an item in between, for no sample's fault
+
+#: ``at(what, sample)`` wraps a piece of work: ``sample`` says whether ``what`` is a sample, which can be quarantined.
+At = Callable[..., Any]
+#: ``read(worker, workers, skip, at)`` yields a worker's items; ``skip`` of all workers' items were received before.
+Read = Callable[[int, int, int, At], Iterator[Any]]
+
+
+class _Entry(ctypes.Structure):
+    _fields_ = (
+        ("pid", ctypes.c_int64),
+        ("since", ctypes.c_double),  # time.monotonic(), which all processes share; 0 between two pieces of work
+        ("sample", ctypes.c_bool),
+        ("what", ctypes.c_char * 512),
+    )
+
+
+class _Board:
+    """What each worker is at. Every worker writes its own entry; only the main process reads."""
+
+    def __init__(self, workers: int):
+        self._entries = multiprocessing.RawArray(_Entry, workers)
+
+    def at(self, worker: int) -> At:
+        entry = self._entries[worker]
+        entry.pid = os.getpid()
+
+        @contextmanager
+        def at(what: str, sample: bool = True) -> Iterator[None]:
+            entry.what, entry.sample = what.encode()[:511], sample
+            entry.since = time.monotonic()
+            try:
+                yield
+            finally:
+                entry.since = 0
+
+        return at
+
+    def culprits(self, timeout_s: float) -> list[tuple[_Entry, str]]:
+        """The entries of workers that are dead or overdue, and which of the two."""
+        alive = {process.pid for process in multiprocessing.active_children()}
+        found = []
+        for entry in self._entries:
+            if entry.pid and entry.pid not in alive:
+                found.append((entry, "its worker died"))
+            elif entry.since and time.monotonic() - entry.since > timeout_s:
+                found.append((entry, f"no end after {timeout_s:g} s"))
+        return found
+
+
+@contextmanager
+def _nowhere(_what: str, sample: bool = True) -> Iterator[None]:
+    yield
+
+
+def items(
+    read: Read, *, workers: int, timeout_s: float, prefetch: int, quarantined: dict[str, str], where: str
+) -> Iterator[Any]:
+    """The items of all workers in turn: of worker 0, 1, …, 0, 1, …; without workers, read in this process, where
+    nothing can be replaced.
+
+    What stops a worker is added to ``quarantined`` (sample → why) before ``read`` is called again. UserError where
+    workers die or hang again and again and no sample is at fault.
+    """
+    if not workers:
+        yield from read(0, 1, 0, _nowhere)
+        return
+    received, restarts = 0, 0
+    while True:
+        board = _Board(workers)
+        iterator = _start(_Items(read, received, board), workers, prefetch)
+        try:
+            while True:
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    # DataLoader's own: a wait of POLL_S, or a dead worker. What a worker raises begins otherwise.
+                    if not str(error).startswith("DataLoader"):
+                        raise
+                    culprits = board.culprits(timeout_s)
+                    if not culprits and "timed out" in str(error):
+                        continue
+                    break
+                received, restarts = received + 1, 0
+                yield item
+            restarts = _judge(culprits, quarantined, restarts, where)
+        finally:
+            del iterator  # ends the workers now: left to the garbage collector, after an error, that can take 5 s
+
+
+def _judge(culprits: list[tuple[_Entry, str]], quarantined: dict[str, str], restarts: int, where: str) -> int:
+    """Quarantines the samples at fault and ends their workers; the number of restarts in a row without any."""
+    at_fault = []
+    if not culprits:
+        log.warning("%s: a data worker died before it read anything and was replaced", where)
+    for entry, why in culprits:
+        what = entry.what.decode(errors="replace")
+        if entry.since and entry.sample:
+            at_fault.append(what)
+            quarantined[what] = why
+        log.warning("%s: data worker replaced at %s: %s", where, what if entry.since else "no work", why)
+        with suppress(ProcessLookupError):
+            os.kill(entry.pid, signal.SIGKILL)  # stuck in C code, it would heed nothing less
+    if at_fault:
+        return 0
+    if restarts == MOST_RESTARTS:
+        raise UserError(
+            f"{where}: data workers were replaced {MOST_RESTARTS} times without reading anything in between; the log "
+            "says what they were at. Is memory short (fewer data.workers, smaller windows) or the storage stuck?"
+        )
+    return restarts + 1
+
+
+def _start(dataset: "_Items", workers: int, prefetch: int) -> Iterator[Any]:
+    on_child = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_is,
+            worker_init_fn=_outlast_stop_signals,
+            multiprocessing_context="fork",
+            prefetch_factor=prefetch,
+            timeout=POLL_S,
+            generator=torch.Generator(),  # of its own: loading data must not move the training's random state
+        )
+    )
+    # torch has a dead worker raise in the main process wherever that is, inside an optimizer step for example.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+    return iterator
+
+
+class _Items(IterableDataset):
+    """What one worker reads. A UserError travels as an item: raised in a worker it would lose its one line."""
+
+    def __init__(self, read: Read, received: int, board: _Board):
+        self._read, self._received, self._board = read, received, board
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        try:
+            yield from self._read(worker.id, worker.num_workers, self._received, self._board.at(worker.id))
+        except UserError as error:
+            yield error
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _outlast_stop_signals(_worker: int) -> None:
+    """Keeps a worker alive through a stop signal to the whole process group (a SLURM step's, systemd's, a terminal's):
+    the main process saves first, which it cannot once a worker is dead.
+
+    A SIGTERM from the main process still ends the worker: so torch ends one that is stuck, and Python, when it exits,
+    those left. A worker whose main process died ends by torch's watchdog.
+    """
+    for number in (signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # sigwaitinfo, which tells the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(main: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)
