@@ -107,7 +107,7 @@ class FileOrder:
         return Slot(epoch, *self._windows[number], index - start)
 
 
-def shares(samples: range, share: Share) -> list[tuple[int, bool]]:
+def shares(samples: Sequence[int], share: Share) -> list[tuple[int, bool]]:
     """Those of ``samples`` that a rank evaluates, and whether each counts. All ranks get the same number of whole
     batches: what is short is filled with repetitions that do not count."""
     per_rank = -(-len(samples) // share.world_size)

@@ -14,7 +14,7 @@ virtual stream that it owns: in all processes together V x the size of a window.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -118,12 +118,12 @@ def clip_evaluation_batches(
     *,
     seed: int,
     share: Share,
-    samples: range | None = None,
+    samples: Sequence[int] | None = None,
     epoch: int = 0,
     quarantined: dict[str, str] | None = None,
 ) -> Iterator[Batch]:
-    """The samples numbered ``samples`` of ``config.shards``, or all, each exactly once over the ranks; every rank
-    gets the same number of batches of ``share.batch_size``.
+    """The samples numbered ``samples`` (those there are) of ``config.shards``, or all, each exactly once over the
+    ranks; every rank gets the same number of batches of ``share.batch_size``.
 
     Besides what ``clip_batches`` gives: index int64 (b,), the sample's number in the manifest's order, and weight
     float32 (b,), 0 for what only fills up a batch and for unreadable samples. Another ``epoch`` cuts other clips
@@ -138,7 +138,7 @@ def latent_evaluation_batches(
     split: str,
     *,
     share: Share,
-    samples: range | None = None,
+    samples: Sequence[int] | None = None,
     quarantined: dict[str, str] | None = None,
 ) -> Iterator[Batch]:
     """Like ``clip_evaluation_batches``, of a latent set."""
@@ -174,9 +174,9 @@ class _Set:
 
         return self._batches(read, share.batch_size)
 
-    def evaluation_batches(self, share: Share, samples: range | None, epoch: int) -> Iterator[Batch]:
+    def evaluation_batches(self, share: Share, samples: Sequence[int] | None, epoch: int) -> Iterator[Batch]:
         order = FileOrder(self._counts)
-        wanted = range(order.samples) if samples is None else samples[: max(0, order.samples - samples.start)]
+        wanted = range(order.samples) if samples is None else [number for number in samples if number < order.samples]
         mine = shares(wanted, share)
 
         def read(worker: int, workers: int, received: int, at: At) -> Readings:
