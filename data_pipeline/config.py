@@ -4,9 +4,9 @@ Torch-free, like every ``config.py`` of the project: a login node reads these in
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -50,6 +50,9 @@ class MovingDigitsSource(Config):
 Source = Annotated[FolderSource | MovingDigitsSource, Field(discriminator="kind")]
 
 
+MAX_PIXELS = 2**25  # height x width: 7680 x 4320 fits
+
+
 class ClipConfig(Config):
     """How clips are cut from a video: ``frames`` frames, ``stride`` apart, resized and cropped to ``size``.
 
@@ -69,7 +72,15 @@ class ClipConfig(Config):
     crop: Literal["centre", "random"] = "centre"
     flip: bool = Field(False, description="mirror every other clip left to right")
     channels: Literal[1, 3] = Field(3, description="3: RGB; 1: luminance")
-    max_pixels: int = Field(2**25, ge=1, description="refuse videos with larger frames: height x width")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, description="refuse videos with larger frames: height x width")
+
+    @model_validator(mode="after")
+    def _crop_is_possible(self) -> Self:
+        if self.resize == "stretch" and (self.short_side is not None or self.crop == "random"):
+            raise ValueError("resize: stretch keeps all of a frame: short_side and crop: random go with resize: crop")
+        if self.short_side is not None and self.short_side < max(self.size):
+            raise ValueError(f"short_side {self.short_side} is less than size {self.size}: set it to {max(self.size)}")
+        return self
 
     @property
     def unaugmented(self) -> "ClipConfig":

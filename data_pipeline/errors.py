@@ -14,3 +14,7 @@ class UsageError(UserError):
     """What was asked for cannot be done as asked (bad config, missing folder): exit status 2, never retried."""
 
     exit_status = 2
+
+
+class DecodeError(UserError):
+    """A sample cannot be decoded, is too large, or is too short for the clip asked for."""
