@@ -1,12 +1,14 @@
 """What the members of a shard mean: videos to cut clips from, or token ids."""
 
-import io
+import gzip
 import json
+import zlib
 from typing import Any
 
 import numpy as np
 import torch
 
+from data_pipeline.arrays import load_array
 from data_pipeline.config import ClipConfig
 from data_pipeline.decode import DecodeError, VideoInfo, decode_clip
 from data_pipeline.seeding import generator
@@ -17,37 +19,70 @@ _INFO = VideoInfo.__dataclass_fields__
 
 
 class Clips:
-    """KEY.mp4 (or another container) and KEY.json → one clip per key, its start drawn by (seed, epoch, key)."""
+    """KEY.mp4 (or another container) or KEY.npy, and KEY.json → ``config.per_video`` clips per key, each cut by
+    (seed, epoch, key, number of the clip)."""
 
     def __init__(self, config: ClipConfig, seed: int):
         self._config, self._seed = config, seed
+        self.per_count = config.per_video
 
     def unpack(self, members: dict[str, Any]) -> list[Raw]:
         return [{"key": members["__key__"], "members": members}]
 
-    def sample(self, raw: Raw, epoch: int) -> dict[str, Any]:
-        """clip: uint8 tensor (t, h, w, c); label: the class's number, -1 where there is none; key."""
+    def sample(self, raw: Raw, epoch: int, part: int) -> dict[str, Any]:
+        """clip: tensor (t, h, w, c), uint8 but for float arrays; label: the class's number, -1 where there is none;
+        key: KEY, or KEY-0, KEY-1, … where there are several clips per video."""
         members, key = raw["members"], raw["key"]
-        encoded = next((members[extension] for extension in EXTENSIONS if extension in members), None)
-        if encoded is None or "json" not in members:
-            raise DecodeError(f"no .{'/.'.join(EXTENSIONS)} and .json of this key")
-        about = json.loads(members["json"])
-        info = VideoInfo(**{name: about[name] for name in _INFO})
-        clip = decode_clip(encoded, self._config, generator("clip", self._seed, epoch, key), info)
-        return {"clip": torch.from_numpy(clip), "label": about["class"], "key": key}
+        if key.startswith("/") or ".." in key.split("/"):
+            raise DecodeError("a key that leads out of its folder")
+        if "json" not in members:
+            raise DecodeError("its .json is missing")
+        try:
+            about = json.loads(members["json"])
+            label = about["class"]
+        except (ValueError, KeyError) as error:
+            raise DecodeError(f"its .json is damaged: {error}") from None
+        rng = generator("clip", self._seed, epoch, key, *((part,) if part else ()))
+        where = (part, self.per_count)
+        if "npy" in members:
+            from data_pipeline.arrays import cut_array
+
+            clip = cut_array(load_array(members["npy"]), self._config, rng, where)
+        else:
+            encoded = next((members[extension] for extension in EXTENSIONS if extension in members), None)
+            if encoded is None:
+                raise DecodeError(f"no .npy/.{'/.'.join(EXTENSIONS)} of this key")
+            info = VideoInfo(**{name: about[name] for name in _INFO}) if _INFO.keys() <= about.keys() else None
+            clip = decode_clip(encoded, self._config, rng, info, *((where,) if self.per_count > 1 else ()))
+        name = f"{key}-{part}" if self.per_count > 1 else key
+        return {"clip": torch.from_numpy(clip), "label": label, "key": name}
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
 
 
 class Latents:
-    """KEY.npy (n, T', H', W') and KEY.json (keys, labels) → n samples."""
+    """KEY.npy (n, …) and KEY.json.gz (keys, labels, values) → n samples."""
+
+    per_count = 1
 
     def unpack(self, members: dict[str, Any]) -> list[Raw]:
         try:
-            about, tokens = json.loads(members["json"]), np.load(io.BytesIO(members["npy"]), allow_pickle=False)
-            rows = zip(about["keys"], about["labels"], tokens, strict=True)
-            return [{"key": key, "label": label, "latent": row} for key, label, row in rows]
-        except (KeyError, ValueError, EOFError):  # damaged; a member is a window, so all of its samples are missing
+            about = json.loads(gzip.decompress(members["json.gz"]))
+            stored = load_array(members["npy"])
+            if about["values"] == "bfloat16":
+                stored = stored.view(np.int16)  # ids are unsigned: so finish tells them apart
+            rows = zip(about["keys"], about["labels"], stored, strict=True)
+            return [{"latent": row, "label": label, "key": key} for key, label, row in rows]
+        except (DecodeError, KeyError, ValueError, EOFError, OSError, zlib.error):  # damaged: all its samples are lost
             return []
 
-    def sample(self, raw: Raw, epoch: int) -> dict[str, Any]:
-        """latent: int64 tensor (T', H', W'); label: -1 where there is none; key: of the clip."""
-        return {"latent": torch.from_numpy(raw["latent"].astype(np.int64)), "label": raw["label"], "key": raw["key"]}
+    def sample(self, raw: Raw, epoch: int, part: int) -> dict[str, Any]:
+        """latent: array (T', H', W') of ids or (C, T', H', W') of bfloat16's bits; label: -1 where there is none; key:
+        of the clip."""
+        return raw
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """latent: int64 (b, T', H', W') or bfloat16 (b, C, T', H', W')."""
+        stored = batch["latent"]
+        return batch | {"latent": stored.view(torch.bfloat16) if stored.dtype == torch.int16 else stored.long()}

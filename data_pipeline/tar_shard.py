@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.disk import temporary_path, write_json
-from data_pipeline.manifest import Description, Shard, ShardRecord, file_sha256, shard_name
+from data_pipeline.manifest import Description, Moments, Shard, ShardRecord, file_sha256, shard_name
 
 
 class TarShard:
@@ -25,17 +25,29 @@ class TarShard:
         self._windows: list[tuple[int, int]] = []  # bytes, samples
         self._start = self._count = 0
 
-    def add(self, key: str, members: dict[str, bytes], description: dict[str, Any], count: int = 1) -> None:
-        """Appends KEY.extension for every extension in ``members``, and KEY.json; together ``count`` samples."""
+    def add(
+        self, key: str, members: dict[str, bytes], description: dict[str, Any] | None = None, count: int = 1
+    ) -> None:
+        """Appends KEY.extension for every extension in ``members``, and KEY.json of ``description``; together
+        ``count`` samples."""
         before = self._tar.tarstream.offset
-        text = json.dumps(description, sort_keys=True, ensure_ascii=False).encode()
-        self._tar.write({"__key__": key, **members, "json": text})
+        if description is not None:
+            members = members | {"json": json.dumps(description, sort_keys=True, ensure_ascii=False).encode()}
+        self._tar.write({"__key__": key, **members})
         if self._count and self._tar.tarstream.offset - self._start > self._window_bytes:
             self._end_window(before)
         self._count += count
 
-    def finish(self, description: Description, shards: int, plan: str, skipped: int = 0) -> None:
-        """Closes and renames the tar, then writes NAME.json; ``shards`` is the number of shards in the set."""
+    def finish(
+        self,
+        description: Description,
+        shards: int,
+        plan: str,
+        skipped: dict[str, str] | None = None,
+        moments: Moments | None = None,
+    ) -> None:
+        """Closes and renames the tar, then writes NAME.json; ``shards`` is the number of shards in the set, ``skipped``
+        gives for each key that was left out the reason."""
         if self._count:
             self._end_window(self._tar.tarstream.offset)
         self._tar.close()
@@ -50,7 +62,8 @@ class TarShard:
             window_bytes=[size for size, _ in self._windows],
             window_samples=[count for _, count in self._windows],
         )
-        record = ShardRecord(shard=shard, set=description, shards=shards, plan=plan, skipped=skipped)
+        about = {"shards": shards, "plan": plan, "skipped": skipped or {}, "moments": moments}
+        record = ShardRecord(shard=shard, set=description, **about)
         self._temporary.replace(self._folder / f"{self._name}.tar")
         write_json(self._folder / f"{self._name}.json", record.model_dump(mode="json", exclude_none=True))
 

@@ -1,16 +1,18 @@
 """One config class per job. ``kind`` says which job it is; ``run`` is the run directory it fills."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from data_pipeline.config import ClipConfig, ClipDataConfig, Config, LatentDataConfig, Source
+from data_pipeline.config import ClipDataConfig, Config, Source
 from stpredict.losses.config import ReconstructionLossConfig
-from stpredict.priors.config import NextBlockConfig
+from stpredict.priors.config import NextBlockConfig, PriorDataConfig
 from stpredict.sampling.config import SamplingConfig
-from stpredict.tokenizers.config import CausalCnnConfig
+from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, TokenizedClipDataConfig
 from stpredict.training.config import TrainingConfig
+
+PARTS = "parts"  # folder of a run
 
 
 class Resources(Config):
@@ -25,16 +27,37 @@ class JobConfig(Config):
     seed: int = 0
     resources: Resources = Resources()
 
+    @property
+    def home(self) -> Path:
+        """The directory of this job's own config, status, logs and lock."""
+        return self.run
+
 
 class PartedJobConfig(JobConfig):
     """A job that several jobs may do together: each of ``parts`` jobs, given the same config but for ``part``, writes
     its share of the shards of one set into ``run``; `stpredict merge` then makes the set readable.
 
-    A part keeps its status and logs in ``run/parts/``, so that the parts can run at once.
+    Shard i is written by part i mod ``parts``. A part has its config, status, logs and lock in ``home``, so that the
+    parts can run at once.
     """
 
     part: int = Field(0, ge=0, description="which of the parts this job does, from 0")
     parts: int = Field(1, ge=1, description="jobs that write this set together")
+
+    @property
+    def home(self) -> Path:
+        return self.run if self.parts == 1 else self.run / PARTS / f"{self.part}-of-{self.parts}"
+
+    @property
+    def whole(self) -> Self:
+        """The job that all parts are together."""
+        return self.model_copy(update={"part": 0, "parts": 1})
+
+    @model_validator(mode="after")
+    def _part_of_parts(self) -> Self:
+        if self.part >= self.parts:
+            raise ValueError(f"part is {self.part}: of {self.parts} parts, the last is {self.parts - 1}")
+        return self
 
 
 class ShardConfig(PartedJobConfig):
@@ -45,6 +68,8 @@ class ShardConfig(PartedJobConfig):
     max_shards: int = Field(96, ge=1, description="shards per split, where there are enough samples")
     min_samples_per_shard: int = Field(4, ge=1)
     window_bytes: int = Field(16 * 2**20, ge=1, description="upper bound of a shuffle window")
+    workers: int = Field(1, ge=1, description="processes per rank that read and probe samples")
+    timeout_s: float = Field(60, gt=0, description="a sample that takes longer is left out")
 
 
 class TokenizerJobConfig(JobConfig):
@@ -57,12 +82,6 @@ class TokenizerJobConfig(JobConfig):
     training: TrainingConfig
 
 
-class TokenizedClipDataConfig(ClipDataConfig):
-    """Clips for a trained tokenizer."""
-
-    clip: ClipConfig | None = Field(None, description="default: as the tokenizer was trained on")
-
-
 class EncodeConfig(PartedJobConfig):
     """Caches the latents of every clip: fills ``run/train`` and ``run/val`` with latent shards."""
 
@@ -70,16 +89,16 @@ class EncodeConfig(PartedJobConfig):
     tokenizer: Path = Field(description="run or export of a tokenizer")
     data: TokenizedClipDataConfig
     passes: int = Field(1, ge=1, description="times every video is visited; with random starts each gives another clip")
-    batch_size: int = Field(8, ge=1, description="clips per rank and forward")
-    clips_per_member: int = Field(64, ge=1)
+    batch_size: int = Field(TOKENIZED_TOGETHER, ge=1, description="clips per forward; each has exactly so many")
+    clips_per_member: int | None = Field(None, ge=1, description="default: by size, so that headers take 1 % at most")
     shards: int = Field(96, ge=1, description="shards of the training split, where there are enough clips")
 
 
 class PriorJobConfig(JobConfig):
-    """Trains a prior on cached latents."""
+    """Trains a prior on cached latents, or on clips that are tokenized on the fly."""
 
     kind: Literal["prior"] = "prior"
-    data: LatentDataConfig
+    data: PriorDataConfig
     tokenizer: Path = Field(description="run or export of the tokenizer that made the latents and will decode samples")
     given_frames: int = Field(5, ge=1, description="frames given in the pictures of predictions")
     model: NextBlockConfig = NextBlockConfig()

@@ -1,24 +1,24 @@
-"""Caches latents: every clip of a shard set through a trained tokenizer, into latent shards."""
+"""Caches latents: every clip of a shard set through a trained tokenizer, into latent shards.
+
+The clips of all passes stand in one order, pass after pass, and every process of every part encodes the shards of it
+that are its own, one after another; those that are finished are kept.
+"""
 
 import logging
-import math
-from itertools import compress
-
-import numpy as np
 
 from data_pipeline.config import ClipDataConfig
 from data_pipeline.disk import check_space
 from data_pipeline.latents import LatentWriter, latent_shards
-from data_pipeline.manifest import merge, read_manifest
-from data_pipeline.storage import child
+from data_pipeline.manifest import merge
+from data_pipeline.order import Share
+from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_evaluation_batches
-from data_pipeline.transforms import to_video
 from stpredict.config import canonical_json
 from stpredict.exports import load_tokenizer
-from stpredict.jobs.clips import clips_for
 from stpredict.jobs.config import EncodeConfig
 from stpredict.run import Progress, Run
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
+from stpredict.tokenizers.clips import clip_tokens, clips_for
 from stpredict.training.ranks import Ranks, join_ranks
 
 log = logging.getLogger(__name__)
@@ -26,81 +26,89 @@ log = logging.getLogger(__name__)
 
 def run(config: EncodeConfig, run: Run) -> None:
     tokenizer, export, fingerprint = load_tokenizer(config.tokenizer)
-    data = clips_for(config.data, config.tokenizer, export)
-    passes = {"train": config.passes, "val": 1}
-    samples = {split: read_manifest(child(data.shards, split)).samples * passes[split] for split in passes}
-    tokens = math.prod(tokenizer.config.grid(data.clip.frames, *data.clip.size)) * sum(samples.values())
-    check_space(config.run, 2 * tokens * np.min_scalar_type(tokenizer.config.codebook_size - 1).itemsize)
+    clips = clips_for(config.data, config.tokenizer, export)
     with join_ranks() as ranks:
-        tokenizer.to(ranks.device)
-        progress = Progress(run, sum(samples.values()), "clip") if ranks.is_main else None
-        done = 0
-        for split, times in passes.items():
-            writer = _writer(config, data, split, times, tokenizer, fingerprint, ranks)
-            if not writer.finished:
-                with writer:
-                    _encode(config, data, split, times, tokenizer, writer, ranks, progress, done)
-            ranks.barrier()
-            if ranks.is_main:
-                manifest = merge(config.run / split)
-                log.info("%s: %d clips of %s tokens", config.run / split, manifest.samples, manifest.grid)
-            done += samples[split]
+        splits = [
+            _Split(config, clips, "train", config.passes, tokenizer, fingerprint, ranks),
+            _Split(config, clips, "val", 1, tokenizer, fingerprint, ranks),
+        ]
+        check_space(config.run, sum(split.writer.missing_bytes for split in splits) * ranks.size)
+        mine = sum(split.clips for split in splits) // (config.parts * ranks.size)
+        progress = Progress(run, mine * ranks.size, "clip") if ranks.is_main else None
+        done = mine - sum(len(positions) for split in splits for positions in split.writer.missing)
+        for split in splits:
+            for count in split.encode(ranks):
+                done += count
+                if progress:
+                    progress.update(min(max(done, 0), mine) * ranks.size, f"encoding {split.name}")
+        ranks.barrier()
+        if ranks.is_main and config.parts == 1:
+            for split in splits:
+                manifest = merge(split.folder)
+                log.info("%s: %d clips of %s tokens", split.folder, manifest.samples, manifest.grid)
 
 
-def _writer(
-    config: EncodeConfig,
-    data: ClipDataConfig,
-    split: str,
-    passes: int,
-    tokenizer: CausalCnnTokenizer,
-    fingerprint: str,
-    ranks: Ranks,
-) -> LatentWriter:
-    clips = read_manifest(child(data.shards, split))
-    return LatentWriter(
-        config.run / split,
-        grid=tokenizer.config.grid(data.clip.frames, *data.clip.size),
-        codebook_size=tokenizer.config.codebook_size,
-        fingerprint=fingerprint,
-        clips_per_member=config.clips_per_member,
-        shards=latent_shards(clips.samples * passes, config.shards, ranks.size),
-        rank=ranks.rank,
-        world_size=ranks.size,
-        plan=f"{canonical_json(data)} seed {config.seed} passes {passes} of {clips.model_dump_json()}",
-        classes=clips.classes,
-        clip=data.clip,
-    )
+class _Split:
+    """One split, and this process's part of it: position n is clip n % (clips of a pass) of pass n // (…)."""
 
-
-def _encode(
-    config: EncodeConfig,
-    data: ClipDataConfig,
-    split: str,
-    passes: int,
-    tokenizer: CausalCnnTokenizer,
-    writer: LatentWriter,
-    ranks: Ranks,
-    progress: Progress | None,
-    done: int,
-) -> None:
-    """This rank's share of a split, ``passes`` times; ``done`` clips of other splits came before."""
-    for number in range(passes):
-        batches = clip_evaluation_batches(
-            data,
-            split,
-            seed=config.seed,
-            rank=ranks.rank,
-            world_size=ranks.size,
-            batch_size=config.batch_size,
-            epoch=number,
+    def __init__(
+        self,
+        config: EncodeConfig,
+        data: ClipDataConfig,
+        name: str,
+        passes: int,
+        tokenizer: CausalCnnTokenizer,
+        fingerprint: str,
+        ranks: Ranks,
+    ):
+        clip = data.clip if name == "train" else data.clip.unaugmented
+        self.name, self.folder, self._passes = name, config.run / name, passes
+        self._config, self._tokenizer = config, tokenizer
+        self._data = data.model_copy(update={"clip": clip})
+        source = read_set(data.shards, name).manifest
+        self._per_pass = source.samples * clip.per_video
+        self.clips = self._per_pass * passes
+        shards, writers = latent_shards(self.clips, config.shards), config.parts * ranks.size
+        if shards < writers and ranks.is_main:
+            log.warning("%s: %d shards for %d processes: the others have nothing to do", self.folder, shards, writers)
+        self.writer = LatentWriter(
+            self.folder,
+            clips=self.clips,
+            shards=shards,
+            grid=tokenizer.config.grid(clip.frames, *clip.size),
+            codebook_size=tokenizer.config.codebook_size,
+            fingerprint=fingerprint,
+            clips_per_member=config.clips_per_member,
+            writer=config.part + config.parts * ranks.rank,  # so that a shard's number tells its part
+            writers=writers,
+            plan=f"{canonical_json(clip)} seed {config.seed} passes {passes} of {source.model_dump_json()}",
+            classes=source.classes,
+            clip=clip,
         )
+
+    def encode(self, ranks: Ranks):
+        """Writes what is missing; yields, batch by batch, how many clips were taken."""
+        with self.writer as writer:
+            for number in range(self._passes):
+                start = number * self._per_pass
+                of_pass = range(start, start + self._per_pass)
+                samples = [position - start for part in writer.missing for position in part if position in of_pass]
+                if samples:
+                    yield from self._encode_pass(number, samples, ranks)
+
+    def _encode_pass(self, number: int, samples: list[int], ranks: Ranks):
+        share = Share(0, 1, self._config.batch_size)
+        seed = self._config.seed
+        batches = clip_evaluation_batches(self._data, self.name, seed=seed, share=share, samples=samples, epoch=number)
         for batch in batches:
-            real = batch["weight"] > 0
-            if not real.any():
-                continue
-            tokens = tokenizer.encode(to_video(batch["clip"][real].to(ranks.device)))
-            keys = [f"{key}-{number}" for key in compress(batch["key"], real)]
-            writer.append(tokens.cpu().numpy(), keys, batch["label"][real].tolist())
-            done += len(keys) * ranks.size
-            if progress:
-                progress.update(min(done, progress.steps), f"encoding {split}")
+            rows = (batch["weight"] > 0).nonzero()[:, 0].tolist()  # the others are unreadable, or fill up the batch
+            if rows:
+                tokens = clip_tokens(self._tokenizer, batch["clip"].to(ranks.device), self._config.batch_size)
+                keys = [batch["key"][row] for row in rows]
+                self.writer.append(
+                    (batch["index"][rows] + number * self._per_pass).tolist(),
+                    tokens[rows].cpu().numpy(),
+                    keys if self._passes == 1 else [f"{key}-{number}" for key in keys],
+                    batch["label"][rows].tolist(),
+                )
+            yield len(rows)

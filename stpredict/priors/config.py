@@ -1,12 +1,45 @@
 """Configs of the priors."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
-from data_pipeline.config import ClipConfig, Config
+from data_pipeline.config import ClipConfig, Config, LatentDataConfig, Location
 from data_pipeline.errors import UsageError
-from stpredict.tokenizers.config import CausalCnnConfig
+from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, TokenizedClipDataConfig
+
+
+class CachedLatentsConfig(LatentDataConfig):
+    """Latents that an encode job made."""
+
+    kind: Literal["latents"] = "latents"
+
+
+class TokenizedClipSetConfig(Config):
+    """One more shard set to draw training clips from."""
+
+    shards: Location
+    clip: ClipConfig | None = Field(None, description="default: as the tokenizer was trained on")
+    weight: float = Field(1, gt=0)
+
+
+class TokenizedClipsConfig(TokenizedClipDataConfig):
+    """Clips, tokenized when they are needed: nothing is stored, and every epoch may cut others."""
+
+    kind: Literal["clips"] = "clips"
+    weight: float = Field(1, gt=0, description="of this set in the mix")
+    mix: dict[str, TokenizedClipSetConfig] = Field({}, description="other sets to draw training clips from")
+    batch_size: int = Field(TOKENIZED_TOGETHER, ge=1, description="clips per forward of the tokenizer")
+
+
+def _kind(data: Any) -> Any:
+    """Which of the two: cached latents, unless ``kind`` says otherwise."""
+    return data.get("kind", "latents") if isinstance(data, dict) else getattr(data, "kind", None)
+
+
+PriorDataConfig = Annotated[
+    Annotated[CachedLatentsConfig, Tag("latents")] | Annotated[TokenizedClipsConfig, Tag("clips")], Discriminator(_kind)
+]
 
 
 class NextBlockConfig(Config):

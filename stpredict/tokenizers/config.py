@@ -5,8 +5,10 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from data_pipeline.config import ClipConfig, Config
+from data_pipeline.config import ClipConfig, Config, Location, StreamConfig
 from data_pipeline.errors import UsageError
+
+TOKENIZED_TOGETHER = 4  # clips to a forward pass of a trained tokenizer, unless a config says otherwise
 
 
 class CausalCnnConfig(Config):
@@ -77,3 +79,10 @@ class CausalCnnConfig(Config):
             return self.grid(clip.frames, *clip.size)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
+
+
+class TokenizedClipDataConfig(StreamConfig):
+    """Clips for a trained tokenizer: ``shards`` is a shard job's run, or several in braces."""
+
+    shards: Location
+    clip: ClipConfig | None = Field(None, description="default: as the tokenizer was trained on")

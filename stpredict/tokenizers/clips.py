@@ -1,0 +1,41 @@
+"""The clips that a trained tokenizer is used on, and their tokens: the same whether cached or made on the fly."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.config import ClipConfig, ClipDataConfig
+from data_pipeline.transforms import to_video
+from stpredict.exports import TokenizerExport
+from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
+from stpredict.tokenizers.config import TokenizedClipDataConfig
+
+
+def clip_for(clip: ClipConfig | None, export: TokenizerExport, where: str) -> ClipConfig:
+    """``clip``, or that which the tokenizer was trained on. UsageError where the tokenizer cannot take such clips."""
+    clip = clip or export.clip
+    export.model.check_clip(clip, where)
+    return clip
+
+
+def clips_for(data: TokenizedClipDataConfig, tokenizer: Path, export: TokenizerExport) -> ClipDataConfig:
+    """``data`` with its clip filled in. Raises what ``clip_for`` raises."""
+    fields = {name: getattr(data, name) for name in TokenizedClipDataConfig.model_fields}
+    return ClipDataConfig(**{**fields, "clip": clip_for(data.clip, export, f"data.clip, for {tokenizer}")})
+
+
+@torch.no_grad()
+def clip_tokens(tokenizer: CausalCnnTokenizer, clips: Tensor, batch_size: int) -> Tensor:
+    """Clips uint8 ``(b, t, h, w, c)`` to token ids ``(b, t', h', w')`` int64, in fp32, on the device of ``clips``.
+
+    Every forward pass takes ``batch_size`` clips, the last filled up with repetitions: kernels are chosen by shape,
+    and a value that one rounds differently may fall on the other side of a code's border. So a clip has the same
+    tokens whatever it is encoded with.
+    """
+    tokenizer.to(clips.device)
+    full = -(-len(clips) // batch_size) * batch_size
+    rows = torch.arange(full, device=clips.device).clamp(max=len(clips) - 1)
+    with torch.autocast(clips.device.type, enabled=False):
+        tokens = [tokenizer.encode(to_video(clips[part])) for part in rows.split(batch_size)]
+    return torch.cat(tokens)[: len(clips)]
