@@ -1,0 +1,79 @@
+"""KEY.npy of a shard → clip: arrays (t, h, w, c), frames as uint8 or a physical field as float32. Torch-free.
+
+Frames are cut like those of encoded videos. A field is cut in time, cropped and mirrored, never interpolated: values
+between the measured ones, of the extremes most of all, would be inventions.
+"""
+
+import io
+import math
+
+import numpy as np
+from numpy.lib import format as npy
+
+from data_pipeline.clips import Part, Plan, clip_indices, cut_box, fit_frame
+from data_pipeline.config import ClipConfig
+from data_pipeline.decoders import check_size, one_line
+from data_pipeline.errors import DecodeError, UsageError
+
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+def load_array(encoded: bytes) -> np.ndarray:
+    """The array (t, h, w, c), uint8 or float32, of a .npy file: a view of ``encoded``, not to be written to.
+
+    DecodeError if it is anything else, asks to unpickle, or has not the bytes that its header claims.
+    """
+    file = io.BytesIO(encoded)
+    try:
+        version = npy.read_magic(file)
+        if version not in _HEADERS:
+            raise DecodeError(f"npy: version {version} is not read")
+        shape, fortran_order, dtype = _HEADERS[version](file)
+    except (ValueError, EOFError) as error:
+        raise DecodeError(f"npy: {one_line(error)}") from None
+    if dtype.hasobject:
+        raise DecodeError("npy: holds pickled objects, which could run code; store numbers")
+    if dtype not in (np.uint8, np.float32):
+        raise DecodeError(f"npy: holds {dtype}; uint8 and float32 are read")
+    if len(shape) != 4 or min(shape) < 1:
+        raise DecodeError(f"npy: has the shape {shape}; (t, h, w, c) is needed")
+    claimed, held = math.prod(shape) * dtype.itemsize, len(encoded) - file.tell()
+    if claimed != held:
+        raise DecodeError(f"npy: {held} bytes, {claimed} claimed by shape {shape}")
+    values = np.frombuffer(encoded, dtype, offset=file.tell())
+    return values.reshape(shape, order="F" if fortran_order else "C")
+
+
+def cut_array(array: np.ndarray, config: ClipConfig, rng: np.random.Generator, part: Part = (0, 1)) -> np.ndarray:
+    """One clip of an array (t, h, w, c): uint8 (t, *size, channels), or float32 (t, *size, c) with all its channels.
+
+    Draws from ``rng`` and ``part`` are as for ``decode_clip``. DecodeError if the array is too short or too large, or
+    a field would have to be resized; UsageError if the config wants frames by their time, of which arrays know nothing.
+    """
+    plan = Plan.draw(rng, config)
+    if config.fps:
+        raise UsageError("clip.fps: arrays carry no times; use clip.stride")
+    frames, height, width, channels = array.shape
+    check_size(height, width, config.max_pixels)
+    indices = clip_indices(frames, config, plan.start, part)
+    chosen = array[indices.start : indices.stop : indices.step]
+    if array.dtype == np.float32:
+        clip = np.array(_crop_field(chosen, config, plan))
+    elif channels in (1, 3):
+        clip = np.stack([fit_frame(frame, config, plan) for frame in chosen])
+    else:
+        raise DecodeError(f"{channels} channels of uint8; 1 (luminance) and 3 (RGB) are frames")
+    return plan.mirrored(clip, config)
+
+
+def _crop_field(field: np.ndarray, config: ClipConfig, plan: Plan) -> np.ndarray:
+    _, height, width, _ = field.shape
+    rows, columns = config.size
+    left, top, right, bottom = cut_box(height, width, config, plan)
+    if not (math.isclose(right - left, columns) and math.isclose(bottom - top, rows)):
+        raise DecodeError(
+            f"a field of {height}x{width} (height x width) is not resized to {rows}x{columns}: "
+            f"set clip.size to what it has, or crop with clip.short_side {min(height, width)}"
+        )
+    top, left = round(top), round(left)
+    return field[:, top : top + rows, left : left + columns]
