@@ -20,7 +20,7 @@ Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance
 
 
 class FolderSource(Config):
-    """Any folder of videos; the class of a video is the name of its sub-folder, where there is one.
+    """Any folder of videos or images; the class of a video is the name of its sub-folder, where there is one.
 
     Folders named ``train`` and ``val`` directly under ``path`` are taken as the split; otherwise
     ``validation_fraction`` of the videos is held out, chosen by a hash of the key.
@@ -29,6 +29,68 @@ class FolderSource(Config):
     kind: Literal["folder"] = "folder"
     path: Path
     validation_fraction: float = Field(0.1, ge=0, lt=1)
+
+
+class Ucf101Source(Config):
+    """UCF-101: ``path`` holds the class folders; the published lists say what is for training and what for testing."""
+
+    kind: Literal["ucf101"] = "ucf101"
+    path: Path
+    fold: Literal[1, 2, 3] = 1
+    lists: Path | None = Field(None, description="folder of the lists; default: ucfTrainTestlist in or beside path")
+
+
+class KineticsSource(Config):
+    """Kinetics-400, 600 or 700: the published csv files, and whatever part of the videos could be downloaded."""
+
+    kind: Literal["kinetics"] = "kinetics"
+    path: Path = Field(description="folder of the videos, in sub-folders or not")
+    annotations: Path | None = Field(None, description="a csv file or a folder of them; default: in or below path")
+
+
+class KthSource(Config):
+    """KTH actions: persons 1 to 16 for training, 17 to 25 for validation, as in the papers on video prediction."""
+
+    kind: Literal["kth"] = "kth"
+    path: Path
+
+
+class ArraysSource(Config):
+    """Arrays in .npy or .npz files, stored as (t, h, w, c): uint8 as they are, all other numbers as float32.
+
+    With an axis ``n``, each of its entries is a sample; without one, each file is, or ``sequence`` steps of it.
+    ``train`` and ``val`` are ranges, end excluded, of samples, or of steps where ``sequence`` is given; files count on
+    from one to the next in the order of their names. Without either, ``validation_fraction`` is held out: the samples
+    with the lowest hash of the key, or, of sequences, the last in time.
+    """
+
+    kind: Literal["arrays"] = "arrays"
+    path: Path = Field(description="a file, a folder of files, or a pattern such as /data/*.npz")
+    member: str | None = Field(None, description="name of the array in an .npz; default: its only one")
+    axes: str = Field("t h w c", description="axes of the array in its order, of n t h w c; n and c may be absent")
+    sequence: int | None = Field(None, ge=1, description="cut along t into sequences of so many steps")
+    dtype: Literal["uint8", "float32"] | None = Field(None, description="default: uint8 stays, all else is float32")
+    channels: tuple[str, ...] = Field((), description="names of the channels")
+    units: tuple[str, ...] = Field((), description="units of the channels")
+    train: tuple[int, int] | None = None
+    val: tuple[int, int] | None = None
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _axes_make_sense(self) -> Self:
+        axes = self.axes.split()
+        if len(set(axes)) < len(axes) or not {"t", "h", "w"} <= set(axes) <= {"n", "t", "h", "w", "c"}:
+            raise ValueError(f"axes is '{self.axes}': give t, h and w, and n and c where there are such, each once")
+        if self.sequence and "n" in axes:
+            raise ValueError("sequence cuts arrays without an axis n; leave one of them out")
+        if self.units and len(self.units) != len(self.channels):
+            raise ValueError(f"{len(self.units)} units for {len(self.channels)} channels: give one each")
+        for split in (self.train, self.val):
+            if split and not 0 <= split[0] < split[1]:
+                raise ValueError(f"{list(split)} is no range: give its first index and the one after its last")
+        if self.train and self.val and self.train[0] < self.val[1] and self.val[0] < self.train[1]:
+            raise ValueError(f"train {list(self.train)} and val {list(self.val)} overlap")
+        return self
 
 
 class MovingDigitsSource(Config):
@@ -47,7 +109,10 @@ class MovingDigitsSource(Config):
     seed: int = 0
 
 
-Source = Annotated[FolderSource | MovingDigitsSource, Field(discriminator="kind")]
+Source = Annotated[
+    FolderSource | Ucf101Source | KineticsSource | KthSource | ArraysSource | MovingDigitsSource,
+    Field(discriminator="kind"),
+]
 
 
 MAX_PIXELS = 2**25  # height x width: 7680 x 4320 fits
@@ -89,10 +154,15 @@ class ClipConfig(Config):
 
 
 class CacheConfig(Config):
-    """Where shards from an object store are kept on local disk; processes of one machine share it."""
+    """Where shards that are read over the network are kept on local disk; all processes of a machine share it."""
 
-    folder: Path
-    bytes: int = Field(100 * 2**30, ge=1, description="the least recently read shards go first")
+    folder: Path = Field(description="on a disk of the machine; only the cache's own files in it are ever removed")
+    bytes: int = Field(
+        100 * 2**30,
+        ge=1,
+        description="the least recently read shards go first; less than the shards that the machine's virtual streams "
+        "read at a time (one each) means fetching them again for every window",
+    )
 
 
 class StreamConfig(Config):

@@ -1,25 +1,38 @@
-"""Videos → a set of WebDataset shards.
+"""Samples of a source → a set of WebDataset shards.
 
 Samples are dealt to the shards of their split in a seeded shuffled order, so that a shard is a fair sample of the
 set. Each shard is planned before it is written and finished on its own: a rerun redoes only what is missing or
 planned otherwise, and several processes can write one set. ``data_pipeline.manifest.merge`` then makes it readable.
+
+Every sample is read and looked into once, in a process that it may bring down; what is unreadable is left out by name.
 """
 
+import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import reduce
+from itertools import islice
+from operator import add
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.decode import DecodeError, probe
-from data_pipeline.manifest import FORMAT, Description, clear, plan_hash, read_record
+import numpy as np
+
+from data_pipeline.config import Source
+from data_pipeline.decode import probe
+from data_pipeline.errors import DecodeError
+from data_pipeline.isolated import Failure, isolated
+from data_pipeline.manifest import FORMAT, Description, Moments, clear, plan_hash, read_record
 from data_pipeline.order import divisible_count
 from data_pipeline.seeding import generator
-from data_pipeline.sources.source import SourceSample
+from data_pipeline.sources.source import SourceSample, read
 from data_pipeline.tar_shard import TarShard
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # done, total
+AROUND_SAMPLE = 3072  # bytes: about the most that tar headers and KEY.json take
 
 
 def shard_count(samples: int, most: int, fewest_samples: int = 1) -> int:
@@ -29,35 +42,57 @@ def shard_count(samples: int, most: int, fewest_samples: int = 1) -> int:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What one shard shall hold. ``index`` of ``shards``; ``hash`` is the same whenever the outcome would be."""
+    """What one shard shall hold. ``index`` of ``shards``; ``bytes`` is about what it will take; ``hash`` is the same
+    whenever the outcome would be."""
 
     index: int
     shards: int
+    source: Source
     samples: tuple[SourceSample, ...]
     description: Description
     window_bytes: int
+    bytes: int
     hash: str
-
-    @property
-    def bytes(self) -> int:
-        """What the tar will take: the videos, and at most about 3 kB a sample around them."""
-        return sum(sample.path.stat().st_size + 3072 for sample in self.samples)
 
 
 def plan_shards(
-    samples: Sequence[SourceSample], classes: list[str], *, shards: int, window_bytes: int, seed: int
+    source: Source,
+    samples: Sequence[SourceSample],
+    description: Description,
+    *,
+    shards: int,
+    window_bytes: int,
+    seed: int,
 ) -> list[ShardPlan]:
-    """Deals the samples of one split to ``shards`` shards, round robin in a shuffled order."""
+    """Deals the samples of one split to ``shards`` shards, round robin in a shuffled order.
+
+    ``description`` is that of all splits. The same data elsewhere are the same: no path decides what a shard holds.
+    """
     order = generator("deal", seed).permutation(len(samples))
-    description = Description(kind="clips", classes=classes)
+    recipe = {name: value for name, value in source if not isinstance(value, Path)}
+    keys = [samples[position].key for position in order]
+    whole = plan_hash(FORMAT, recipe, description.model_dump(mode="json"), shards, window_bytes, keys)
+    description = description.model_copy(update={"plan": whole})
     plans = []
     for index in range(shards):
         dealt = tuple(samples[position] for position in order[index::shards])
-        files = [(sample.path.stat().st_size, sample.path.stat().st_mtime_ns) for sample in dealt]
-        contents = [{**asdict(sample), "path": None} for sample in dealt]  # the same videos elsewhere are the same
-        parts = (FORMAT, classes, shards, window_bytes, contents, files)
-        plans.append(ShardPlan(index, shards, dealt, description, window_bytes, plan_hash(*parts)))
+        files = [_size_and_time(sample.path) for sample in dealt]
+        pairs = zip(dealt, files, strict=True)
+        size = sum(file_size if sample.bytes is None else sample.bytes for sample, (file_size, _) in pairs)
+        contents = [{**asdict(sample), "path": None} for sample in dealt]
+        shard_hash = plan_hash(whole, index, contents, files)
+        size += AROUND_SAMPLE * len(dealt)
+        plans.append(ShardPlan(index, shards, source, dealt, description, window_bytes, size, shard_hash))
     return plans
+
+
+def _size_and_time(path: Path | None) -> tuple[int, int]:
+    """Of a file; zeros where it is gone: its sample will be left out."""
+    try:
+        about = path.stat() if path else None
+    except OSError:
+        about = None
+    return (about.st_size, about.st_mtime_ns) if about else (0, 0)
 
 
 def unfinished(folder: str | Path, plans: Sequence[ShardPlan]) -> list[ShardPlan]:
@@ -66,44 +101,74 @@ def unfinished(folder: str | Path, plans: Sequence[ShardPlan]) -> list[ShardPlan
     return [plan for plan, record in records if record is None or record.plan != plan.hash]
 
 
-def write_shards(folder: str | Path, plans: Sequence[ShardPlan], progress: Progress | None = None) -> None:
+def write_shards(folder: str | Path, plans: Sequence[ShardPlan], *, workers: int = 1, timeout_s: float = 60) -> None:
     """Writes the shards of ``plans``, all of a set or a process's share, that are not finished yet; ``merge`` them
-    when every share is written. ``progress`` counts samples."""
+    when every share is written. The number of ``workers``, the processes that look into samples, changes nothing in
+    them; a sample that takes a worker longer than ``timeout_s`` is left out."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     todo = unfinished(folder, plans)
-    if todo:
-        clear(folder, [plan.index for plan in todo], todo[0].shards)
-    total = sum(len(plan.samples) for plan in plans)
-    done = total - sum(len(plan.samples) for plan in todo)
-    for plan in todo:
-        write_shard(folder, plan)
-        done += len(plan.samples)
-        if progress:
-            progress(done, total)
+    if not todo:
+        return
+    clear(folder, [plan.index for plan in todo], todo[0].shards)
+    items = [(plan.source, sample) for plan in todo for sample in plan.samples]
+    with closing(isolated(look, items, workers=min(workers, len(items)), timeout_s=timeout_s)) as looks:
+        for plan in todo:
+            _write_shard(folder, plan, islice(looks, len(plan.samples)))
 
 
-def write_shard(folder: Path, plan: ShardPlan) -> None:
-    """Writes one shard. A video that no decoder opens is left out, counted and logged."""
-    tar, skipped = TarShard(folder, plan.index, plan.window_bytes), 0
+@dataclass(frozen=True)
+class Look:
+    """A sample's member of the shard, what KEY.json says of it, and the moments of a physical field."""
+
+    extension: str
+    data: bytes
+    about: dict[str, Any]
+    moments: Moments | None = None
+
+
+def look(item: tuple[Source, SourceSample]) -> Look | Failure:
+    """Reads a sample and makes sure that it can be decoded."""
     try:
-        for sample in plan.samples:
-            try:
-                encoded = sample.path.read_bytes()
-                info = probe(encoded)
-            except (DecodeError, OSError) as error:
-                log.warning("%s: left out: %s", sample.path, error)
-                skipped += 1
+        extension, data = read(*item)
+        if extension != "npy":
+            return Look(extension, data, asdict(probe(data)))
+    except (DecodeError, OSError) as error:
+        return Failure(str(error))
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    frames, height, width, _ = array.shape
+    about = {"frames": frames, "height": height, "width": width, "fps": None}
+    return Look(extension, data, about, moments(array) if array.dtype == np.float32 else None)
+
+
+def moments(array: np.ndarray) -> Moments:
+    """Of each channel of an array (t, h, w, c), summed in float64."""
+    values = array.reshape(-1, array.shape[-1]).astype(np.float64)
+    mean = values.mean(axis=0)
+    return Moments(count=len(values), mean=mean.tolist(), m2=((values - mean) ** 2).sum(axis=0).tolist())
+
+
+def _write_shard(folder: Path, plan: ShardPlan, looks: Iterator[Look | Failure]) -> None:
+    """Writes one shard. A sample that cannot be read is left out, counted and logged."""
+    tar, skipped, parts = TarShard(folder, plan.index, plan.window_bytes), {}, []
+    classes = plan.description.classes
+    try:
+        for sample, seen in zip(plan.samples, looks, strict=True):
+            if isinstance(seen, Failure):
+                log.warning("%s: left out: %s", sample.path or sample.name, seen.reason)
+                skipped[sample.key] = seen.reason
                 continue
-            label = plan.description.classes.index(sample.label) if sample.label is not None else -1
-            description = {
-                "label": sample.label,
-                "class": label,
+            about = {
+                "source": plan.source.kind,
                 "name": sample.name,
+                "label": sample.label,
+                "class": -1 if sample.label is None else classes.index(sample.label),
                 **sample.metadata,
-                **asdict(info),
+                **seen.about,
             }
-            tar.add(sample.key, {sample.path.suffix[1:].lower(): encoded}, description)
-        tar.finish(plan.description, plan.shards, plan.hash, skipped)
+            tar.add(sample.key, {seen.extension: seen.data}, about)
+            if seen.moments:
+                parts.append(seen.moments)
+        tar.finish(plan.description, plan.shards, plan.hash, skipped, reduce(add, parts) if parts else None)
     finally:
         tar.discard()

@@ -6,19 +6,14 @@ Validation videos show digits that no training video shows. Every video depends 
 """
 
 import gzip
-import json
-import os
-import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from data_pipeline.config import MovingDigitsSource
-from data_pipeline.disk import check_space, is_temporary, write_json
 from data_pipeline.errors import UsageError
 from data_pipeline.seeding import generator
 from data_pipeline.sources.source import SourceSample, Split
@@ -26,38 +21,33 @@ from data_pipeline.sources.source import SourceSample, Split
 _MNIST_FILES = {"train": "train", "val": "t10k"}
 
 
-def walk(
-    config: MovingDigitsSource, workdir: Path, progress: Callable[[int, int], None] | None = None
-) -> list[SourceSample]:
-    """Renders workdir/videos/{train,val}/NNNNNN.mp4; videos that are already there are kept."""
-    from data_pipeline.video_files import write_mp4
-
+def walk(config: MovingDigitsSource) -> list[SourceSample]:
+    """The videos to render: which digits each shows is known beforehand."""
     if config.digit_size > config.size:
         raise UsageError(f"source.digit_size {config.digit_size} is larger than the video, source.size {config.size}")
-    videos = workdir / "videos"
-    _start_afresh_if_changed(videos, config)
+    about = config.frames * config.size**2 // 5  # measured: about a twentieth of a byte a pixel
+    samples = []
     counts: dict[Split, int] = {"train": config.videos, "val": config.validation_videos}
-    images = {split: digit_images(config, split) for split in counts}
-    total, samples = sum(counts.values()), []
-    check_space(videos, total * config.frames * config.size**2 // 5)  # measured: about a twentieth of a byte a pixel
-
-    def make(split: Split, index: int) -> SourceSample:
-        name = f"{split}/{index:06d}.mp4"
-        digits, labels = images[split]
-        shown, positions = trajectories(config, split, index, len(digits))
-        if not (videos / name).exists():
-            frames = render(digits[shown], positions, config.size)
-            write_mp4(videos / name, np.repeat(frames[..., None], 3, axis=-1), config.fps)
-        metadata = {"digits": labels[shown].tolist()}
-        return SourceSample(f"digits-{split}-{index:06d}", videos / name, split, None, name, metadata)
-
-    splits, indices = zip(*[(split, index) for split, count in counts.items() for index in range(count)], strict=True)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # the encoder works outside the interpreter's lock
-        for sample in pool.map(make, splits, indices):
-            samples.append(sample)
-            if progress:
-                progress(len(samples), total)
+    for split, count in counts.items():
+        _, labels = digit_images(config, split)
+        for index in range(count):
+            shown, _ = trajectories(config, split, index, len(labels))
+            name, metadata = f"{split}/{index:06d}.mp4", {"digits": labels[shown].tolist()}
+            samples.append(SourceSample(f"digits-{split}-{index:06d}", split, None, name, metadata, None, index, about))
     return samples
+
+
+def read(config: MovingDigitsSource, sample: SourceSample) -> tuple[str, bytes]:
+    """Renders a video and encodes it."""
+    from data_pipeline.video_files import write_mp4
+
+    digits, _ = digit_images(config, sample.split)
+    shown, positions = trajectories(config, sample.split, sample.item, len(digits))
+    frames = render(digits[shown], positions, config.size)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "video.mp4")
+        write_mp4(path, np.repeat(frames[..., None], 3, axis=-1), config.fps)
+        return "mp4", path.read_bytes()
 
 
 def trajectories(config: MovingDigitsSource, split: Split, index: int, images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,6 +78,7 @@ def render(images: np.ndarray, positions: np.ndarray, size: int) -> np.ndarray:
     return frames
 
 
+@lru_cache(maxsize=2)
 def digit_images(config: MovingDigitsSource, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Images of digits, uint8 (n, digit_size, digit_size), and which digit each is, int (n,)."""
     if config.mnist is not None:
@@ -116,28 +107,3 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         raise UsageError(f"{folder}: no {name} or {name}.gz; source.mnist must name the folder of MNIST's IDX files")
     shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-
-
-def _start_afresh_if_changed(videos: Path, config: MovingDigitsSource) -> None:
-    """Removes videos that were rendered from another config; more or fewer of the same videos are no change.
-
-    UsageError if ``videos`` holds anything but rendered videos: those are a person's own."""
-    recipe = config.model_dump(mode="json", exclude={"videos", "validation_videos"})
-    marker = videos / "source.json"
-    if videos.exists() and not all(is_temporary(entry) for entry in videos.iterdir()):
-        rendered = _read_marker(marker)
-        if rendered is None:
-            raise UsageError(f"{videos} is not empty and was not rendered by this source; give another `run`")
-        if rendered != recipe:
-            shutil.rmtree(videos)
-    videos.mkdir(parents=True, exist_ok=True)
-    write_json(marker, recipe)
-
-
-def _read_marker(path: Path) -> dict[str, Any] | None:
-    """From what the videos beside ``path`` were rendered; None if it is no marker of this source."""
-    try:
-        recipe = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return recipe if isinstance(recipe, dict) and recipe.get("kind") == "moving_digits" else None

@@ -1,13 +1,16 @@
 """Videos whose frames say which they are, and shard sets of them."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.config import FolderSource
 from data_pipeline.manifest import merge
-from data_pipeline.shards import plan_shards, write_shards
-from data_pipeline.sources.source import walk
+from data_pipeline.shards import look, plan_shards, write_shards
+from data_pipeline.sources.source import describe, walk
 from data_pipeline.video_files import write_mp4
 
 
@@ -30,8 +33,25 @@ def make_videos(folder: Path, count: int, frames: int = 12, classes: int = 3) ->
 
 def make_shards(videos: Path, out: Path, shards: int, window_bytes: int = 2**24) -> Path:
     """All videos of a folder as ``out``/train."""
-    samples = walk(FolderSource(path=videos, validation_fraction=0), out)
-    classes = sorted({sample.label for sample in samples})
-    write_shards(out / "train", plan_shards(samples, classes, shards=shards, window_bytes=window_bytes, seed=0))
+    source = FolderSource(path=videos, validation_fraction=0)
+    samples = walk(source)
+    plans = plan_shards(source, samples, describe(source, samples), shards=shards, window_bytes=window_bytes, seed=0)
+    write_shards(out / "train", plans)
     merge(out / "train")
     return out
+
+
+def touchy_look(item):
+    """Hangs on one video and dies of another, as decoders do: ``data_pipeline.shards.look`` for tests."""
+    _, sample = item
+    if sample.path.stem == "video003":
+        time.sleep(60)
+    if sample.path.stem == "video005":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return look(item)
+
+
+def write_and_die(folder, plans):
+    """Is killed when all bytes of the first shard are written and nothing is renamed."""
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    write_shards(folder, plans)

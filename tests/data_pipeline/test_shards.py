@@ -8,21 +8,23 @@ import tarfile
 
 import pytest
 import webdataset
-from numbered_videos import make_shards, make_videos
+from numbered_videos import make_shards, make_videos, touchy_look, write_and_die
 
 from data_pipeline.config import FolderSource
 from data_pipeline.decode import probe
 from data_pipeline.disk import check_space, renamed
 from data_pipeline.errors import UsageError, UserError
-from data_pipeline.manifest import merge, read_manifest, verify
-from data_pipeline.shards import plan_shards, shard_count, unfinished, write_shard, write_shards
-from data_pipeline.sources.source import walk
+from data_pipeline.manifest import merge, read_manifest
+from data_pipeline.shards import plan_shards, shard_count, unfinished, write_shards
+from data_pipeline.sources.source import describe, make_key, walk
+from data_pipeline.verify import verify
 
 
 def plans_of(videos, shards=4, **changes):
-    samples = walk(FolderSource(path=videos, validation_fraction=0), videos)
-    classes = sorted({sample.label for sample in samples})
-    return plan_shards(samples, classes, **{"shards": shards, "window_bytes": 2**20, "seed": 0, **changes})
+    source = FolderSource(path=videos, validation_fraction=0)
+    samples = walk(source)
+    dealing = {"shards": shards, "window_bytes": 2**20, "seed": 0, **changes}
+    return plan_shards(source, samples, describe(source, samples), **dealing)
 
 
 def contents(folder):
@@ -105,7 +107,7 @@ def test_several_processes_write_the_set_that_one_writes(few, tmp_path):
     for part in (1, 0):
         write_shards(tmp_path / "two", plans[part::2])
         if part == 1:
-            with pytest.raises(UserError, match="shard-000000 is missing"):
+            with pytest.raises(UserError, match="missing or unfinished: shard-000000, shard-000002"):
                 merge(tmp_path / "two")
     merge(tmp_path / "one"), merge(tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -119,15 +121,9 @@ def test_merge_names_the_missing_part(few, tmp_path):
         read_manifest(tmp_path)
 
 
-def test_a_killed_writer_leaves_no_half_shard_and_a_rerun_mends_the_set(few, tmp_path, monkeypatch):
+def test_a_killed_writer_leaves_no_half_shard_and_a_rerun_mends_the_set(few, tmp_path):
     folder, plans = tmp_path / "out", plans_of(few, 2)
-
-    def write_and_die():
-        finish = "data_pipeline.tar_shard.os.fsync"  # all bytes are written, nothing is renamed
-        monkeypatch.setattr(finish, lambda _: os.kill(os.getpid(), signal.SIGKILL))
-        write_shards(folder, plans)
-
-    process = multiprocessing.get_context("fork").Process(target=write_and_die)
+    process = multiprocessing.get_context("spawn").Process(target=write_and_die, args=(folder, plans))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -144,8 +140,53 @@ def test_unreadable_videos_are_left_out_counted_and_named(few, tmp_path, caplog)
     folder = make_shards(few, tmp_path / "out", shards=2) / "train"
     assert read_manifest(folder).samples == 9
     records = [json.loads(path.read_text()) for path in folder.glob("shard-*.json")]
-    assert sum(record["skipped"] for record in records) == read_manifest(folder).skipped == 1
-    assert any(str(bad) in record.message and "decord" in record.message for record in caplog.records)
+    (reasons,) = [record["skipped"] for record in records if record["skipped"]]
+    assert list(reasons) == [make_key("class0/broken.mp4")]
+    assert read_manifest(folder).skipped == 1
+    assert any(str(bad) in record.message and "left out: pyav: " in record.message for record in caplog.records)
+
+
+def test_a_video_that_hangs_or_kills_its_process_is_left_out_by_name_and_all_else_is_written(
+    few, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("data_pipeline.shards.look", touchy_look)
+    for workers in (1, 3):
+        write_shards(tmp_path / str(workers), plans_of(few, 2), workers=workers, timeout_s=2)
+        merge(tmp_path / str(workers))
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    manifest = read_manifest(tmp_path / "1")
+    assert (manifest.samples, manifest.skipped) == (7, 2)
+    reasons = {}
+    for path in (tmp_path / "1").glob("shard-*.json"):
+        reasons |= json.loads(path.read_text())["skipped"]
+    assert reasons == {
+        make_key("class0/video003.mp4"): "took longer than 2 s",
+        make_key("class2/video005.mp4"): "the process that read it died (SIGSEGV)",
+    }
+    assert "video003.mp4: left out: took longer" in caplog.text
+    assert "video005.mp4: left out: the process" in caplog.text
+
+
+def test_the_number_of_workers_changes_nothing(few, tmp_path):
+    for workers in (1, 2, 5):
+        write_shards(tmp_path / str(workers), plans_of(few, 3), workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
+
+
+def test_a_video_that_vanishes_after_it_was_listed_is_left_out(few, tmp_path):
+    (few / "class1" / "dangling.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    plans = plans_of(few, 1)
+    (few / "class0" / "video000.mp4").unlink()
+    write_shards(tmp_path / "out", plans)
+    manifest = merge(tmp_path / "out")
+    assert (manifest.samples, manifest.skipped) == (8, 2)
+
+
+def test_where_the_videos_lie_changes_nothing(few, tmp_path):
+    shutil.copytree(few, tmp_path / "moved")  # with the times of the files
+    write_shards(tmp_path / "one", plans_of(few, 2))
+    write_shards(tmp_path / "other", plans_of(tmp_path / "moved", 2))
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
 def test_a_manifest_that_does_not_say_what_was_skipped_is_read(few, tmp_path):
@@ -165,13 +206,7 @@ def test_only_unreadable_videos_fail(tmp_path):
     for index in range(3):
         (tmp_path / f"{index}.mp4").write_bytes(b"nothing")
     with pytest.raises(UserError, match="none of the 3 samples could be read"):
-        make_shards_without_classes(tmp_path)
-
-
-def make_shards_without_classes(folder):
-    samples = walk(FolderSource(path=folder, validation_fraction=0), folder)
-    write_shards(folder / "out", plan_shards(samples, [], shards=2, window_bytes=1, seed=0))
-    merge(folder / "out")
+        make_shards(tmp_path, tmp_path / "out", shards=2)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
@@ -184,27 +219,9 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
 
 def test_the_space_planned_for_is_enough_and_not_much_more(few, tmp_path):
     (plan,) = plans_of(few, 1)
-    write_shard(tmp_path, plan)
+    write_shards(tmp_path, [plan])
     written = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert written <= plan.bytes + 10_240 <= 3 * written
-
-
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (lambda path: path.unlink(), "missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-512]), "bytes, "),
-        (lambda path: path.write_bytes(path.read_bytes()[:-512] + b"x" * 512), "sha256 differs"),
-    ],
-)
-def test_verify_finds_what_is_wrong(few, tmp_path, damage, problem):
-    folder = make_shards(few, tmp_path / "out", shards=2) / "train"
-    assert verify(folder) == []
-    (path := folder / "shard-000001.tar").chmod(0o644)
-    damage(path)
-    (found,) = verify(folder)
-    assert found.startswith("shard-000001.tar: ")
-    assert problem in found
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""Arrays in .npy and .npz files → samples (t, h, w, c): videos in uint8, or physical fields in float32. Torch-free.
+
+A sample is one entry along the axis n, a whole file where there is no such axis, or ``sequence`` consecutive steps.
+An .npy is mapped into memory; the member of an .npz is loaded once per process. Nothing is ever unpickled.
+"""
+
+import io
+import logging
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from glob import has_magic
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from einops import rearrange
+
+from data_pipeline.config import ArraysSource
+from data_pipeline.errors import DecodeError, UsageError
+from data_pipeline.manifest import Description
+from data_pipeline.sources.source import SourceSample, Split, hold_out, make_key
+
+log = logging.getLogger(__name__)
+
+
+class _File(NamedTuple):
+    path: Path
+    name: str
+    shape: dict[str, int]  # by the name of the axis
+    dtype: np.dtype
+
+
+def walk(config: ArraysSource) -> list[SourceSample]:
+    """The samples in the order of the files and, in a file, of n or of time. UsageError says which file is of another
+    shape or type, and what is wrong with a range."""
+    files = list(_files(config))
+    for file in files:
+        same = [file.shape[axis] == files[0].shape[axis] for axis in file.shape if axis not in "nt"]
+        if file.dtype != files[0].dtype or not all(same):
+            raise UsageError(
+                f"{file.path}: {file.dtype} {file.shape}, {files[0].path}: {files[0].dtype} {files[0].shape}; "
+                "the arrays of one set have one type, height, width and channels"
+            )
+    channels = files[0].shape.get("c", 1)
+    if config.channels and len(config.channels) != channels:
+        raise UsageError(f"{files[0].path}: {channels} channels; source.channels names {len(config.channels)}")
+    if config.dtype == "uint8" and files[0].dtype != np.uint8:
+        raise UsageError(f"{files[0].path}: {files[0].dtype}, which uint8 does not hold; leave out source.dtype")
+    if config.train or config.val:
+        return [*_range(config, files, "train", config.train), *_range(config, files, "val", config.val)]
+    samples = _range(config, files, "train", (0, _count(config, files)))
+    if not samples:
+        raise UsageError(f"{config.path}: fewer than source.sequence = {config.sequence} steps in each file")
+    if config.sequence is None:
+        return hold_out(samples, config.validation_fraction)
+    last = round(len(samples) * config.validation_fraction)
+    held_out = min(max(1, last), len(samples) - 1) if config.validation_fraction else 0
+    kept = len(samples) - held_out
+    return [*samples[:kept], *(replace(sample, split="val") for sample in samples[kept:])]
+
+
+def describe(config: ArraysSource, samples: Sequence[SourceSample]) -> Description:
+    """With the type that is stored, and the names and units of the channels."""
+    return Description(
+        kind="clips", dtype=samples[0].item["dtype"], channels=list(config.channels), units=list(config.units)
+    )
+
+
+def read(config: ArraysSource, sample: SourceSample) -> tuple[str, bytes]:
+    """An .npy (t, h, w, c) of the set's type. DecodeError where values are infinite or not a number."""
+    array, axes, item = _open(sample.path, config.member), config.axes.split(), sample.item
+    wanted = {"n": item["first"]}
+    if config.sequence:
+        wanted["t"] = slice(item["first"], item["first"] + config.sequence)
+    part = np.asarray(array[tuple(wanted.get(axis, slice(None)) for axis in axes)])
+    left = [axis for axis in axes if axis != "n"]
+    frames = rearrange(part, f"{' '.join(left)} -> t h w {'c' if 'c' in left else '1'}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is found below
+        frames = np.ascontiguousarray(frames, dtype=item["dtype"])
+    if not np.isfinite(frames).all():
+        raise DecodeError("has values that are infinite or not a number")
+    member = io.BytesIO()
+    np.save(member, frames, allow_pickle=False)
+    return "npy", member.getvalue()
+
+
+def _range(
+    config: ArraysSource, files: Sequence[_File], split: Split, wanted: tuple[int, int] | None
+) -> list[SourceSample]:
+    """The samples in ``wanted``, which counts on from one file to the next."""
+    if wanted is None:
+        return []
+    first, end = wanted
+    if end > (count := _count(config, files)):
+        what = "steps" if config.sequence else "samples"
+        raise UsageError(f"{config.path}: source.{split} ends at {end}, but there are {count} {what}")
+    samples, before, step = [], 0, config.sequence or 1
+    for file in files:
+        length = _length(config, file)
+        start, stop = max(first - before, 0), min(end - before, length)
+        shape = {"c": 1, **file.shape} | ({"t": config.sequence} if config.sequence else {})
+        size = int(np.prod([shape[axis] for axis in "thwc"]))
+        dtype = _dtype(config, file.dtype)
+        for index in range(start, stop - step + 1, step):
+            name = f"{file.name}/{index:06d}" if length > 1 else file.name
+            item = {"first": index, "dtype": dtype}
+            about = {"steps": [index, index + step]} if config.sequence else {}
+            taken = size * np.dtype(dtype).itemsize
+            samples.append(SourceSample(make_key(name), split, None, name, about, file.path, item, taken))
+        before += length
+    if not samples:
+        raise UsageError(f"{config.path}: source.{split} {list(wanted)} holds no sample")
+    return samples
+
+
+def _count(config: ArraysSource, files: Sequence[_File]) -> int:
+    return sum(_length(config, file) for file in files)
+
+
+def _length(config: ArraysSource, file: _File) -> int:
+    return file.shape["t"] if config.sequence else file.shape.get("n", 1)
+
+
+def _dtype(config: ArraysSource, found: np.dtype) -> str:
+    return config.dtype or ("uint8" if found == np.uint8 else "float32")
+
+
+def _files(config: ArraysSource) -> Iterator[_File]:
+    root = config.path
+    if root.is_dir():
+        top, paths = root, [path for kind in ("npy", "npz") for path in root.rglob(f"*.{kind}")]
+    else:
+        top = next(parent for parent in root.parents if not has_magic(str(parent)))
+        paths = list(top.glob(root.relative_to(top).as_posix()))
+    paths = sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
+    if not paths:
+        raise UsageError(f"{root}: no .npy or .npz there; source.path must name one, a folder of them or a pattern")
+    axes = config.axes.split()
+    for path in paths:
+        shape, dtype = _header(path, config.member)
+        if len(shape) != len(axes):
+            raise UsageError(f"{path}: has {len(shape)} axes {shape}; source.axes names {len(axes)}: {config.axes}")
+        if dtype.kind not in "buif":
+            raise UsageError(f"{path}: holds {dtype}, not numbers (nothing is unpickled); give an array of numbers")
+        yield _File(path, path.relative_to(top).as_posix(), dict(zip(axes, shape, strict=True)), dtype)
+
+
+def _header(path: Path, member: str | None) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array, of which only the first bytes are read."""
+    try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive, archive.open(_member(path, archive, member)) as file:
+                return _read_header(file)
+        with path.open("rb") as file:
+            return _read_header(file)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: no array that can be read ({error}); make it anew with numpy.save") from None
+
+
+def _read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _member(path: Path, archive: zipfile.ZipFile, member: str | None) -> str:
+    names = [name.removesuffix(".npy") for name in archive.namelist()]
+    if member is None and len(names) == 1:
+        return f"{names[0]}.npy"
+    if member not in names:
+        raise UsageError(f"{path}: holds {', '.join(names)}; source.member must name one of them")
+    return f"{member}.npy"
+
+
+@lru_cache(maxsize=1)
+def _open(path: Path, member: str | None) -> np.ndarray:
+    if path.suffix != ".npz":
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    with zipfile.ZipFile(path) as archive, archive.open(_member(path, archive, member)) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
