@@ -6,16 +6,17 @@ read at once and shuffled. Merging folds the NAME.json of every shard into manif
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipeline.config import ClipConfig
-from data_pipeline.disk import write_json
+from data_pipeline.config import ClipConfig, Location
+from data_pipeline.disk import renamed
 from data_pipeline.errors import UsageError, UserError
+from data_pipeline.storage import child, read_text
 
 FORMAT = 2
 
@@ -71,21 +72,25 @@ class Moments(_Record):
 
 
 class Description(_Record):
-    """What all shards of a set have in common.
+    """What all shards of a set have in common. ``plan`` is a hash of all that the set was asked to hold and of how it
+    was dealt, the same in whichever job wrote a shard: shards of other sets are told by it.
 
     kind clips: samples are encoded videos, or arrays (t, h, w, c) of type ``dtype`` whose channels have names and
-    units; latents: samples are token ids of shape ``grid`` (T', H', W'), below ``codebook_size``, or floats (C, T',
-    H', W') where that is none, made by the tokenizer whose hash is ``fingerprint`` from clips cut by ``clip``.
+    units; latents: samples are token ids of shape ``grid`` (T', H', W'), below ``codebook_size``, or floats of
+    ``latent_channels`` channels (C, T', H', W'), made by the tokenizer whose hash is ``fingerprint`` from clips cut by
+    ``clip``; ``dtype`` bfloat16 stands in the files as its bits, in uint16.
     """
 
     kind: Literal["clips", "latents"]
+    plan: str = ""
     classes: list[str] = []
-    dtype: Literal["uint8", "float32"] = "uint8"
+    dtype: Literal["uint8", "uint16", "uint32", "float32", "bfloat16"] = "uint8"
     channels: list[str] = []
     units: list[str] = []
     fingerprint: str | None = None
     grid: tuple[int, int, int] | None = None
     codebook_size: int | None = None
+    latent_channels: int | None = None
     clip: ClipConfig | None = None
 
 
@@ -96,7 +101,7 @@ class ShardRecord(_Record):
     set: Description
     shards: int  # of the whole set
     plan: str
-    skipped: int = 0  # samples left out because they could not be read
+    skipped: dict[str, str] = {}  # samples left out because they could not be read: key → reason
     moments: Moments | None = None  # of arrays that are physical fields
 
 
@@ -114,16 +119,26 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}"
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a shard set. UsageError where there is none or it is of another format."""
-    path = Path(folder) / "manifest.json"
+def find_manifest(location: Location | Path) -> Manifest | None:
+    """The manifest of the shard set at ``location``, if there is one. UsageError if it is of another format."""
+    path = child(location, "manifest.json")
     try:
-        return Manifest.model_validate_json(path.read_text())
-    except FileNotFoundError:
-        where = "the folder does not exist" if not Path(folder).exists() else "there is no manifest.json in it"
-        raise UsageError(f"{folder}: no shard set here: {where}; `stpredict shard` and `encode` make them") from None
+        return Manifest.model_validate_json(read_text(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except ValidationError as error:
         raise UsageError(f"{path}: not a manifest of format {FORMAT}: {error.errors()[0]['msg']}") from None
+
+
+def read_manifest(location: Location | Path) -> Manifest:
+    """The manifest of a shard set. UsageError where there is none or it is of another format."""
+    manifest = find_manifest(location)
+    if manifest is None:
+        raise UsageError(
+            f"{location}: no shard set here: there is no manifest.json in it; `stpredict shard` and `encode` make "
+            "them, and `stpredict merge` where several jobs wrote one"
+        )
+    return manifest
 
 
 def read_record(folder: Path, index: int) -> ShardRecord | None:
@@ -141,65 +156,66 @@ def clear(folder: Path, indices: list[int], shards: int) -> None:
     """Makes room for the shards numbered ``indices`` of a set of ``shards``: removes the manifest and what earlier or
     killed runs left of them. Processes clear only their own shards, so that none removes another's work."""
     (folder / "manifest.json").unlink(missing_ok=True)
+    mine = set(indices)
     for path in [*folder.glob("shard-*"), *folder.glob(".shard-*.tmp")]:
         number = int(path.name.lstrip(".").removeprefix("shard-").split(".")[0])
-        if number in indices or (number >= shards and 0 in indices):
+        if number in mine or (number >= shards and 0 in mine):
             path.unlink(missing_ok=True)
 
 
 def merge(folder: str | Path) -> Manifest:
-    """Folds the NAME.json of every shard into manifest.json.
-
-    UserError if a part of the set is missing, or no sample could be read."""
-    folder = Path(folder)
-    first = read_record(folder, 0)
-    if first is None:
-        raise UserError(f"{folder}: shard {shard_name(0)} is missing or unfinished; run the job that writes it again")
-    records = [read_record(folder, index) for index in range(first.shards)]
-    missing = [shard_name(index) for index, record in enumerate(records) if record is None]
-    strange = [shard_name(index) for index, record in enumerate(records) if record and record.set != first.set]
-    if missing or strange:
-        problem = f"missing or unfinished: {_some(missing)}" if missing else f"of another set: {_some(strange)}"
-        raise UserError(f"{folder}: of {first.shards} shards {problem}; run the job that writes them again")
-    shards = [record.shard for record in records if record.shard.samples]
-    samples, skipped = sum(shard.samples for shard in shards), sum(record.skipped for record in records)
-    parts = [record.moments for record in records if record.moments is not None]
-    moments = sum(parts[1:], parts[0]) if parts else None
-    manifest = Manifest(**dict(first.set), samples=samples, skipped=skipped, moments=moments, shards=shards)
-    if not shards:
-        raise UserError(
-            f"{folder}: none of the {skipped} samples could be read; the log gives the reason for each. "
-            "Add readable ones, or say which are whose by folders named train and val"
-        )
-    write_json(folder / "manifest.json", manifest.model_dump(mode="json", exclude_none=True))
+    """Folds the NAME.json of every shard into manifest.json. Raises what ``fold`` raises."""
+    manifest = fold(Path(folder))
+    write_manifest(Path(folder), manifest)
     return manifest
 
 
-def verify(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Reads every shard of a set and returns what is wrong with it, one line each; empty if all is well."""
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    problems = []
-    for done, shard in enumerate(manifest.shards):
-        problems += (f"{shard.name}.tar: {problem}" for problem in _problems(folder, shard))
-        if progress:
-            progress(done + 1, len(manifest.shards))
-    if manifest.samples != sum(shard.samples for shard in manifest.shards):
-        problems.append(f"manifest.json: says {manifest.samples} samples, its shards say otherwise")
-    return problems
+def fold(folder: Path, parts: int = 1) -> Manifest:
+    """The manifest that the shards in ``folder``, written by ``parts`` jobs, have together.
+
+    UserError if shards are missing, unfinished or of another set (it names them, and the jobs that write them), or no
+    sample could be read."""
+    indices = sorted(int(path.stem.removeprefix("shard-")) for path in folder.glob("shard-*.json"))
+    found = {index: read_record(folder, index) for index in indices}
+    records = {index: record for index, record in found.items() if record is not None}
+    if not records:
+        raise UserError(f"{folder}: no finished shard there; run the job that writes them")
+    sets = {index: (record.shards, record.set.model_dump_json()) for index, record in records.items()}
+    ((count, description), _), *others = Counter(sets.values()).most_common()
+    missing = [index for index in range(count) if index not in records]
+    strange = [index for index, other in sets.items() if other != (count, description)] if others else []
+    if missing or strange:
+        problems = [f"missing or unfinished: {_some(missing)}"] * bool(missing)
+        problems += [f"of another set: {_some(strange)}"] * bool(strange)
+        writers = sorted({index % parts for index in missing + strange})
+        who = f"part {', '.join(map(str, writers))} of {parts}" if parts > 1 else "the job that writes them"
+        raise UserError(f"{folder}: of {count} shards {'; '.join(problems)}; run {who} again")
+    shards = [records[index].shard for index in range(count) if records[index].shard.samples]
+    skipped = sum(len(record.skipped) for record in records.values())
+    if not shards:
+        raise UserError(
+            f"{folder}: none of the {skipped} samples could be read; `skipped` in shard-*.json gives each's reason. "
+            "Add readable ones, or say which are whose by folders named train and val"
+        )
+    moments = [records[index].moments for index in range(count) if records[index].moments is not None]
+    return Manifest(
+        **dict(records[0].set),
+        samples=sum(shard.samples for shard in shards),
+        skipped=skipped,
+        moments=sum(moments[1:], moments[0]) if moments else None,
+        shards=shards,
+    )
 
 
-def _problems(folder: Path, shard: Shard) -> Iterable[str]:
-    path = folder / f"{shard.name}.tar"
-    if not path.exists():
-        yield "missing"
-        return
-    if (size := path.stat().st_size) != shard.bytes:
-        yield f"{size} bytes, {shard.bytes} expected"
-    elif file_sha256(path) != shard.sha256:
-        yield "sha256 differs from the manifest's"
-    if shard.samples != sum(shard.window_samples) or shard.bytes < sum(shard.window_bytes):
-        yield f"{shard.samples} samples, its windows say otherwise"
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes manifest.json, a line per shard: readable, and a tenth of the bytes of a line per number."""
+    about = manifest.model_dump(mode="json", exclude_none=True, exclude={"shards"})
+    shards = [json.dumps(shard.model_dump(mode="json"), sort_keys=True) for shard in manifest.shards]
+    for left in folder.glob(".manifest.json.*.tmp"):  # by a merge that was killed
+        left.unlink(missing_ok=True)
+    head = json.dumps(about, indent=1, sort_keys=True).removesuffix("\n}")
+    with renamed(folder / "manifest.json") as temporary:
+        temporary.write_text(f'{head},\n "shards": [\n' + ",\n".join(shards) + "\n ]\n}\n")
 
 
 def file_sha256(path: Path) -> str:
@@ -212,5 +228,6 @@ def plan_hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _some(names: list[str]) -> str:
+def _some(indices: list[int]) -> str:
+    names = [shard_name(index) for index in indices]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -82,6 +82,23 @@ def encode(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def merge(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="run that several jobs filled, or one shard set")],
+) -> None:
+    """Fold the parts that several jobs wrote into one manifest: the run is then like that of one job.
+
+    \b
+    stpredict shard CONFIG run=runs/x part=0 parts=8   and so on, up to part=7, at once or one after another
+    stpredict merge runs/x
+    """
+    from launcher.parts import merge
+
+    for folder, manifest in merge(path).items():
+        left_out = f", {manifest.skipped} left out" if manifest.skipped else ""
+        print(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards{left_out}")
+
+
+@app.command()
 def generate(config: Config, overrides: Overrides = None) -> None:
     """Continue held-out videos: some frames given, the rest predicted. Writes .mp4, .gif and .npy."""
     _run(config, overrides, "generate")
@@ -182,15 +199,20 @@ def logs(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="shard set, latent set, run, checkpoint or export")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="shard set, latent set, run, checkpoint or export; sets also by URL")
+    ],
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="write a contact sheet of a shard set")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="read every shard and compare with the manifest")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read and decode every sample, and compare with the manifest")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes that verify (default: one per core)")] = None,
     json: Json = False,
 ) -> None:
     """Show what is in a shard set, latent set, run, checkpoint or export."""
     from launcher import inspection
 
-    raise typer.Exit(inspection.inspect(path, picture, verify, json))
+    raise typer.Exit(inspection.inspect(path, picture, verify, workers, json))
 
 
 @app.command()

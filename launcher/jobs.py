@@ -1,5 +1,6 @@
 """One job from the command line: reading its config, and becoming one of its ranks or starting them."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,10 +9,11 @@ from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError
 from launcher import local, ranks
+from launcher.parts import whole_is_done
 from launcher.rank import leave
 from launcher.rundir import is_done, locked, prepare, refuse_foreign
 from stpredict.config import apply_overrides, read_yaml, resolve, validate
-from stpredict.jobs.config import AnyJobConfig, JobConfig
+from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
 from stpredict.jobs.start import command_of, start
 from stpredict.run import Run
 
@@ -50,12 +52,17 @@ def _print_result(config: JobConfig) -> None:
 
         print(as_text(read_evaluation(config.run / "metrics.json")))
     print(result_of(config))
+    if isinstance(config, PartedJobConfig) and config.parts > 1:
+        line = f"part {config.part} of {config.parts} is written; after all of them: stpredict merge {config.run}"
+        print(line, file=sys.stderr)
 
 
 def _join(config: JobConfig, place: ranks.Ranks) -> int:
     """Only rank 0 touches what the run directory says of itself: should it be refused, the other ranks, which cannot
     know, change nothing there of the job that is going on."""
-    run = Run(config.run)
+    run = Run(config.home)
+    if whole_is_done(config):
+        return 0
     with ExitStack() as stack:
         if place.rank == 0:
             refuse_foreign(run.path)

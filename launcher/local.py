@@ -18,6 +18,7 @@ from typing import IO
 
 from rich.console import Console
 
+from launcher.parts import whole_is_done
 from launcher.progress import Watch
 from launcher.rundir import is_done, locked, prepare, refuse_foreign
 from stpredict.jobs.config import JobConfig
@@ -48,7 +49,10 @@ def run_job(
 
     Raises UsageError when the run directory is in use or holds the work of another config.
     """
-    run, name = Run(config.run), name or config.kind
+    run, name = Run(config.home), name or config.kind
+    if whole_is_done(config):
+        _say(f"{name}: already done and merged; remove {config.run} to do it again")
+        return 0
     refuse_foreign(run.path)
     with locked(run.path) as lock, _stop_signals() as stops:
         if is_done(run, config):
@@ -62,7 +66,7 @@ def run_job(
     if code == 0 and config.kind == "shard":
         from stpredict.jobs.shard import left_out
 
-        if line := left_out(run):
+        if line := left_out(config):
             _say(f"{name}: {line}", style="yellow")
     return code
 

@@ -113,4 +113,7 @@ def _job_config(pipeline: PipelineConfig, path: Path, name: str) -> JobConfig:
 
     node = OmegaConf.merge(read_yaml(file), OmegaConf.create(job.set), {"run": str(pipeline.run / name)})
     where = f"{path}: job {name!r} ({job.config})"
-    return validate(AnyJobConfig, resolve(node, where, run_of), where)
+    config = validate(AnyJobConfig, resolve(node, where, run_of), where)
+    if config.home != config.run:
+        raise UsageError(f"{where}: `parts` are for jobs submitted by hand; here, set resources.processes")
+    return config

@@ -1,6 +1,7 @@
 """A job's progress, read from status.json: a bar on a terminal, elsewhere a line now and then."""
 
 import time
+from itertools import islice
 from typing import Self
 
 from rich.console import Console
@@ -66,7 +67,9 @@ def format_step(status: Status) -> str:
 
 
 def format_values(status: Status, most: int = 3) -> str:
-    return " ".join(f"{name} {value:.4g}" for name, value in list(status.values.items())[:most])
+    """``most`` of a status' values, with four digits or more."""
+    shown = ((name, f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}") for name, value in status.values.items())
+    return " ".join(f"{name} {value}" for name, value in islice(shown, most))
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -32,14 +32,15 @@ def fingerprint(config: JobConfig, upstream: Sequence[str] = ()) -> str:
     return hashlib.sha256(repr((sorted(keys.items()), sorted(upstream))).encode()).hexdigest()
 
 
-def changed_keys(run: Run, config: BaseModel) -> list[str]:
-    """``key: old → new`` for each key in which ``config`` differs from the one that ``run`` was made with."""
+def changed_keys(run: Run, config: BaseModel, but: Collection[str] = ()) -> list[str]:
+    """``key: old → new`` for each key, ``but`` those given, in which ``config`` differs from the one that ``run`` was
+    made with."""
     try:
         old = _flat(yaml.safe_load(run.config_path.read_text()))
     except FileNotFoundError:
         return []
     new = _flat(config.model_dump(mode="json"))
-    keys = [key for key in {**old, **new} if key not in HARMLESS]
+    keys = [key for key in {**old, **new} if key not in (*HARMLESS, *but)]
     pairs = [(key, old.get(key, "(absent)"), new.get(key, "(absent)")) for key in keys]
     return [f"{key}: {a} → {b}" for key, a, b in pairs if a != b]
 

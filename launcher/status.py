@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import UsageError
+from launcher.parts import part_runs
 from launcher.progress import format_seconds, format_values
 from stpredict.run import Run, Status
 
@@ -30,10 +31,13 @@ class Row(BaseModel):
 
 
 def runs_of(path: Path) -> dict[str, Run]:
-    """Job → run: those of a pipeline's run directory in its order, or the one run that ``path`` is."""
+    """Job → run: those of a pipeline's run directory in its order, those of the parts of a run that is not merged
+    yet, or the one run that ``path`` is."""
     if (path / "pipeline.yaml").is_file():
         jobs = yaml.safe_load((path / "pipeline.yaml").read_text())["jobs"]
         return {name: Run(path / name) for name in jobs}
+    if not Run(path).status_path.is_file() and (parts := part_runs(path)):
+        return {part.path.name: part for part in parts}
     if not Run(path).status_path.is_file():
         raise UsageError(f"{path} is not a run directory: it has neither status.json nor pipeline.yaml")
     return {path.resolve().name: Run(path)}

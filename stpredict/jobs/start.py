@@ -41,7 +41,7 @@ def start(config: JobConfig) -> int:
     Only rank 0 writes status.json; why another rank failed stands in its logs/rank_N.error.
     """
     rank = int(os.environ.get("RANK", 0))
-    run = Run(config.run)
+    run = Run(config.home)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr, force=True
     )

@@ -135,7 +135,7 @@ def test_videos_left_out_are_said_at_the_end(stpredict, tmp_path):
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"nothing" * 100)
     code, out, err = stpredict("shard", "videos", "out")
     assert (code, out) == (0, "out\n")
-    line = "1 of 6 videos could not be read and were left out; out/logs/rank_*.log names them"
+    line = "1 of 6 samples could not be read and were left out; `skipped` in out/*/shard-*.json names them and says why"
     assert err.splitlines()[-1] == f"shard: {line}"
     assert line in Run("out").log_path(0).read_text()
     assert "broken.mp4" in Run("out").log_path(0).read_text()
