@@ -19,9 +19,20 @@ _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 
 
 def load_array(encoded: bytes) -> np.ndarray:
-    """The array (t, h, w, c), uint8 or float32, of a .npy file: a view of ``encoded``, not to be written to.
+    """The array (t, h, w, c), uint8 or float32, of a .npy file. DecodeError if it is anything else, and like
+    ``read_npy``."""
+    values = read_npy(encoded)
+    if values.dtype not in (np.uint8, np.float32):
+        raise DecodeError(f"npy: holds {values.dtype}; uint8 and float32 are read")
+    if values.ndim != 4 or min(values.shape) < 1:
+        raise DecodeError(f"npy: has the shape {values.shape}; (t, h, w, c) is needed")
+    return values
 
-    DecodeError if it is anything else, asks to unpickle, or has not the bytes that its header claims.
+
+def read_npy(encoded: bytes) -> np.ndarray:
+    """The numbers in a .npy file: a view of ``encoded``, not to be written to.
+
+    DecodeError if it is no .npy, asks to unpickle, or has not the bytes that its header claims.
     """
     file = io.BytesIO(encoded)
     try:
@@ -33,10 +44,6 @@ def load_array(encoded: bytes) -> np.ndarray:
         raise DecodeError(f"npy: {one_line(error)}") from None
     if dtype.hasobject:
         raise DecodeError("npy: holds pickled objects, which could run code; store numbers")
-    if dtype not in (np.uint8, np.float32):
-        raise DecodeError(f"npy: holds {dtype}; uint8 and float32 are read")
-    if len(shape) != 4 or min(shape) < 1:
-        raise DecodeError(f"npy: has the shape {shape}; (t, h, w, c) is needed")
     claimed, held = math.prod(shape) * dtype.itemsize, len(encoded) - file.tell()
     if claimed != held:
         raise DecodeError(f"npy: {held} bytes, {claimed} claimed by shape {shape}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.arrays import load_array
+from data_pipeline.arrays import load_array, read_npy
 from data_pipeline.config import ClipConfig
 from data_pipeline.decode import DecodeError, VideoInfo, decode_clip
 from data_pipeline.seeding import generator
@@ -69,7 +69,7 @@ class Latents:
     def unpack(self, members: dict[str, Any]) -> list[Raw]:
         try:
             about = json.loads(gzip.decompress(members["json.gz"]))
-            stored = load_array(members["npy"])
+            stored = read_npy(members["npy"])
             if about["values"] == "bfloat16":
                 stored = stored.view(np.int16)  # ids are unsigned: so finish tells them apart
             rows = zip(about["keys"], about["labels"], stored, strict=True)

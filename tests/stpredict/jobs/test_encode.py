@@ -31,7 +31,7 @@ def times(run: Path) -> dict[str, int]:
 
 def test_latents_are_what_the_tokenizer_makes_of_each_clip_alone(encoded, tokenizer, shards):
     run = encoded("run", passes=2)
-    model, export, fingerprint = load_tokenizer(tokenizer)
+    model, _, fingerprint = load_tokenizer(tokenizer)
     manifest = read_manifest(run / "train")
     assert (manifest.fingerprint, manifest.grid, manifest.samples) == (fingerprint, GRID, 2 * TRAIN)
     assert read_manifest(run / "val").samples == VAL
