@@ -2,7 +2,8 @@
 
 PyAV says what the frames of a video are: those that libavcodec decodes without an error, without concealment and in
 the size limit, from the first keyframe to the first damage. Of what follows a damage nothing is taken: frames refer to
-the damaged one, up to a keyframe that may never come, and their number is no longer known.
+the damaged one, up to a keyframe that may never come, and their number is no longer known. (Damage that still parses,
+as some does in VP8 and in H.264's arithmetic code, no decoder can tell from data; once in a shard, its sha256 guards.)
 
 decord gives the same frames faster, where ``decode.probe`` found that it does. Pillow reads images.
 """
@@ -11,6 +12,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -37,24 +39,28 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 class PyAVReader:
     """Decodes from the first frame on: the containers that decord refuses seldom seek well.
 
-    ``frames``, where it is known, saves counting. After counting (``count``), ``fps``, ``sizes`` (height and width as
-    displayed, in the order of their coming) and ``damage`` (what ended the video early, or nothing) are known.
+    ``frames``, where it is known, saves counting. After ``count`` also ``fps``, ``codec``, ``sizes`` (height and width
+    as displayed, in the order of their coming) and ``damage`` (what ended the video early, or nothing) are known.
     """
 
     def __init__(self, encoded: bytes, max_pixels: int, frames: int | None = None):
         self._encoded, self._max_pixels = encoded, max_pixels
         self._stamps: np.ndarray | None = None
-        self.damage, self.fps = "", 0.0
+        self.damage, self.codec, self.fps = "", "", 0.0
         self.sizes: dict[tuple[int, int], None] = {}
         self.frames = self.count() if frames is None else frames
 
     def count(self) -> int:
-        """Decodes the whole video."""
+        """Decodes the whole video. DecodeError if a frame in it is too large: which the log alone tells."""
         stamps = []
-        for frame in self._decode():
-            stamps.append(np.nan if frame.pts is None else float(frame.pts * frame.time_base))
-            size = (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
-            self.sizes[size] = None
+        with _logged_errors() as messages:
+            for frame in self._decode():
+                stamps.append(np.nan if frame.pts is None else float(frame.pts * frame.time_base))
+                size = (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
+                self.sizes[size] = None
+        if self.damage:
+            for claimed in filter(None, (re.match(r"Picture size (\d+)x(\d+)", text) for _, _, text in messages)):
+                check_size(int(claimed[2]), int(claimed[1]), self._max_pixels)
         self._stamps = np.array(stamps)
         return len(stamps)
 
@@ -88,8 +94,8 @@ class PyAVReader:
             check_size(context.height, context.width, self._max_pixels)
             stream.thread_type, context.thread_count = "NONE", 1
             context.options = limit | {"err_detect": "explode"}  # an error, where else it would conceal the damage
-            self.fps = float(stream.average_rate or stream.guessed_rate or 0)
-            packet, begun, frames = None, False, 0
+            self.codec, self.fps = context.name, float(stream.average_rate or stream.guessed_rate or 0)
+            begun, frames = False, 0
             try:
                 for packet in container.demux(stream):
                     begun = begun or packet.is_keyframe
@@ -105,14 +111,13 @@ class PyAVReader:
                         frames += 1
                         yield frame
             except av.FFmpegError as error:
-                _refuse_if_too_large(packet, self._max_pixels)
                 self.damage = f"after {frames} frames: {one_line(error)}"
 
 
 class DecordReader:
     """Seeks to the frames wanted, in one thread. To live for one clip: it decodes ahead of its consumer.
 
-    Of its ``frames`` the first ``reliable`` ones are what they should be.
+    Of its ``frames`` only the first ``reliable`` ones may be read.
     """
 
     def __init__(self, encoded: bytes):
@@ -126,8 +131,8 @@ class DecordReader:
             self._video = decord.VideoReader(f"/proc/self/fd/{file.fileno()}", ctx=decord.cpu(0), num_threads=1)
         self.frames = len(self._video)
         self._stamps = self._video.get_frame_timestamp(range(self.frames))[:, 0].astype(float)
-        # Where the order of packets hides that of frames (Xvid's packed B-frames), the last frame comes out only when
-        # the codec is emptied; after a jump decord then hands out, every other time, an earlier frame in its place.
+        # Where packets do not tell the order of frames (B-frames in AVI), the frame that comes out last, when the codec
+        # is emptied, is every other time an earlier one. Codecs that hold back more than one frame spoil more.
         self.reliable = self.frames if _ascends(self._stamps) else self.frames - 1
 
     @property
@@ -197,18 +202,17 @@ def _quarter_turns(frame) -> int:
     return round(frame.rotation / 90)
 
 
-def _refuse_if_too_large(packet, max_pixels: int) -> None:
-    """DecodeError if ``packet`` failed since its frame is too large: libavcodec tells so in its log alone."""
+@contextmanager
+def _logged_errors() -> Iterator[list[tuple[int, str, str]]]:
+    """What libavcodec says of its errors: level, part and message of each."""
     import av
 
-    level = av.logging.get_level()
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # or it would hold back what was also said of the last video
     try:
         with av.logging.Capture() as messages:
-            packet.decode()
-    except av.FFmpegError:
-        for _, _, message in messages:
-            if claimed := re.match(r"Picture size (\d+)x(\d+)", message):
-                check_size(int(claimed[2]), int(claimed[1]), max_pixels)
+            yield messages
     finally:
+        av.logging.set_skip_repeated(skips)
         av.logging.set_level(level)

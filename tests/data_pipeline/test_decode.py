@@ -1,12 +1,18 @@
+import contextlib
+import dataclasses
 import io
+import resource
 
 import av
 import decord
 import numpy as np
 import pytest
+from damaged_videos import claim_size, encode
 from numbered_videos import frame_numbers, numbered_frames
 from PIL import Image
+from pydantic import ValidationError
 
+from data_pipeline.clips import shown_frames
 from data_pipeline.config import ClipConfig
 from data_pipeline.decode import DecodeError, VideoInfo, clip_indices, decode_clip, probe
 from data_pipeline.video_files import write_gif, write_mp4
@@ -139,3 +145,240 @@ def test_a_missing_frame_in_the_middle_of_a_cut_file_is_an_error_not_a_shorter_c
 def test_pil_and_config_agree_on_what_height_and_width_are(encoded):
     assert decode_clip(encoded, ClipConfig(frames=1, size=(16, 40)), rng()).shape == (1, 16, 40, 3)
     assert Image.fromarray(np.zeros((16, 40, 3), np.uint8)).size == (40, 16)
+
+
+@pytest.mark.parametrize("format", ["matroska", "mp4"])
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+def test_frames_at_a_target_rate_are_those_a_player_would_show(format, decoder):
+    """A video of variable frame rate: frame 2 stays from 0.20 s to 0.65 s."""
+    times = [0, 100, 200, 650, 700, 800, 900, 1000]
+    video = encode(numbered_frames(8), format, "libx264", times=times)
+    info = VideoInfo(8, probe(video).fps, 32, 32, decoder, "")
+    expected = [max(n for n, time in enumerate(times) if time <= 125 * k) for k in range(9)]
+    assert expected == [0, 1, 2, 2, 2, 2, 4, 5, 7]
+    config = ClipConfig(frames=8, fps=8, size=(32, 32), start="first")
+    assert frame_numbers(decode_clip(video, config, rng(), info)) == expected[:8]
+    every_other = config.model_copy(update={"frames": 4, "stride": 2})
+    assert frame_numbers(decode_clip(video, every_other, rng(), info)) == expected[:8:2]
+
+
+def test_the_length_at_a_target_rate_is_the_videos_duration(encoded):
+    clips = ClipConfig(frames=12, fps=10, size=(32, 32), start="first")  # 30 frames at 25 a second: 1.2 s
+    assert frame_numbers(decode_clip(encoded, clips, rng())) == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27]
+    with pytest.raises(DecodeError, match="12 frames found, 13 needed"):
+        decode_clip(encoded, ClipConfig(frames=13, fps=10, size=(32, 32)), rng())
+    twice = decode_clip(encoded, ClipConfig(frames=6, fps=50, size=(32, 32), start="first"), rng())
+    assert frame_numbers(twice) == [0, 0, 1, 1, 2, 2]
+
+
+def test_times_that_matroska_rounds_to_milliseconds_lose_no_frame():
+    exact = np.arange(300) / 30
+    for offset in np.arange(0, 0.033, 0.0017):
+        rounded = np.round(exact + offset, 3)
+        assert shown_frames(rounded, 30, 30).tolist() == list(range(300))
+        assert shown_frames(rounded, 30, 10).tolist() == list(range(0, 300, 3))
+
+
+def test_avi_has_no_times_but_its_rate():
+    video = encode(numbered_frames(12), "avi", "mpeg4", {"bf": "2"})  # 10 a second
+    config = ClipConfig(frames=6, fps=5, size=(32, 32), start="first")
+    assert frame_numbers(decode_clip(video, config, rng())) == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("start", ["first", "centre", "random"])
+def test_clips_of_a_video_lie_in_its_parts_in_order(encoded, start):
+    config = ClipConfig(frames=3, size=(32, 32), start=start)  # 28 possible starts: 0-6, 7-13, 14-20, 21-27
+    info = probe(encoded)
+    starts = [
+        {frame_numbers(decode_clip(encoded, config, rng(seed), info, (part, 4)))[0] for seed in range(30)}
+        for part in range(4)
+    ]
+    expected = {"first": [0], "centre": [3], "random": range(7)}[start]
+    for part, found in enumerate(starts):
+        assert found <= {7 * part + place for place in expected}
+        assert len(found) >= min(4, len(expected))
+
+
+def test_the_generator_is_drawn_from_alike_whatever_happens(encoded):
+    states = []
+    for config in (
+        ClipConfig(frames=3, size=(32, 32)),
+        ClipConfig(frames=3, size=(32, 32), start="first", resize="stretch", fps=5),
+        ClipConfig(frames=3, size=(16, 16), short_side=20, crop="random", flip=True),
+        ClipConfig(frames=99, size=(16, 16)),
+    ):
+        generator = rng(3)
+        with contextlib.suppress(DecodeError):
+            decode_clip(encoded, config, generator)
+        states.append(generator.random())
+    assert len(set(states)) == 1
+
+
+@pytest.fixture(scope="module")
+def places():
+    """Lossless, 4 frames of 40x60 in which red grows downwards and green to the right: pixels say where they were."""
+    frame = np.zeros((40, 60, 3), np.uint8)
+    frame[..., 0], frame[..., 1] = 5 * np.arange(40)[:, None], 4 * np.arange(60)
+    return encode(np.stack([frame] * 4), "avi", "ffv1", pix_fmt="bgr0")
+
+
+def test_random_crops_are_the_same_in_all_frames_and_reach_every_place(places):
+    config = ClipConfig(frames=4, size=(20, 20), short_side=40, crop="random")
+    corners = []
+    for seed in range(60):
+        clip = decode_clip(places, config, rng(seed)).astype(float)
+        assert (clip == clip[0]).all()
+        corners.append((clip[0, 0, 0, 0] / 5, clip[0, 0, 0, 1] / 4))
+        assert abs(clip[0, -1, -1, 0] / 5 - corners[-1][0] - 19) < 0.5
+    top, left = np.array(corners).T
+    assert (top.min() < 2, top.max() > 18, left.min() < 4, left.max() > 36) == (True,) * 4
+    assert abs(np.corrcoef(top, left)[0, 1]) < 0.4
+
+
+def test_the_short_side_is_resized_before_the_centre_is_cut_out(places):
+    clip = decode_clip(places, ClipConfig(frames=1, size=(10, 10), short_side=20), rng())[0].astype(float)
+    np.testing.assert_allclose(clip[:, 0, 0], 5 * (10.5 + 2 * np.arange(10)), atol=2.5)  # rows 10 to 30 of 40
+    np.testing.assert_allclose(clip[0, :, 1], 4 * (20.5 + 2 * np.arange(10)), atol=2.5)  # columns 20 to 40 of 60
+
+
+def test_every_other_clip_is_mirrored_as_a_whole(places):
+    config = ClipConfig(frames=4, size=(40, 60), flip=True)
+    straight = decode_clip(places, config.unaugmented, rng())
+    mirrored = 0
+    for seed in range(60):
+        clip = decode_clip(places, config, rng(seed))
+        is_mirrored = (clip == straight[:, :, ::-1]).all()
+        assert is_mirrored or (clip == straight).all()
+        mirrored += is_mirrored
+    assert 18 <= mirrored <= 42
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"resize": "stretch", "short_side": 80}, "stretch keeps all of a frame"),
+        ({"resize": "stretch", "crop": "random"}, "stretch keeps all of a frame"),
+        ({"size": (64, 96), "short_side": 80}, "short_side 80 is less than size .* set it to 96"),
+    ],
+)
+def test_configs_of_impossible_crops_are_refused(wrong, message):
+    with pytest.raises(ValidationError, match=message):
+        ClipConfig(**wrong)
+
+
+@pytest.mark.parametrize("first", [0, 4], ids=["from the start", "midway"])
+@pytest.mark.parametrize(
+    ("format", "codec", "side"),
+    [("avi", "mjpeg", 30000), ("mp4", "mjpeg", 30000), ("matroska", "mjpeg", 30000), ("webm", "libvpx", 16000)],
+)
+def test_a_gigantic_frame_is_refused_by_name_and_never_allocated(format, codec, side, first):
+    video = encode(numbered_frames(8, 64, 64), format, codec, {"g": "1"})
+    assert probe(video).frames == 8
+    forged = claim_size(video, side, first)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DecodeError, match=rf"claim {side}x{side} pixels, over the limit of max_pixels: {2**25}"):
+        probe(forged)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 100 * 1024  # kB; one frame: 384 MB or more
+
+
+def test_the_limit_of_size_is_the_configs(encoded):
+    config = ClipConfig(frames=1, size=(32, 32), max_pixels=48 * 64 - 1)
+    for info in (None, probe(encoded)):
+        with pytest.raises(DecodeError, match="64x48 pixels, over the limit of max_pixels: 3071"):
+            decode_clip(encoded, config, rng(), info)
+    assert probe(encoded, max_pixels=48 * 64).frames == 30
+
+
+def cut(video):
+    return video[: -len(video) // 3]
+
+
+def zeroed(video):
+    return video[: len(video) // 2] + bytes(300) + video[len(video) // 2 + 300 :]
+
+
+def overwritten(video):
+    return video[: len(video) // 2] + rng(1).bytes(300) + video[len(video) // 2 + 300 :]
+
+
+@pytest.mark.parametrize(
+    ("format", "codec", "damage"),
+    [
+        ("mp4", "libx264", zeroed),
+        ("mp4", "libx264", overwritten),
+        ("avi", "mpeg4", cut),
+        ("avi", "mpeg4", zeroed),
+        ("avi", "mpeg4", overwritten),
+        ("matroska", "libx264", cut),
+        ("matroska", "libx264", overwritten),
+    ],
+)
+def test_of_a_damaged_video_the_frames_before_the_damage_are_used_and_no_other(format, codec, damage):
+    textured = rng().integers(0, 256, (24, 8, 8, 3), dtype=np.uint8).repeat(12, 1).repeat(12, 2)
+    video = encode(textured, format, codec, {"g": "100"})
+    whole = decode_clip(video, ClipConfig(frames=24, size=(96, 96)), rng())
+    damaged = damage(video)
+    info = probe(damaged)
+    assert 0 < info.frames < 24
+    clip = decode_clip(damaged, ClipConfig(frames=info.frames, size=(96, 96)), rng(), info)
+    assert np.abs(clip.astype(int) - whole[: info.frames]).mean(axis=(1, 2, 3)).max() < 0.5
+    promised = dataclasses.replace(info, frames=24, decoder="pyav")
+    with pytest.raises(DecodeError, match=f"frame {info.frames} is missing"):
+        decode_clip(damaged, ClipConfig(frames=24, size=(96, 96)), rng(), promised)
+
+
+def test_frames_at_the_end_are_never_earlier_ones_where_packets_do_not_tell_their_order():
+    """decord's last two frames of H.264 with B-frames in AVI are wrong in half of the reads."""
+    video = encode(numbered_frames(24), "avi", "libx264", {"bf": "2"})
+    info = probe(video)
+    assert info.frames == 24
+    for end in [21, 22, 23] * 5:
+        clip = decode_clip(video, ClipConfig(frames=2, stride=end, size=(32, 32), start="first"), rng(), info)
+        assert frame_numbers(clip) == [0, end]
+
+
+def test_a_recorded_decoder_that_fails_leaves_its_turn_to_the_other(gif):
+    info = dataclasses.replace(probe(gif), decoder="decord")
+    assert frame_numbers(decode_clip(gif, ClipConfig(frames=10, size=(32, 32)), rng(), info)) == list(range(10))
+
+
+@pytest.mark.parametrize(("format", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True})])
+def test_images_are_videos_of_one_frame(format, options):
+    ramp = np.zeros((40, 60, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = 5 * np.arange(40)[:, None], 4 * np.arange(60)
+    image = image_file(ramp, format, **options)
+    info = probe(image)
+    assert (info.frames, info.fps, info.height, info.width, info.decoder) == (1, 0, 40, 60, "pillow")
+    clip = decode_clip(image, ClipConfig(frames=1, size=(40, 60), fps=10), rng(), info, part=(1, 2))
+    assert clip.shape == (1, 40, 60, 3)
+    assert np.abs(clip[0].astype(int) - ramp).mean() < 2
+    with pytest.raises(DecodeError, match="1 frames found, 2 needed"):
+        decode_clip(image, ClipConfig(frames=2), rng(), info)
+    with pytest.raises(DecodeError, match="pillow: its frames claim 60x40 pixels, over the limit of max_pixels: 2399"):
+        probe(image, max_pixels=2399)
+    with pytest.raises(DecodeError, match="pillow: "):
+        probe(image[: len(image) // 2])
+
+
+def test_photographs_are_turned_upright_and_what_is_no_8_bit_image_is_refused():
+    upright = np.zeros((40, 20, 3), np.uint8)
+    upright[:10] = 250
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    photograph = image_file(np.rot90(upright), "JPEG", exif=exif)
+    assert (probe(photograph).height, probe(photograph).width) == (40, 20)
+    clip = decode_clip(photograph, ClipConfig(frames=1, size=(40, 20)), rng())
+    assert np.abs(clip[0].astype(int) - upright).mean() < 3
+    with pytest.raises(DecodeError, match="8 bits per channel"):
+        probe(image_file(np.zeros((8, 8), np.uint16), "PNG"))
+    frames = [Image.fromarray(frame) for frame in numbered_frames(3)]
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:])
+    with pytest.raises(DecodeError, match="is an animation"):
+        probe(file.getvalue())
+
+
+def image_file(pixels, format, **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()
