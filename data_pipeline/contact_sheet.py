@@ -1,17 +1,21 @@
-"""A picture of a clip shard set: a row per video, spread over the shards; frames from left to right."""
+"""A picture of a clip shard set: a row per video or array, spread over the shards; frames from left to right.
+
+Of fields, and of arrays with channels that are no colours, the first channel is shown, from its least value in the row
+(black) to its greatest (white)."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
+from data_pipeline.arrays import load_array
 from data_pipeline.config import ClipConfig
 from data_pipeline.decode import DecodeError, VideoInfo, decode_clip
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifest import Manifest, read_manifest
-from data_pipeline.sources.folder import EXTENSIONS
+from data_pipeline.sources.source import EXTENSIONS
 
 TILE, CAPTION = 96, 14  # pixels
 
@@ -26,9 +30,10 @@ def contact_sheet(folder: str | Path, columns: int = 8, rows: int = 8) -> Image.
     if manifest.kind != "clips":
         raise UsageError(f"{folder}: holds {manifest.kind}; only clips have a picture")
     strips = []
-    for key, encoded, about in _videos(folder, manifest, rows):
+    for key, extension, data, about in _samples(folder, manifest, rows):
         try:
-            strips.append(_strip(encoded, about, columns, f"{key}  {about['label'] or ''}"))
+            tiles = _array_tiles(data, columns) if extension == "npy" else _video_tiles(data, about, columns)
+            strips.append(_strip(tiles, columns, f"{key}  {about['label'] or ''}"))
         except DecodeError:
             continue
         if len(strips) == rows:
@@ -41,21 +46,43 @@ def contact_sheet(folder: str | Path, columns: int = 8, rows: int = 8) -> Image.
     return sheet
 
 
-def _strip(encoded: bytes, about: dict, columns: int, caption: str) -> Image.Image:
-    """A caption above ``columns`` evenly spaced frames; a shorter video repeats none and leaves the rest white."""
+def _video_tiles(encoded: bytes, about: dict, columns: int) -> list[Image.Image]:
     info = VideoInfo(**{name: about[name] for name in VideoInfo.__dataclass_fields__})
-    shown = min(columns, info.frames)
-    stride = max(1, (info.frames - 1) // max(1, shown - 1))
+    shown, stride = _shown(info.frames, columns)
     clip = ClipConfig(frames=shown, size=(TILE, TILE), stride=stride, start="first")
-    frames = decode_clip(encoded, clip, np.random.default_rng(0), info)
+    return [Image.fromarray(frame) for frame in decode_clip(encoded, clip, np.random.default_rng(0), info)]
+
+
+def _array_tiles(encoded: bytes, columns: int) -> list[Image.Image]:
+    array = load_array(encoded)
+    shown, stride = _shown(len(array), columns)
+    frames = array[::stride][:shown]
+    if frames.dtype != np.uint8 or frames.shape[-1] not in (1, 3):
+        frames = frames[..., :1].astype(np.float64)
+        frames -= frames.min()
+        frames = (frames * (255 / (frames.max() or 1))).astype(np.uint8)
+    images = [Image.fromarray(frame if frame.shape[-1] == 3 else frame[..., 0]).convert("RGB") for frame in frames]
+    return [ImageOps.pad(image, (TILE, TILE), Image.Resampling.NEAREST, color="white") for image in images]
+
+
+def _shown(frames: int, columns: int) -> tuple[int, int]:
+    """How many of ``frames`` frames are shown, and how far apart: from the first to the last, none twice."""
+    shown = min(columns, frames)
+    return shown, max(1, (frames - 1) // max(1, shown - 1))
+
+
+def _strip(tiles: list[Image.Image], columns: int, caption: str) -> Image.Image:
+    """A caption above the tiles; what a short video leaves stays white."""
     strip = Image.new("RGB", (columns * TILE, TILE + CAPTION), "white")
-    strip.paste(Image.fromarray(np.concatenate(list(frames), axis=1)), (0, CAPTION))
+    for column, tile in enumerate(tiles):
+        strip.paste(tile, (column * TILE, CAPTION))
     ImageDraw.Draw(strip).text((2, 1), caption, fill="black")
     return strip
 
 
-def _videos(folder: Path, manifest: Manifest, wanted: int) -> Iterator[tuple[str, bytes, dict]]:
-    """First one video of ``wanted`` shards, evenly apart, then more of the same shards: key, bytes, KEY.json."""
+def _samples(folder: Path, manifest: Manifest, wanted: int) -> Iterator[tuple[str, str, bytes, dict]]:
+    """First one sample of ``wanted`` shards, evenly apart, then more of the same shards: key, extension, bytes,
+    KEY.json."""
     import webdataset  # here, because it imports torch
 
     shards = [manifest.shards[i] for i in np.unique(np.linspace(0, len(manifest.shards) - 1, wanted).astype(int))]
@@ -69,5 +96,5 @@ def _videos(folder: Path, manifest: Manifest, wanted: int) -> Iterator[tuple[str
             if sample is None:
                 readers.remove(reader)
                 continue
-            encoded = next(sample[extension] for extension in EXTENSIONS if extension in sample)
-            yield sample["__key__"], encoded, json.loads(sample["json"])
+            extension = next(extension for extension in ("npy", *EXTENSIONS) if extension in sample)
+            yield sample["__key__"], extension, sample[extension], json.loads(sample["json"])

@@ -7,7 +7,6 @@ planned otherwise, and several processes can write one set. ``data_pipeline.mani
 Every sample is read and looked into once, in a process that it may bring down; what is unreadable is left out by name.
 """
 
-import io
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.arrays import load_array
 from data_pipeline.config import Source
 from data_pipeline.decode import probe
 from data_pipeline.errors import DecodeError
@@ -133,9 +133,9 @@ def look(item: tuple[Source, SourceSample]) -> Look | Failure:
         extension, data = read(*item)
         if extension != "npy":
             return Look(extension, data, asdict(probe(data)))
+        array = load_array(data)
     except (DecodeError, OSError) as error:
         return Failure(str(error))
-    array = np.load(io.BytesIO(data), allow_pickle=False)
     frames, height, width, _ = array.shape
     about = {"frames": frames, "height": height, "width": width, "fps": None}
     return Look(extension, data, about, moments(array) if array.dtype == np.float32 else None)
@@ -143,9 +143,9 @@ def look(item: tuple[Source, SourceSample]) -> Look | Failure:
 
 def moments(array: np.ndarray) -> Moments:
     """Of each channel of an array (t, h, w, c), summed in float64."""
-    values = array.reshape(-1, array.shape[-1]).astype(np.float64)
-    mean = values.mean(axis=0)
-    return Moments(count=len(values), mean=mean.tolist(), m2=((values - mean) ** 2).sum(axis=0).tolist())
+    mean = array.mean(axis=(0, 1, 2), dtype=np.float64)
+    m2 = sum(np.square(frame - mean).sum(axis=(0, 1)) for frame in array)
+    return Moments(count=array[..., 0].size, mean=mean.tolist(), m2=m2.tolist())
 
 
 def _write_shard(folder: Path, plan: ShardPlan, looks: Iterator[Look | Failure]) -> None:

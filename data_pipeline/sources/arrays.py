@@ -51,8 +51,6 @@ def walk(config: ArraysSource) -> list[SourceSample]:
     if config.train or config.val:
         return [*_range(config, files, "train", config.train), *_range(config, files, "val", config.val)]
     samples = _range(config, files, "train", (0, _count(config, files)))
-    if not samples:
-        raise UsageError(f"{config.path}: fewer than source.sequence = {config.sequence} steps in each file")
     if config.sequence is None:
         return hold_out(samples, config.validation_fraction)
     last = round(len(samples) * config.validation_fraction)
@@ -93,8 +91,8 @@ def _range(
     if wanted is None:
         return []
     first, end = wanted
+    what = "steps" if config.sequence else "samples"
     if end > (count := _count(config, files)):
-        what = "steps" if config.sequence else "samples"
         raise UsageError(f"{config.path}: source.{split} ends at {end}, but there are {count} {what}")
     samples, before, step = [], 0, config.sequence or 1
     for file in files:
@@ -111,7 +109,8 @@ def _range(
             samples.append(SourceSample(make_key(name), split, None, name, about, file.path, item, taken))
         before += length
     if not samples:
-        raise UsageError(f"{config.path}: source.{split} {list(wanted)} holds no sample")
+        why = f"; source.sequence asks for {config.sequence} steps in one file" if config.sequence else ""
+        raise UsageError(f"{config.path}: no sample in {what} {first} to {end}{why}")
     return samples
 
 

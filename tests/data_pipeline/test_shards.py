@@ -9,9 +9,10 @@ import tarfile
 import pytest
 import webdataset
 from numbered_videos import make_shards, make_videos, touchy_look, write_and_die
+from PIL import Image
 
 from data_pipeline.config import FolderSource
-from data_pipeline.decode import probe
+from data_pipeline.decode import IMAGE_EXTENSIONS, probe
 from data_pipeline.disk import check_space, renamed
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifest import merge, read_manifest
@@ -165,6 +166,19 @@ def test_a_video_that_hangs_or_kills_its_process_is_left_out_by_name_and_all_els
     }
     assert "video003.mp4: left out: took longer" in caplog.text
     assert "video005.mp4: left out: the process" in caplog.text
+
+
+def test_images_are_videos_of_one_frame(tmp_path):
+    (tmp_path / "images").mkdir()
+    for extension in IMAGE_EXTENSIONS:
+        Image.new("RGB", (50, 40), "red").save(tmp_path / "images" / f"red.{extension}")
+    folder = make_shards(tmp_path / "images", tmp_path / "out", shards=1) / "train"
+    with tarfile.open(folder / "shard-000000.tar") as tar:
+        members = {name: tar.extractfile(name).read() for name in tar.getnames()}
+    abouts = [json.loads(text) for name, text in members.items() if name.endswith(".json")]
+    assert {(about["frames"], about["height"], about["width"]) for about in abouts} == {(1, 40, 50)}
+    images = [data for name, data in members.items() if name.endswith(IMAGE_EXTENSIONS)]
+    assert sorted(images) == sorted(path.read_bytes() for path in (tmp_path / "images").iterdir())
 
 
 def test_the_number_of_workers_changes_nothing(few, tmp_path):
