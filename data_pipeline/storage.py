@@ -7,6 +7,7 @@ endpoints are those of the environment (``AWS_*``, ``GOOGLE_APPLICATION_CREDENTI
 """
 
 import gc
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from braceexpand import braceexpand
 
 from data_pipeline.config import Location
 from data_pipeline.errors import UsageError, UserError
+
+log = logging.getLogger(__name__)
 
 SCHEMES = ("", "file", "s3", "gs", "https")  # "" is a plain path
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp"}
@@ -126,6 +129,7 @@ def _request(location: Location | Path, ask: Callable[[Any], T]) -> T:
         stop=stop_after_attempt(_ATTEMPTS) | stop_after_delay(_SECONDS),
         wait=wait_exponential_jitter(multiplier=_PAUSE_S, jitter=_PAUSE_S),
         retry=retry_if_exception(_may_pass),
+        before_sleep=lambda state: log.warning("%s: %s; trying again", location, _reason(state.outcome.exception())),
         reraise=True,
     )
     try:
@@ -133,10 +137,11 @@ def _request(location: Location | Path, ask: Callable[[Any], T]) -> T:
     except FileNotFoundError:
         raise FileNotFoundError(f"{location}: no such file") from None
     except Exception as error:  # each driver has types of its own
-        if getattr(error, "status", None) == 416:  # https: the file ends before the range begins
+        if _status(error) == 416:  # the file ends before the range begins
             return b""
-        reason = " ".join((str(error) or type(error).__name__).split())
-        raise UserError(f"{location}: cannot be read: {reason}; check address, network and permissions") from error
+        raise UserError(
+            f"{location}: cannot be read: {_reason(error)}; check address, network and permissions"
+        ) from error
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -147,6 +152,18 @@ def _may_pass(error: BaseException) -> bool:
         return error.status in _NOW_AND_THEN
     lost = isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError, ConnectionError))
     return lost and not isinstance(error, aiohttp.ClientConnectorCertificateError)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that ``error`` stands for: those of aiohttp, gcsfs and s3fs keep it in places of their own."""
+    if (found := getattr(error, "status", None) or getattr(error, "code", None)) is not None:
+        return found
+    return getattr(error.__cause__, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+
+
+def _reason(error: BaseException) -> str:
+    """In one line."""
+    return " ".join((str(error) or type(error).__name__).split())
 
 
 def _file_system(location: Location | Path) -> Any:

@@ -220,3 +220,52 @@ if child:
     done = python(code, f"{server.url}/set/a.tar", SSL_CERT_FILE=str(server.certificate))
     assert (done.returncode, done.stderr) == (0, "")
     assert time.monotonic() - began < 20
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> str:
+    """A bucket of moto's S3 server on loopback, with the same tar in it."""
+    s3fs = pytest.importorskip("s3fs", reason="needs s3fs and moto[server]")
+    moto = pytest.importorskip("moto.server", reason="needs s3fs and moto[server]")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    files.mkdir("bucket")
+    files.pipe("bucket/set/a.tar", DATA)
+    yield "s3://bucket"
+    files.rm("bucket", recursive=True)  # moto keeps its buckets for the next server of this process
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_s3_gives_the_same_bytes_as_the_disk_and_the_same_errors(bucket, tmp_path):
+    tar = f"{bucket}/set/a.tar"
+    for offset, count in [(0, 10), (512, 40_000), (99_990, 99), (100_000, 5), (7, 0)]:
+        assert read_range(tar, offset, count) == DATA[offset : offset + count]
+    assert size(tar) == len(DATA)
+    for missing in (f"{bucket}/nothing", "s3://nobucket/nothing"):
+        for read in (read_text, size, lambda text: read_range(text, 0, 1)):
+            with pytest.raises(FileNotFoundError, match=f"{missing}: no such file"):
+                read(missing)
+
+
+def test_s3_without_credentials_is_one_line(bucket, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"^s3://bucket/set/a.tar: cannot be read: Unable to locate credentials"):
+        read_range(f"{bucket}/set/a.tar", 0, 10)
+
+
+def test_s3_is_read_on_in_forked_processes_and_their_parent(bucket):
+    tar = f"{bucket}/set/a.tar"
+    assert _read(tar, [0, 1])
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.starmap_async(_read, [(tar, [number]) for number in range(8)]).get(timeout=30) == [True] * 8
+        began = time.monotonic()
+        assert _read(tar, [5, 6])
+        assert time.monotonic() - began < 10
