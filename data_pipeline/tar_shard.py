@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ class TarShard:
         gives for each key that was left out the reason."""
         if self._count:
             self._end_window(self._tar.tarstream.offset)
+        end = self._tar.tarstream.offset
         self._tar.close()
+        # A tar ends with two empty blocks. tarfile fills up to 10 kB, for tapes: as much again as some latent shards.
+        self._file.truncate(end + 2 * tarfile.BLOCKSIZE)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -210,7 +210,7 @@ def test_training_order_is_one_order_and_resumes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("grid", "codebook_size", "clips"), [((5, 16, 16), 64_000, 1200), ((9, 8, 8), 1024, 2400)], ids=["NBP", "demo"]
+    ("grid", "codebook_size", "clips"), [((5, 16, 16), 64_000, 300), ((9, 8, 8), 1024, 500)], ids=["NBP", "demo"]
 )
 def test_tar_headers_keys_and_labels_take_less_than_5_percent(tmp_path, grid, codebook_size, clips):
     rng = np.random.default_rng(0)
