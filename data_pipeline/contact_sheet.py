@@ -1,7 +1,8 @@
 """A picture of a clip shard set: a row per video or array, spread over the shards; frames from left to right.
 
-Of fields, and of arrays with channels that are no colours, the first channel is shown, from its least value in the row
-(black) to its greatest (white)."""
+Of arrays the first three channels are shown as colours, or the first one where there are fewer: uint8 as it is, fields
+each channel from its least value in the row (black) to its greatest (white).
+"""
 
 import json
 from collections.abc import Iterator
@@ -56,11 +57,10 @@ def _video_tiles(encoded: bytes, about: dict, columns: int) -> list[Image.Image]
 def _array_tiles(encoded: bytes, columns: int) -> list[Image.Image]:
     array = load_array(encoded)
     shown, stride = _shown(len(array), columns)
-    frames = array[::stride][:shown]
-    if frames.dtype != np.uint8 or frames.shape[-1] not in (1, 3):
-        frames = frames[..., :1].astype(np.float64)
-        frames -= frames.min()
-        frames = (frames * (255 / (frames.max() or 1))).astype(np.uint8)
+    frames = array[::stride][:shown, ..., : 3 if array.shape[-1] >= 3 else 1]
+    if frames.dtype != np.uint8:
+        low, high = (edge(frames.astype(np.float64), axis=(0, 1, 2)) for edge in (np.min, np.max))
+        frames = ((frames - low) * (255 / np.where(high > low, high - low, 1))).astype(np.uint8)
     images = [Image.fromarray(frame if frame.shape[-1] == 3 else frame[..., 0]).convert("RGB") for frame in frames]
     return [ImageOps.pad(image, (TILE, TILE), Image.Resampling.NEAREST, color="white") for image in images]
 

@@ -2,6 +2,8 @@ import shutil
 
 import numpy as np
 import pytest
+from numbered_videos import make_shards
+from PIL import Image, ImageDraw
 
 from data_pipeline.config import ArraysSource
 from data_pipeline.contact_sheet import CAPTION, TILE, contact_sheet
@@ -32,9 +34,17 @@ def test_more_rows_than_videos_end_with_the_videos(clip_set):
     assert contact_sheet(clip_set / "train", columns=1, rows=100).size[1] == 43 * (TILE + CAPTION)
 
 
+def make_array_shards(folder):
+    """The two arrays of ``folder``/a.npy."""
+    source = ArraysSource(path=folder / "a.npy", axes="n t h w c", train=(0, 2))
+    samples = walk(source)
+    write_shards(folder, plan_shards(source, samples, describe(source, samples), shards=1, window_bytes=2**20, seed=0))
+    merge(folder)
+
+
 @pytest.mark.parametrize(
     ("dtype", "channels", "expected"),
-    [("uint8", 1, [20, 60, 100]), ("uint8", 2, [0, 127, 255]), ("float32", 1, [0, 127, 255])],
+    [("uint8", 1, [20, 60, 100]), ("uint8", 2, [20, 60, 100]), ("float32", 1, [0, 127, 255])],
 )
 def test_arrays_are_shown_as_they_are_and_fields_from_their_least_to_their_greatest_value(
     tmp_path, dtype, channels, expected
@@ -42,13 +52,34 @@ def test_arrays_are_shown_as_they_are_and_fields_from_their_least_to_their_great
     array = np.zeros((2, 3, 4, 4, channels), dtype)
     array[..., 0] = np.array([20, 60, 100])[:, None, None]
     np.save(tmp_path / "a.npy", array)
-    source = ArraysSource(path=tmp_path / "a.npy", axes="n t h w c", train=(0, 2))
-    samples = walk(source)
-    write_shards(
-        tmp_path, plan_shards(source, samples, describe(source, samples), shards=1, window_bytes=2**20, seed=0)
-    )
-    merge(tmp_path)
+    make_array_shards(tmp_path)
     np.testing.assert_allclose(tiles(contact_sheet(tmp_path, columns=4), 1, 4), [*expected, 255], atol=1)
+
+
+def test_three_channels_of_a_field_are_colours_each_on_its_own_scale(tmp_path):
+    array = np.zeros((2, 2, 4, 4, 4), np.float32)
+    array[:, 1] = [1e-6, 5, -3e8, 7]
+    np.save(tmp_path / "a.npy", array)
+    make_array_shards(tmp_path)
+    sheet = np.asarray(contact_sheet(tmp_path, columns=2))[CAPTION : CAPTION + TILE]
+    assert (sheet[:, :TILE] == (0, 0, 255)).all()
+    assert (sheet[:, TILE:] == (255, 255, 0)).all()
+
+
+def test_images_are_rows_of_one_tile_and_captions_have_key_and_label(tmp_path, monkeypatch):
+    for name in ("cats/a", "dogs/b"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (40, 60), "red").save(tmp_path / f"{name}.png")
+    captions = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, **style: captions.append(text))
+    make_shards(tmp_path, tmp_path / "out", shards=1)
+    sheet = np.asarray(contact_sheet(tmp_path / "out" / "train", columns=2))
+    assert (sheet[CAPTION : CAPTION + TILE, :TILE] == (255, 0, 0)).all()
+    assert (sheet[CAPTION : CAPTION + TILE, TILE:] == 255).all()
+    assert sorted((caption.split("-")[0], caption.split()[-1]) for caption in captions) == [
+        ("cats_a", "cats"),
+        ("dogs_b", "dogs"),
+    ]
 
 
 def test_other_folders_are_refused(clip_set, tmp_path):
