@@ -59,6 +59,8 @@ def inspect(location: str, picture: Path | None, check: bool, workers: int | Non
     sets = [facts["path"] for facts in found if facts["what"] in ("shard set", "latent set")]
     if (picture or check) and not sets:
         raise UsageError(f"{location}: {'--picture' if picture else '--verify'} needs a shard set")
+    if picture and not is_local(sets[0]):
+        raise UsageError(f"{sets[0]}: --picture needs a shard set on this machine")
     problems = [problem for folder in sets for problem in _verify(folder, workers)] if check else []
     if as_json:
         print(json.dumps({"found": found, "problems": problems} if check else {"found": found}, indent=1))

@@ -15,6 +15,7 @@ from stpredict.jobs.config import PARTS, AnyJobConfig, JobConfig, PartedJobConfi
 from stpredict.run import Run
 
 SPLITS = ("train", "val")
+FREE = ("part", "resources.processes")  # in which the parts of a run may differ
 WRITTEN = {PARTS, *SPLITS}  # what parts leave in a run before it is merged
 
 
@@ -34,7 +35,7 @@ def whole_is_done(config: JobConfig) -> bool:
             return True
         raise UsageError(f"{run.path} holds the work of a job without parts; let it finish, or give another `run`")
     other = next((other for other in others if other.path != config.home), None)
-    if other and (changes := changed_keys(other, config, but=("part",))):
+    if other and (changes := changed_keys(other, config, but=FREE)):
         raise UsageError(
             f"{other.path} was made with another config ({', '.join(changes)}); give another `run`, or remove "
             f"{run.path}"
@@ -74,7 +75,7 @@ def _config_of(parts: Sequence[Run]) -> PartedJobConfig:
     """The config that all ``parts`` have but for their number. UserError where one has another."""
     config = load(AnyJobConfig, parts[0].config_path)
     for part in parts[1:]:
-        if changes := changed_keys(part, config, but=("part",)):
+        if changes := changed_keys(part, config, but=FREE):
             raise UserError(f"{part.path} was made with another config than {parts[0].path} ({', '.join(changes)})")
     return config
 

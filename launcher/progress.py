@@ -45,7 +45,8 @@ class Watch:
             )
         elif self._worth_a_line(status):
             self.shown_at, self.shown_step = time.monotonic(), status.step
-            self._line(format_step(status), status.phase, format_values(status))
+            left = f"{format_seconds(status.eta_s)} left" if status.eta_s else ""
+            self._line(format_step(status), status.phase, format_values(status), left)
 
     def _worth_a_line(self, status: Status) -> bool:
         if status.step == self.shown_step:

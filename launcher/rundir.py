@@ -20,7 +20,7 @@ from stpredict.jobs.config import JobConfig
 from stpredict.run import Run, now
 
 # Keys that change nothing in what a job makes.
-HARMLESS = ("run", "resources.threads")
+HARMLESS = ("run", "resources.threads", "workers")
 ORPHANS_END_S = 15.0  # data workers notice within seconds that their rank is gone
 # What a start leaves behind before the job itself has made anything.
 OF_THE_START = {"config.yaml", "status.json", "environment.json", "logs", ".lock"}

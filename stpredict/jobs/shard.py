@@ -107,7 +107,6 @@ class _Watch:
         self._todo, self._interval_s = work.todo, interval_s
         samples = sum(len(shard.samples) for of_split in work.plans.values() for shard in of_split)
         self._before = samples - sum(extent.samples for extent in work.todo.values())
-        self._bytes = sum(extent.bytes for extent in work.todo.values())
         self._progress = Progress(run, samples, "sample", interval_s=0)
         self._began, self._ended = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -133,8 +132,8 @@ class _Watch:
         growing = sum(_size(folder / name) for folder in names for name in names[folder] if self._is_mine(folder, name))
         size = sum(extent.bytes for extent in written) + growing
         speed = size / 1e6 / max(time.monotonic() - self._began, 1e-3)
-        values = {"MB": size / 1e6, "of_MB": self._bytes / 1e6, "MB/s": speed}
-        self._progress.update(self._before + sum(extent.samples for extent in written), "written", **values)
+        done = self._before + sum(extent.samples for extent in written)
+        self._progress.update(done, "written", **{"MB": size / 1e6, "MB/s": speed})
 
     def _is_mine(self, folder: Path, name: str) -> bool:
         """Whether ``name`` is the temporary one of a tar of this job."""

@@ -39,7 +39,8 @@ def test_a_folder_becomes_two_shard_sets_and_a_rerun_redoes_nothing(tmp_path):
     assert verify(config.run / "train") == verify(config.run / "val") == []
     status = run.status()
     assert (status.step, status.steps, status.unit) == (20, 20, "sample")
-    assert status.values["MB"] == pytest.approx(status.values["of_MB"])
+    written = sum(path.stat().st_size for path in config.run.glob("*/*.tar"))
+    assert 0.5 * written < status.values["MB"] * 1e6 < 1.5 * written  # counted as planned
     before = {path: path.stat().st_mtime_ns for path in config.run.glob("*/shard-*")}
     shard.run(config, run)
     assert {path: path.stat().st_mtime_ns for path in config.run.glob("*/shard-*")} == before

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.video_files import write_mp4
 from launcher import parts
-from launcher.pipeline import load_pipeline
+from launcher.pipeline import load_pipeline, plan
 from launcher.rundir import is_done, prepare
 from launcher.status import rows
 from stpredict.jobs import shard
@@ -136,6 +136,7 @@ def test_a_part_with_another_config_is_refused_at_its_start_and_named_by_merge(p
     for other in (part(1, 2, seed=1), part(1, 4)):
         with pytest.raises(UsageError, match=r"0-of-2 was made with another config \((seed|parts): "):
             parts.whole_is_done(other)
+    assert not parts.whole_is_done(part(1, 2, resources={"processes": 4}, workers=4))
     do(part(1, 2, seed=1))  # at the same moment as part 0, say
     with pytest.raises(UserError, match=r"1-of-2 was made with another config than .*0-of-2 \(seed: 1 → 0\)"):
         parts.merge(tmp_path / "run")
@@ -181,6 +182,17 @@ def test_a_pipeline_refuses_parts(tmp_path):
     (tmp_path / "p.yaml").write_text("kind: pipeline\nname: p\njobs: {one: {config: s.yaml}}\n")
     with pytest.raises(UsageError, match="`parts` are for jobs submitted by hand"):
         load_pipeline(tmp_path / "p.yaml")
+
+
+def test_a_pipeline_takes_a_run_that_parts_wrote_as_done(part, few, tmp_path):
+    (tmp_path / "s.yaml").write_text(f"kind: shard\nsource: {{kind: folder, path: {few}}}\nmin_samples_per_shard: 1\n")
+    (tmp_path / "p.yaml").write_text(f"kind: pipeline\nname: p\nrun: {tmp_path}\njobs: {{run: {{config: s.yaml}}}}\n")
+    _, jobs = load_pipeline(tmp_path / "p.yaml")
+    assert plan(jobs) == {"run": "run"}
+    for number in (0, 1):
+        do(part(number, 2))
+    parts.merge(tmp_path / "run")
+    assert plan(jobs) == {"run": "skip"}
 
 
 def test_there_must_be_something_to_merge(tmp_path):
