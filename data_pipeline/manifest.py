@@ -179,7 +179,8 @@ def fold(folder: Path, parts: int = 1) -> Manifest:
     found = {index: read_record(folder, index) for index in indices}
     records = {index: record for index, record in found.items() if record is not None}
     if not records:
-        raise UserError(f"{folder}: no finished shard there; run the job that writes them")
+        who = f"part 0 of {parts}" if parts > 1 else "the job that writes them"
+        raise UserError(f"{folder}: no finished shard there; run {who} again")
     sets = {index: (record.shards, record.set.model_dump_json()) for index, record in records.items()}
     ((count, description), _), *others = Counter(sets.values()).most_common()
     missing = [index for index in range(count) if index not in records]
