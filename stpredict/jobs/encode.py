@@ -5,6 +5,9 @@ that are its own, one after another; those that are finished are kept.
 """
 
 import logging
+from collections.abc import Iterator
+
+import torch
 
 from data_pipeline.config import ClipDataConfig
 from data_pipeline.disk import check_space
@@ -37,11 +40,13 @@ def run(config: EncodeConfig, run: Run) -> None:
         progress = Progress(run, mine * ranks.size, "clip") if ranks.is_main else None
         done = mine - sum(len(positions) for split in splits for positions in split.writer.missing)
         for split in splits:
-            for count in split.encode(ranks):
+            for count in split.encode(ranks.device):
                 done += count
                 if progress:
                     progress.update(min(max(done, 0), mine) * ranks.size, f"encoding {split.name}")
         ranks.barrier()
+        if progress:
+            progress.update(progress.steps, "encoded")
         if ranks.is_main and config.parts == 1:
             for split in splits:
                 manifest = merge(split.folder)
@@ -49,7 +54,8 @@ def run(config: EncodeConfig, run: Run) -> None:
 
 
 class _Split:
-    """One split, and this process's part of it: position n is clip n % (clips of a pass) of pass n // (…)."""
+    """One split and this process's share of its clips. A clip's position is its number in the split plus the clips of
+    the passes before."""
 
     def __init__(
         self,
@@ -86,24 +92,25 @@ class _Split:
             clip=clip,
         )
 
-    def encode(self, ranks: Ranks):
-        """Writes what is missing; yields, batch by batch, how many clips were taken."""
+    def encode(self, device: torch.device) -> Iterator[int]:
+        """Writes what is missing of this process's shards; yields, batch by batch, how many clips it has written."""
         with self.writer as writer:
             for number in range(self._passes):
                 start = number * self._per_pass
                 of_pass = range(start, start + self._per_pass)
                 samples = [position - start for part in writer.missing for position in part if position in of_pass]
                 if samples:
-                    yield from self._encode_pass(number, samples, ranks)
+                    yield from self._encode_pass(number, samples, device)
 
-    def _encode_pass(self, number: int, samples: list[int], ranks: Ranks):
+    def _encode_pass(self, number: int, samples: list[int], device: torch.device) -> Iterator[int]:
+        """The clips ``samples``, numbers in the split, of one pass."""
         share = Share(0, 1, self._config.batch_size)
         seed = self._config.seed
         batches = clip_evaluation_batches(self._data, self.name, seed=seed, share=share, samples=samples, epoch=number)
         for batch in batches:
             rows = (batch["weight"] > 0).nonzero()[:, 0].tolist()  # the others are unreadable, or fill up the batch
             if rows:
-                tokens = clip_tokens(self._tokenizer, batch["clip"].to(ranks.device), self._config.batch_size)
+                tokens = clip_tokens(self._tokenizer, batch["clip"].to(device), self._config.batch_size)
                 keys = [batch["key"][row] for row in rows]
                 self.writer.append(
                     (batch["index"][rows] + number * self._per_pass).tolist(),
