@@ -45,7 +45,7 @@ class KineticsSource(Config):
 
     kind: Literal["kinetics"] = "kinetics"
     path: Path = Field(description="folder of the videos, in sub-folders or not")
-    annotations: Path | None = Field(None, description="a csv file or a folder of them; default: in or below path")
+    annotations: Path | None = Field(None, description="csv file or folder of them; default: path and path/annotations")
 
 
 class KthSource(Config):

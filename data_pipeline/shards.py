@@ -9,6 +9,7 @@ Every sample is read and looked into once, in a process that it may bring down; 
 
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -33,6 +34,7 @@ from data_pipeline.tar_shard import TarShard
 log = logging.getLogger(__name__)
 
 AROUND_SAMPLE = 3072  # bytes: about the most that tar headers and KEY.json take
+STATS = 16  # at a time: on a parallel file system each waits for its servers
 
 
 def shard_count(samples: int, most: int, fewest_samples: int = 1) -> int:
@@ -73,14 +75,15 @@ def plan_shards(
     keys = [samples[position].key for position in order]
     whole = plan_hash(FORMAT, recipe, description.model_dump(mode="json"), shards, window_bytes, keys)
     description = description.model_copy(update={"plan": whole})
+    paths = {sample.path for sample in samples}
+    with ThreadPoolExecutor(STATS) as pool:
+        files = dict(zip(paths, pool.map(_size_and_time, paths), strict=True))
     plans = []
     for index in range(shards):
         dealt = tuple(samples[position] for position in order[index::shards])
-        files = [_size_and_time(sample.path) for sample in dealt]
-        pairs = zip(dealt, files, strict=True)
-        size = sum(file_size if sample.bytes is None else sample.bytes for sample, (file_size, _) in pairs)
+        size = sum(files[sample.path][0] if sample.bytes is None else sample.bytes for sample in dealt)
         contents = [{**asdict(sample), "path": None} for sample in dealt]
-        shard_hash = plan_hash(whole, index, contents, files)
+        shard_hash = plan_hash(whole, index, contents, [files[sample.path] for sample in dealt])
         size += AROUND_SAMPLE * len(dealt)
         plans.append(ShardPlan(index, shards, source, dealt, description, window_bytes, size, shard_hash))
     return plans
@@ -101,7 +104,7 @@ def unfinished(folder: str | Path, plans: Sequence[ShardPlan]) -> list[ShardPlan
     return [plan for plan, record in records if record is None or record.plan != plan.hash]
 
 
-def write_shards(folder: str | Path, plans: Sequence[ShardPlan], *, workers: int = 1, timeout_s: float = 60) -> None:
+def write_shards(folder: str | Path, plans: Sequence[ShardPlan], *, workers: int = 1, timeout_s: float = 600) -> None:
     """Writes the shards of ``plans``, all of a set or a process's share, that are not finished yet; ``merge`` them
     when every share is written. The number of ``workers``, the processes that look into samples, changes nothing in
     them; a sample that takes a worker longer than ``timeout_s`` is left out."""

@@ -65,7 +65,7 @@ def describe(config: KineticsSource, samples: Sequence[SourceSample]) -> Descrip
 
 def _rows(config: KineticsSource) -> Iterator[_Row]:
     where = config.annotations or config.path
-    files = [where] if where.is_file() else sorted(where.rglob("*.csv")) if where.is_dir() else []
+    files = [where] if where.is_file() else sorted([*where.glob("*.csv"), *where.glob("annotations/*.csv")])
     if not files:
         raise UsageError(
             f"{where}: no csv file; get the annotations of https://github.com/cvdfoundation/kinetics-dataset and name "
@@ -78,7 +78,7 @@ def _rows(config: KineticsSource) -> Iterator[_Row]:
             if missing == ["label"]:  # a test list
                 continue
             if missing:
-                raise UsageError(f"{file}: no column {missing[0]}; the columns must be {','.join(_COLUMNS)}")
+                raise UsageError(f"{file}: no column {missing[0]}, which annotations have; move it elsewhere")
             for row in reader:
                 if row["split"] not in _SPLITS:
                     continue

@@ -69,7 +69,7 @@ class ShardConfig(PartedJobConfig):
     min_samples_per_shard: int = Field(4, ge=1)
     window_bytes: int = Field(16 * 2**20, ge=1, description="upper bound of a shuffle window")
     workers: int = Field(1, ge=1, description="processes per rank that read and probe samples")
-    timeout_s: float = Field(60, gt=0, description="a sample that takes longer is left out")
+    timeout_s: float = Field(600, gt=0, description="a sample that takes longer is left out; all of a video is decoded")
 
 
 class TokenizerJobConfig(JobConfig):
