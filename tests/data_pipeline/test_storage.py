@@ -205,20 +205,34 @@ def test_a_fork_while_another_thread_is_reading_harms_neither(server):
     assert result == [True]
 
 
-def test_processes_that_have_read_urls_end_by_themselves(server):
-    code = """
+READ_AND_FORK = """
 import os, sys
 from data_pipeline.storage import read_range
-read_range(sys.argv[1], 0, 10)
+at_the_end = [read_range(sys.argv[1], offset, 10) for offset in (99_998, 100_000)]
+print(len(read_range(sys.argv[1], 0, 10)), *map(len, at_the_end), flush=True)
 child = os.fork()
 assert len(read_range(sys.argv[1], 5, 10)) == 10
 if child:
     assert os.waitpid(child, 0)[1] == 0
     assert len(read_range(sys.argv[1], 5, 10)) == 10
 """
+
+
+def test_processes_that_have_read_urls_end_by_themselves(server):
     began = time.monotonic()
-    done = python(code, f"{server.url}/set/a.tar", SSL_CERT_FILE=str(server.certificate))
-    assert (done.returncode, done.stderr) == (0, "")
+    done = python(READ_AND_FORK, f"{server.url}/set/a.tar", SSL_CERT_FILE=str(server.certificate))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "10 2 b''\n", "")
+    assert time.monotonic() - began < 20
+
+
+def test_gs_is_read_with_gcsfs_before_and_after_a_fork(server):
+    """From a server that answers the one request of Google's JSON API that reading takes."""
+    pytest.importorskip("gcsfs", reason="needs gcsfs")
+    server.files["download/storage/v1/b/bucket/o/set%2Fa.tar?alt=media"] = DATA
+    where = {"STORAGE_EMULATOR_HOST": server.url, "FSSPEC_GS_TOKEN": "anon", "SSL_CERT_FILE": str(server.certificate)}
+    began = time.monotonic()
+    done = python(READ_AND_FORK, "gs://bucket/set/a.tar", **where)
+    assert (done.returncode, done.stdout) == (0, "10 2 b''\n"), done.stderr
     assert time.monotonic() - began < 20
 
 
