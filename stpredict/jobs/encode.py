@@ -70,6 +70,7 @@ class _Split:
         clip = data.clip if name == "train" else data.clip.unaugmented
         self.name, self.folder, self._passes = name, config.run / name, passes
         self._config, self._tokenizer = config, tokenizer
+        self._quarantined: dict[str, str] = {}  # what stops a worker in one pass is not tried in the next
         self._data = data.model_copy(update={"clip": clip})
         source = read_set(data.shards, name).manifest
         self._per_pass = source.samples * clip.per_video
@@ -104,9 +105,16 @@ class _Split:
 
     def _encode_pass(self, number: int, samples: list[int], device: torch.device) -> Iterator[int]:
         """The clips ``samples``, numbers in the split, of one pass."""
-        share = Share(0, 1, self._config.batch_size)
-        seed = self._config.seed
-        batches = clip_evaluation_batches(self._data, self.name, seed=seed, share=share, samples=samples, epoch=number)
+        share, seed = Share(0, 1, self._config.batch_size), self._config.seed
+        batches = clip_evaluation_batches(
+            self._data,
+            self.name,
+            seed=seed,
+            share=share,
+            samples=samples,
+            epoch=number,
+            quarantined=self._quarantined,
+        )
         for batch in batches:
             rows = (batch["weight"] > 0).nonzero()[:, 0].tolist()  # the others are unreadable, or fill up the batch
             if rows:
