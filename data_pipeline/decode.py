@@ -58,17 +58,19 @@ def decode_clip(
 
     ``rng`` gives the same number of draws whatever happens. ``part`` (i, n) asks for the i-th of n clips.
     ``info`` is what ``probe`` says of these bytes; without it the video is probed first, which takes much longer.
-    Raises DecodeError, naming the reason per decoder, where no decoder gives all the frames.
+    DecodeError if the video is too short or too large, or, naming the reason per decoder, no decoder gives all frames.
     """
     plan = Plan.draw(rng, config)
     info = info or probe(encoded, config.max_pixels)
     check_size(info.height, info.width, config.max_pixels)
+    indices = None if config.fps else clip_indices(info.frames, config, plan.start, part)
     failures = []
     for decoder in ("decord", "pyav") if info.decoder == "decord" else (info.decoder,):
         try:
             video = _reader(decoder, encoded, info, config.max_pixels)
-            shown = shown_frames(video.times(info.fps), info.fps, config.fps) if config.fps else range(info.frames)
-            indices = np.asarray(shown)[clip_indices(len(shown), config, plan.start, part)]
+            if config.fps:
+                shown = shown_frames(video.times(info.fps), info.fps, config.fps)
+                indices = shown[clip_indices(len(shown), config, plan.start, part)]
             wanted, place = np.unique(indices, return_inverse=True)
             frames = [fit_frame(frame, config, plan) for frame in video.read(wanted.tolist())]
             return plan.mirrored(np.stack([frames[number] for number in place]), config)

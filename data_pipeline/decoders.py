@@ -1,7 +1,7 @@
 """The decoders behind ``decode``: encoded bytes → frames, uint8 (h, w, 3), as displayed. Torch-free.
 
-PyAV says what the frames of a video are: those that libavcodec decodes without an error, without concealment and in
-the size limit, from the first keyframe to the first damage. Of what follows a damage nothing is taken: frames refer to
+PyAV says what the frames of a video are: those that FFmpeg reads without an error, without concealment and in the size
+limit, from the first keyframe to the first damage. Of what follows a damage nothing is taken: frames refer to
 the damaged one, up to a keyframe that may never come, and their number is no longer known. (Damage that still parses,
 as some does in VP8 and in H.264's arithmetic code, no decoder can tell from data; once in a shard, its sha256 guards.)
 
@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -39,22 +40,29 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 class PyAVReader:
     """Decodes from the first frame on: the containers that decord refuses seldom seek well.
 
-    ``frames``, where it is known, saves counting. After ``count`` also ``fps``, ``codec``, ``sizes`` (height and width
-    as displayed, in the order of their coming) and ``damage`` (what ended the video early, or nothing) are known.
+    ``frames``, where it is known, saves counting. After ``count`` also ``fps``, ``container``, ``codec``, ``sizes``
+    (height and width as displayed, in the order of their coming) and ``damage`` (what ended the video early, if
+    anything) are known.
     """
 
     def __init__(self, encoded: bytes, max_pixels: int, frames: int | None = None):
         self._encoded, self._max_pixels = encoded, max_pixels
         self._stamps: np.ndarray | None = None
-        self.damage, self.codec, self.fps = "", "", 0.0
+        self.damage, self.container, self.codec, self.fps = "", "", "", 0.0
         self.sizes: dict[tuple[int, int], None] = {}
         self.frames = self.count() if frames is None else frames
 
     def count(self) -> int:
-        """Decodes the whole video. DecodeError if a frame in it is too large: which the log alone tells."""
+        """Decodes the whole video. DecodeError if a frame in it is too large.
+
+        That, and that a demuxer skipped what it could not read, FFmpeg tells in its log alone.
+        """
         stamps = []
         with _logged_errors() as messages:
             for frame in self._decode():
+                if skipped := [text.strip() for _, part, text in messages if part == self.container]:
+                    self.damage = f"damaged data after {len(stamps)} frames: {skipped[0]}"
+                    break
                 stamps.append(np.nan if frame.pts is None else float(frame.pts * frame.time_base))
                 size = (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
                 self.sizes[size] = None
@@ -94,7 +102,8 @@ class PyAVReader:
             check_size(context.height, context.width, self._max_pixels)
             stream.thread_type, context.thread_count = "NONE", 1
             context.options = limit | {"err_detect": "explode"}  # an error, where else it would conceal the damage
-            self.codec, self.fps = context.name, float(stream.average_rate or stream.guessed_rate or 0)
+            self.container, self.codec = container.format.name, context.name
+            self.fps = float(stream.average_rate or stream.guessed_rate or 0)
             begun, frames = False, 0
             try:
                 for packet in container.demux(stream):
@@ -115,10 +124,7 @@ class PyAVReader:
 
 
 class DecordReader:
-    """Seeks to the frames wanted, in one thread. To live for one clip: it decodes ahead of its consumer.
-
-    Of its ``frames`` only the first ``reliable`` ones may be read.
-    """
+    """Seeks to the frames wanted, in one thread. To live for one clip: it decodes ahead of its consumer."""
 
     def __init__(self, encoded: bytes):
         import decord
@@ -130,10 +136,19 @@ class DecordReader:
             file.flush()
             self._video = decord.VideoReader(f"/proc/self/fd/{file.fileno()}", ctx=decord.cpu(0), num_threads=1)
         self.frames = len(self._video)
-        self._stamps = self._video.get_frame_timestamp(range(self.frames))[:, 0].astype(float)
-        # Where packets do not tell the order of frames (B-frames in AVI), the frame that comes out last, when the codec
-        # is emptied, is every other time an earlier one. Codecs that hold back more than one frame spoil more.
-        self.reliable = self.frames if _ascends(self._stamps) else self.frames - 1
+
+    @cached_property
+    def reliable(self) -> int:
+        """How many frames from the first on may be read.
+
+        Where packets do not tell the order of frames (B-frames in AVI), the frame that comes out last, when the codec
+        is emptied, is every other time an earlier one. (Codecs that hold back more than one frame spoil more.)
+        """
+        return self.frames if _ascends(self._stamps) else self.frames - 1
+
+    @cached_property
+    def _stamps(self) -> np.ndarray:
+        return self._video.get_frame_timestamp(range(self.frames))[:, 0].astype(float)
 
     @property
     def keyframes(self) -> list[int]:
@@ -147,7 +162,7 @@ class DecordReader:
     def read(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
         """The frames numbered ``wanted``; raises what decord raises, DecodeError for one that is not ``reliable``."""
         for index in wanted:
-            if index >= self.reliable:
+            if index == self.frames - 1 and index >= self.reliable:
                 raise DecodeError(f"may give another frame than {index}, the last")
             yield self._video[index].asnumpy()
 
@@ -204,7 +219,7 @@ def _quarter_turns(frame) -> int:
 
 @contextmanager
 def _logged_errors() -> Iterator[list[tuple[int, str, str]]]:
-    """What libavcodec says of its errors: level, part and message of each."""
+    """What FFmpeg says of its errors: level, part and message of each."""
     import av
 
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()

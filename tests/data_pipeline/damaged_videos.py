@@ -22,6 +22,7 @@ def encode(
         stream = container.add_stream(codec, rate=10, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else pix_fmt
+        stream.codec_context.thread_count = 1  # the same bytes every time
         if times:
             stream.codec_context.time_base = Fraction(1, 1000)
         for number, frame in enumerate(frames):
