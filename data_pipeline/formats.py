@@ -3,14 +3,16 @@
 import gzip
 import json
 import zlib
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.arrays import load_array, read_npy
+from data_pipeline.arrays import cut_array, load_array, read_npy
 from data_pipeline.config import ClipConfig
 from data_pipeline.decode import DecodeError, VideoInfo, decode_clip
+from data_pipeline.manifest import Manifest
 from data_pipeline.seeding import generator
 from data_pipeline.sources.folder import EXTENSIONS
 from data_pipeline.windows import Raw
@@ -30,7 +32,7 @@ class Clips:
         return [{"key": members["__key__"], "members": members}]
 
     def sample(self, raw: Raw, epoch: int, part: int) -> dict[str, Any]:
-        """clip: tensor (t, h, w, c), uint8 but for float arrays; label: the class's number, -1 where there is none;
+        """clip: array (t, h, w, c), uint8 but for float arrays; label: the class's number, -1 where there is none;
         key: KEY, or KEY-0, KEY-1, … where there are several clips per video."""
         members, key = raw["members"], raw["key"]
         if key.startswith("/") or ".." in key.split("/"):
@@ -45,20 +47,22 @@ class Clips:
         rng = generator("clip", self._seed, epoch, key, *((part,) if part else ()))
         where = (part, self.per_count)
         if "npy" in members:
-            from data_pipeline.arrays import cut_array
-
             clip = cut_array(load_array(members["npy"]), self._config, rng, where)
         else:
             encoded = next((members[extension] for extension in EXTENSIONS if extension in members), None)
             if encoded is None:
                 raise DecodeError(f"no .npy/.{'/.'.join(EXTENSIONS)} of this key")
             info = VideoInfo(**{name: about[name] for name in _INFO}) if _INFO.keys() <= about.keys() else None
-            clip = decode_clip(encoded, self._config, rng, info, *((where,) if self.per_count > 1 else ()))
+            clip = decode_clip(encoded, self._config, rng, info, where)
         name = f"{key}-{part}" if self.per_count > 1 else key
-        return {"clip": torch.from_numpy(clip), "label": label, "key": name}
+        return {"clip": clip, "label": label, "key": name}
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
+
+    def array_bytes(self, manifest: Manifest) -> int:
+        values = self._config.frames * prod(self._config.size)
+        return 4 * values * len(manifest.moments.mean) if manifest.moments else values * self._config.channels
 
 
 class Latents:
@@ -86,3 +90,7 @@ class Latents:
         """latent: int64 (b, T', H', W') or bfloat16 (b, C, T', H', W')."""
         stored = batch["latent"]
         return batch | {"latent": stored.view(torch.bfloat16) if stored.dtype == torch.int16 else stored.long()}
+
+    def array_bytes(self, manifest: Manifest) -> int:
+        itemsize = 2 if manifest.dtype == "bfloat16" else np.dtype(manifest.dtype).itemsize
+        return prod(manifest.grid) * (manifest.latent_channels or 1) * itemsize

@@ -13,7 +13,6 @@ virtual stream that it owns: in all processes together V x the size of a window.
 """
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
@@ -28,13 +27,12 @@ from data_pipeline.formats import Clips, Latents
 from data_pipeline.mixture import chosen
 from data_pipeline.order import FileOrder, Order, Share, check_buffer, shares, stream_count
 from data_pipeline.shard_set import ShardSet, read_set
-from data_pipeline.windows import Format, Reading, WindowReader
-from data_pipeline.workers import At, Read, items
+from data_pipeline.windows import Format, WindowReader
+from data_pipeline.workers import At, Item, Read, items
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
-Readings = Iterator[tuple[Reading, Batch]]  # a sample, and what the order adds to it
 
 MAIN = "main"  # the set that is not in the mix
 FEWEST_READ = 20  # samples read before the share of unreadable ones means anything
@@ -166,11 +164,12 @@ class _Set:
         check_buffer(streams, largest, config.buffer_bytes, share.world_size, config.workers, where)
         order = Order(self._counts, streams, seed)
 
-        def read(worker: int, workers: int, received: int, at: At) -> Readings:
-            reader = WindowReader(self._set, self._format, at, self._quarantined)
+        def read(worker: int, workers: int, received: int, at: At) -> Iterator[Item]:
+            reader = WindowReader(self._set, self._format, at, self._quarantined, self._config.cache)
             gone = consumed + share.world_size * received
             for stream, slot in order.samples(gone, share.rank + share.world_size * worker, share.world_size * workers):
-                yield reader.read(slot, stream), {}
+                reading = reader.read(slot, stream)
+                yield reading.sample, reading.unreadable
 
         return self._batches(read, share.batch_size)
 
@@ -179,11 +178,12 @@ class _Set:
         wanted = range(order.samples) if samples is None else [number for number in samples if number < order.samples]
         mine = shares(wanted, share)
 
-        def read(worker: int, workers: int, received: int, at: At) -> Readings:
-            reader = WindowReader(self._set, self._format, at, self._quarantined)
+        def read(worker: int, workers: int, received: int, at: At) -> Iterator[Item]:
+            reader = WindowReader(self._set, self._format, at, self._quarantined, self._config.cache)
             for index, counts in mine[received + worker :: workers]:
                 reading = reader.read(order.slot(index, epoch))
-                yield reading, {"index": index, "weight": float(counts and not reading.unreadable)}
+                weight = float(counts and not reading.unreadable)
+                yield {**reading.sample, "index": index, "weight": weight}, reading.unreadable
 
         return self._batches(read, share.batch_size)
 
@@ -194,7 +194,8 @@ class _Set:
             read,
             workers=config.workers,
             timeout_s=config.timeout_s,
-            prefetch=max(2, math.ceil(2 * batch_size / max(config.workers, 1))),
+            held=batch_size,
+            array_bytes=self._format.array_bytes(self._set.manifest),
             quarantined=self._quarantined,
             where=where,
         )
@@ -212,13 +213,11 @@ class _Health:
         self._read = self._bad = 0
         self._known: set[str] = set()
 
-    def checked(self, item: tuple[Reading, Batch] | UserError) -> Batch:
-        if isinstance(item, UserError):
-            raise item
-        reading, extra = item
+    def checked(self, item: Item) -> Batch:
+        sample, unreadable = item
         self._read += 1
-        self._bad += bool(reading.unreadable)
-        for name, reason in reading.unreadable.items():
+        self._bad += bool(unreadable)
+        for name, reason in unreadable.items():
             if name not in self._known:
                 self._known.add(name)
                 log.warning("%s: %s cannot be read and was replaced: %s", self._where, name, reason)
@@ -227,11 +226,11 @@ class _Health:
                 f"{self._where}: {self._bad} of {self._read} samples could not be read, more than max_bad_fraction "
                 f"{self._most:g}; the log names them, `stpredict inspect --verify` checks the shards"
             )
-        return reading.sample | extra
+        return sample
 
 
 def _collate(samples: list[Batch]) -> Batch:
-    """Arrays and tensors are stacked into tensors, numbers become tensors, strings a list.
+    """Arrays are stacked into tensors, numbers become tensors, strings a list.
 
     numpy stacks: it copies in one thread, where torch.stack wakes a thread pool and waits for all of it (39 ms
     instead of 1 for 8 clips of 17x64x64 on a machine with other work).
@@ -239,8 +238,6 @@ def _collate(samples: list[Batch]) -> Batch:
     batch: Batch = {}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
-        if isinstance(first, torch.Tensor):
-            values, first = [value.numpy() for value in values], first.numpy()
         if isinstance(first, np.ndarray):
             batch[name] = torch.from_numpy(np.stack(values))
         else:

@@ -12,13 +12,15 @@ from typing import Any, Protocol
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from data_pipeline.decode import DecodeError
-from data_pipeline.errors import UserError
+from data_pipeline.config import CacheConfig
+from data_pipeline.errors import DecodeError, UserError
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import Slot
+from data_pipeline.shard_cache import ShardFiles
 from data_pipeline.shard_set import ShardSet
-from data_pipeline.storage import child, read_range
 from data_pipeline.workers import At
 
+MOST_NAMED = 8
 Raw = dict[str, Any]  # a sample as the tar has it
 
 
@@ -37,10 +39,16 @@ class Format(Protocol):
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch as training sees it, from the stacked samples."""
 
+    def array_bytes(self, manifest: Manifest) -> int:
+        """The most bytes that the array of a sample takes."""
+
 
 @dataclass
 class Reading:
-    """A sample, and the unreadable ones (key → reason) met before it; the slot's own is the first of those."""
+    """A sample, and the unreadable ones (key → reason) met before it; the slot's own is the first of those.
+
+    At most MOST_NAMED of them: each is named in its own turn, and all of a reading must fit into one write to a pipe.
+    """
 
     sample: dict[str, Any]
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -61,8 +69,11 @@ class WindowReader:
     ``quarantined`` samples are not touched; ``at`` says aloud what is being read (see ``workers``).
     """
 
-    def __init__(self, shards: ShardSet, format: Format, at: At, quarantined: Collection[str]):
-        self._set, self._format, self._at, self._quarantined = shards, format, at, quarantined
+    def __init__(
+        self, shards: ShardSet, format: Format, at: At, quarantined: Collection[str], cache: CacheConfig | None = None
+    ):
+        self._shards, self._format, self._at, self._quarantined = shards.manifest.shards, format, at, quarantined
+        self._files = ShardFiles(shards.folders, self._shards, cache)
         self._current: dict[int, _Window] = {}
 
     def read(self, slot: Slot, stream: int = 0) -> Reading:
@@ -72,7 +83,7 @@ class WindowReader:
             count, part = divmod(position, self._format.per_count)
             window = self._window(slot.shard, number, stream)
             raw = window.samples[count]
-            name = raw["key"] if raw else f"{self._name(slot.shard)}, window {number}, sample {count}"
+            name = raw["key"] if raw else f"{self._files.name(slot.shard)}, window {number}, sample {count}"
             try:
                 if raw is None:
                     raise DecodeError(f"missing in the tar ({window.damage}): `stpredict inspect --verify` tells more")
@@ -81,12 +92,14 @@ class WindowReader:
                 with self._at(name):
                     return Reading(self._format.sample(raw, slot.epoch, part), unreadable)
             except DecodeError as error:
-                unreadable[name] = str(error)
-        raise UserError(f"{self._name(slot.shard)}: no sample can be read; {name}: {unreadable[name]}")
+                if len(unreadable) < MOST_NAMED:
+                    unreadable[name] = str(error)[:300]
+                reason = error
+        raise UserError(f"{self._files.name(slot.shard)}: no sample can be read; {name}: {reason}")
 
     def _candidates(self, slot: Slot) -> Iterator[tuple[int, int]]:
         """The slot's own window from its position on, round; then the other windows of the shard."""
-        counts = self._set.manifest.shards[slot.shard].window_samples
+        counts = self._shards[slot.shard].window_samples
         for step in range(len(counts)):
             window = (slot.window + step) % len(counts)
             start, samples = slot.position if step == 0 else 0, counts[window] * self._format.per_count
@@ -97,16 +110,16 @@ class WindowReader:
         window = self._current.get(stream)
         if window is None or window.where != (shard, number):
             self._current.pop(stream, None)  # so that never more than one window of a stream is in memory
-            with self._at(f"{self._name(shard)}, window {number}", sample=False):
+            with self._at(f"{self._files.name(shard)}, window {number}", sample=False):
                 window = self._current[stream] = self._load(shard, number)
         return window
 
     def _load(self, shard: int, number: int) -> _Window:
-        extent = self._set.manifest.shards[shard].windows[number]
+        extent = self._shards[shard].windows[number]
         try:
-            data = read_range(self._name(shard), extent.offset, extent.bytes)
+            data = self._files.read(shard, extent.offset, extent.bytes)
         except FileNotFoundError:
-            raise UserError(f"{self._name(shard)} is missing, though the manifest names it; restore it") from None
+            raise UserError(f"{self._files.name(shard)} is missing, though the manifest names it; restore it") from None
         samples: list[Raw | None] = []
         damage = "fewer members than the manifest says"
         try:
@@ -116,6 +129,3 @@ class WindowReader:
             damage = str(error).splitlines()[0]
         samples = samples[: extent.count]
         return _Window((shard, number), samples + [None] * (extent.count - len(samples)), damage)
-
-    def _name(self, shard: int) -> str:
-        return child(self._set.folders[shard], f"{self._set.manifest.shards[shard].name}.tar")

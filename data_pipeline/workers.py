@@ -9,6 +9,7 @@ the stream can be entered anywhere; the quarantined sample is replaced like one 
 
 import ctypes
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -16,23 +17,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipeline.errors import UserError
+from data_pipeline.slots import Slots, Stored
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often the board is read while the main process waits
-MOST_RESTARTS = 3  # in a row, without an item in between, for no sample's fault
+MOST_RESTARTS = 5  # in a row, without an item in between
 
+#: A sample, and anything small to be said about it.
+Item = tuple[dict[str, Any], Any]
 #: ``at(what, sample)`` wraps a piece of work: ``sample`` says whether ``what`` is a sample, which can be quarantined.
-At = Callable[..., Any]
-#: ``read(worker, workers, skip, at)`` yields a worker's items; ``skip`` of all workers' items were received before.
-Read = Callable[[int, int, int, At], Iterator[Any]]
+At = Callable[..., AbstractContextManager[None]]
+#: ``read(worker, workers, received, at)`` yields a worker's items; ``received`` of all workers' were taken before.
+Read = Callable[[int, int, int, At], Iterator[Item]]
 
 
 class _Entry(ctypes.Structure):
@@ -40,6 +46,7 @@ class _Entry(ctypes.Structure):
         ("pid", ctypes.c_int64),
         ("since", ctypes.c_double),  # time.monotonic(), which all processes share; 0 between two pieces of work
         ("sample", ctypes.c_bool),
+        ("told", ctypes.c_bool),
         ("what", ctypes.c_char * 512),
     )
 
@@ -56,7 +63,7 @@ class _Board:
 
         @contextmanager
         def at(what: str, sample: bool = True) -> Iterator[None]:
-            entry.what, entry.sample = what.encode()[:511], sample
+            entry.what, entry.sample, entry.told = what.encode()[:511], sample, False
             entry.since = time.monotonic()
             try:
                 yield
@@ -72,9 +79,23 @@ class _Board:
         for entry in self._entries:
             if entry.pid and entry.pid not in alive:
                 found.append((entry, "its worker died"))
-            elif entry.since and time.monotonic() - entry.since > timeout_s:
+            elif entry.sample and entry.since and time.monotonic() - entry.since > timeout_s:
                 found.append((entry, f"no end after {timeout_s:g} s"))
         return found
+
+    def end_workers(self) -> None:
+        """At once and whatever they are at: one that is stuck in C code would heed nothing less."""
+        pids = {entry.pid for entry in self._entries}
+        for process in multiprocessing.active_children():
+            if process.pid in pids:
+                process.kill()
+
+    def tell_of_slow_reads(self, after_s: float, where: str) -> None:
+        """Storage sets its own limits, and a download may well take longer than a sample: only said, once each."""
+        for entry in self._entries:
+            if entry.since and not entry.sample and time.monotonic() - entry.since > after_s and not entry.told:
+                entry.told = True
+                log.warning("%s: still waiting for %s after %g s", where, entry.what.decode(), after_s)
 
 
 @contextmanager
@@ -83,21 +104,32 @@ def _nowhere(_what: str, sample: bool = True) -> Iterator[None]:
 
 
 def items(
-    read: Read, *, workers: int, timeout_s: float, prefetch: int, quarantined: dict[str, str], where: str
-) -> Iterator[Any]:
+    read: Read,
+    *,
+    workers: int,
+    timeout_s: float,
+    held: int,
+    array_bytes: int,
+    quarantined: dict[str, str],
+    where: str,
+) -> Iterator[Item]:
     """The items of all workers in turn: of worker 0, 1, …, 0, 1, …; without workers, read in this process, where
     nothing can be replaced.
 
+    An item may hold one array, of at most ``array_bytes`` bytes. It is good until ``held`` further items were taken.
     What stops a worker is added to ``quarantined`` (sample → why) before ``read`` is called again. UserError where
-    workers die or hang again and again and no sample is at fault.
+    workers are replaced again and again.
     """
     if not workers:
         yield from read(0, 1, 0, _nowhere)
         return
+    prefetch = max(2, math.ceil(2 * held / workers))
     received, restarts = 0, 0
     while True:
         board = _Board(workers)
-        iterator = _start(_Items(read, received, board), workers, prefetch)
+        # A worker is at most ``prefetch`` items ahead of what was taken.
+        slots = Slots(workers, prefetch + math.ceil(held / workers) + 2, array_bytes)
+        iterator = _start(_Items(read, received, board, slots), workers, prefetch)
         try:
             while True:
                 try:
@@ -110,36 +142,36 @@ def items(
                         raise
                     culprits = board.culprits(timeout_s)
                     if not culprits and "timed out" in str(error):
+                        board.tell_of_slow_reads(timeout_s, where)
                         continue
                     break
+                if isinstance(item, UserError):
+                    raise item
                 received, restarts = received + 1, 0
-                yield item
-            restarts = _judge(culprits, quarantined, restarts, where)
+                sample, about = item
+                yield {k: slots.get(v) if isinstance(v, Stored) else v for k, v in sample.items()}, about
+            restarts += 1
+            _judge(culprits, quarantined, where)
+            if restarts > MOST_RESTARTS:
+                raise UserError(
+                    f"{where}: data workers were replaced {restarts} times without giving anything in between; the "
+                    "log says what they were at. Is memory short (fewer data.workers, smaller windows) or a decoder "
+                    "broken?"
+                )
         finally:
-            del iterator  # ends the workers now: left to the garbage collector, after an error, that can take 5 s
+            board.end_workers()
+            del iterator  # waits for them now: left to the garbage collector, after an error, that can take 5 s
 
 
-def _judge(culprits: list[tuple[_Entry, str]], quarantined: dict[str, str], restarts: int, where: str) -> int:
-    """Quarantines the samples at fault and ends their workers; the number of restarts in a row without any."""
-    at_fault = []
+def _judge(culprits: list[tuple[_Entry, str]], quarantined: dict[str, str], where: str) -> None:
+    """Quarantines the samples at fault."""
     if not culprits:
         log.warning("%s: a data worker died before it read anything and was replaced", where)
     for entry, why in culprits:
-        what = entry.what.decode(errors="replace")
+        what = entry.what.decode(errors="replace") if entry.since else "no work"
+        log.warning("%s: data worker replaced at %s: %s", where, what, why)
         if entry.since and entry.sample:
-            at_fault.append(what)
             quarantined[what] = why
-        log.warning("%s: data worker replaced at %s: %s", where, what if entry.since else "no work", why)
-        with suppress(ProcessLookupError):
-            os.kill(entry.pid, signal.SIGKILL)  # stuck in C code, it would heed nothing less
-    if at_fault:
-        return 0
-    if restarts == MOST_RESTARTS:
-        raise UserError(
-            f"{where}: data workers were replaced {MOST_RESTARTS} times without reading anything in between; the log "
-            "says what they were at. Is memory short (fewer data.workers, smaller windows) or the storage stuck?"
-        )
-    return restarts + 1
 
 
 def _start(dataset: "_Items", workers: int, prefetch: int) -> Iterator[Any]:
@@ -166,13 +198,16 @@ def _start(dataset: "_Items", workers: int, prefetch: int) -> Iterator[Any]:
 class _Items(IterableDataset):
     """What one worker reads. A UserError travels as an item: raised in a worker it would lose its one line."""
 
-    def __init__(self, read: Read, received: int, board: _Board):
-        self._read, self._received, self._board = read, received, board
+    def __init__(self, read: Read, received: int, board: _Board, slots: Slots):
+        self._read, self._received, self._board, self._slots = read, received, board, slots
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Item | UserError]:
         worker = get_worker_info()
+        read = self._read(worker.id, worker.num_workers, self._received, self._board.at(worker.id))
         try:
-            yield from self._read(worker.id, worker.num_workers, self._received, self._board.at(worker.id))
+            for number, (sample, about) in enumerate(read):
+                put = partial(self._slots.put, worker.id, number)
+                yield {k: put(v) if isinstance(v, np.ndarray) else v for k, v in sample.items()}, about
         except UserError as error:
             yield error
 

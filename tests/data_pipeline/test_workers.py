@@ -1,0 +1,186 @@
+"""Workers that crash, hang or are killed: they are replaced, and nothing else changes."""
+
+import ctypes
+import os
+import signal
+import time
+from collections import Counter
+from contextlib import closing
+from itertools import islice
+
+import numpy as np
+import psutil
+import pytest
+
+from data_pipeline import formats
+from data_pipeline.config import ClipConfig, ClipDataConfig
+from data_pipeline.errors import UserError
+from data_pipeline.order import Share
+from data_pipeline.stream import clip_batches, clip_evaluation_batches
+from data_pipeline.workers import MOST_RESTARTS, items
+
+PLAIN = {"held": 1, "array_bytes": 64, "where": "somewhere"}
+CLIP = ClipConfig(frames=3, size=(16, 16))
+
+
+def config(shards, **changes):
+    options = {"workers": 2, "virtual_streams": 8, "timeout_s": 1.0, "max_bad_fraction": 1}
+    return ClipDataConfig(shards=shards, clip=CLIP, **(options | changes))
+
+
+def keys(shards, samples, quarantined=None, **changes):
+    batches = clip_batches(config(shards, **changes), "train", seed=0, share=Share(0, 1, 1), quarantined=quarantined)
+    with closing(batches):
+        return [batches.draw(step)[0]["key"][0] for step in range(samples)]
+
+
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hang_in_c():
+    ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the interpreter's lock: no thread and no handler of Python's runs
+
+
+@pytest.fixture
+def bad_videos(monkeypatch):
+    """A function that makes decoding ``fail`` at the videos with the keys ``bad``."""
+
+    def spoil(fail, *bad):
+        read = formats.Clips.sample
+
+        def read_or_fail(self, raw, epoch, part):
+            if raw["key"] in bad:
+                fail()
+            return read(self, raw, epoch, part)
+
+        monkeypatch.setattr(formats.Clips, "sample", read_or_fail)
+
+    return spoil
+
+
+@pytest.mark.parametrize("fail", [crash, hang_in_c])
+def test_a_sample_that_stops_its_worker_is_quarantined_and_moves_no_other(clip_set, bad_videos, fail, caplog):
+    before = keys(clip_set, 60)
+    bad = [before[7], before[8]]
+    bad_videos(fail, *bad)
+    quarantined = {}
+    after = keys(clip_set, 60, quarantined)
+    assert set(quarantined) == set(bad)
+    assert all(("died" if fail is crash else "no end after 1 s") in why for why in quarantined.values())
+    changed = [n for n, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
+    assert changed == [n for n, key in enumerate(before) if key in bad]
+    assert not set(after) & set(bad)
+    assert all(any(key in record.message for record in caplog.records) for key in bad)
+    # A resumed run, which knows what is quarantined, never touches it: not even without workers to lose.
+    assert keys(clip_set, 60, dict(quarantined), workers=0) == after
+
+
+def test_evaluation_goes_on_without_the_sample_that_stops_its_worker(clip_set, bad_videos):
+    def evaluated():
+        batches = clip_evaluation_batches(config(clip_set), "train", seed=0, share=Share(0, 1, 4))
+        return [(k, float(w)) for batch in batches for k, w in zip(batch["key"], batch["weight"], strict=True)]
+
+    before = evaluated()
+    bad_videos(crash, before[5][0])
+    after = evaluated()
+    assert [n for n, (one, other) in enumerate(zip(before, after, strict=True)) if one != other] == [5]
+    assert after[5][1] == 0
+
+
+def test_a_worker_killed_from_outside_is_replaced_and_the_order_stays(clip_set):
+    before = keys(clip_set, 60)
+    quarantined = {}
+    with closing(
+        clip_batches(config(clip_set), "train", seed=0, share=Share(0, 1, 1), quarantined=quarantined)
+    ) as batches:
+        after = [batches.draw(0)[0]["key"][0]]
+        time.sleep(0.5)  # until the workers have read ahead and wait: no sample is at fault
+        psutil.Process().children()[0].kill()
+        after += [batches.draw(step)[0]["key"][0] for step in range(1, 60)]
+    assert after == before
+    assert quarantined == {}
+
+
+def test_no_worker_is_left_after_a_replacement(clip_set, bad_videos):
+    bad_videos(hang_in_c, *keys(clip_set, 3)[2:])
+    children = set(psutil.Process().children())
+    keys(clip_set, 40)
+    assert set(psutil.Process().children()) <= children
+
+
+def test_workers_that_only_die_end_the_job_in_one_line():
+    def read(worker, workers, received, at):
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+    with pytest.raises(UserError, match=f"replaced {MOST_RESTARTS + 1} times without giving anything") as caught:
+        next(items(read, workers=1, timeout_s=5, **PLAIN, quarantined={}))
+    assert "\n" not in str(caught.value)
+
+
+def test_slow_storage_is_no_samples_fault_and_is_said_once(caplog):
+    def read(worker, workers, received, at):
+        with at("shard-000003.tar, window 1", sample=False):
+            time.sleep(3.5)
+        yield {"worker": worker}, None
+
+    quarantined = {}
+    assert next(items(read, workers=2, timeout_s=0.2, **PLAIN, quarantined=quarantined)) == ({"worker": 0}, None)
+    assert quarantined == {}
+    told = [record.message for record in caplog.records]
+    assert told == ["somewhere: still waiting for shard-000003.tar, window 1 after 0.2 s"] * 2  # once for each worker
+
+
+def test_waiting_longer_than_the_timeout_for_many_quick_samples_replaces_nothing():
+    def read(worker, workers, received, at):
+        for number in range(received + worker, 8, workers):
+            for _ in range(10):
+                with at(f"sample {number}"):
+                    time.sleep(0.06)
+            yield {"number": number}, None
+
+    quarantined = {}
+    taken = list(items(read, workers=2, timeout_s=0.3, **PLAIN, quarantined=quarantined))
+    assert ([sample["number"] for sample, _ in taken], quarantined) == (list(range(8)), {})
+
+
+def test_a_bug_in_a_worker_is_raised_as_what_it_is():
+    def read(worker, workers, received, at):
+        yield {}, None
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(items(read, workers=1, timeout_s=5, **PLAIN, quarantined={}))
+
+
+def test_a_dead_worker_raises_nothing_in_the_middle_of_the_main_process(clip_set):
+    with closing(clip_batches(config(clip_set), "train", seed=0, share=Share(0, 1, 1))) as batches:
+        batches.draw(0)
+        psutil.Process().children()[0].kill()
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:  # torch's own handler would raise here
+            np.zeros(10).sum()
+
+
+def test_every_sample_is_still_given_once_an_epoch(clip_set, bad_videos):
+    before = keys(clip_set, 43, virtual_streams=1, workers=1)
+    bad_videos(crash, before[20])
+    after = keys(clip_set, 43, virtual_streams=1, workers=1)
+    assert Counter(before) - Counter(after) == Counter([before[20]])
+
+
+@pytest.mark.parametrize(("workers", "held"), [(1, 1), (1, 7), (2, 3), (3, 8), (4, 1)])
+def test_an_array_stays_as_it_is_while_as_many_items_are_held_as_was_said(workers, held):
+    def read(worker, workers, received, at):
+        for number in range(received + worker, 200, workers):
+            yield {"array": np.full(8, number), "number": number}, None
+
+    stream = items(read, workers=workers, timeout_s=5, quarantined={}, **(PLAIN | {"held": held}))
+    seen = 0
+    while batch := list(islice(stream, held)):
+        time.sleep(0.002)  # the workers read ahead as far as they may
+        for sample, _ in batch:
+            assert sample["array"].tolist() == [sample["number"]] * 8 == [seen] * 8
+            seen += 1
+    assert seen == 200
