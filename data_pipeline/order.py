@@ -1,9 +1,11 @@
 """The order in which samples are read: arithmetic alone, no files. Torch-free.
 
-An epoch's shard order is a permutation by (seed, epoch), dealt round robin to V virtual streams. A stream reads its
-shards one after another, each window in an order by (seed, epoch, shard, window), and rolls into its own next epoch
-when it ends. **Global sample n is number n div V of virtual stream n mod V**, so the order depends on (seed, V) and
-on neither ranks, workers nor batch sizes; and it can be entered at any n without reading what came before.
+An epoch's shard order is a permutation by (seed, epoch). The epochs' orders, one after another, are dealt round robin
+to V virtual streams: the deal of an epoch goes on where the last one ended, so that every stream gets its fair share
+where V does not divide the shards. A stream reads its shards one after another, each window in an order by (seed,
+epoch, shard, window), and rolls into the next epoch without waiting for other streams. **Global sample n is number n
+div V of virtual stream n mod V**, so the order depends on (seed, V) and on neither ranks, workers nor batch sizes;
+and it can be entered at any n without reading what came before.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,10 +64,9 @@ class Order:
         skips = (consumed + self.streams - 1 - np.arange(self.streams)) // self.streams
         epochs = np.zeros_like(skips)
         behind = np.ones_like(skips, dtype=bool)  # streams whose epoch is not found yet
-        padding = -len(self._totals) % self.streams
         for epoch in count():
-            dealt = np.pad(self._totals[self._shards(epoch)], (0, padding))
-            in_epoch = dealt.reshape(-1, self.streams).sum(axis=0)
+            streams = (epoch * len(self._totals) + np.arange(len(self._totals))) % self.streams
+            in_epoch = np.bincount(streams, self._totals[self._shards(epoch)]).astype(int)
             behind &= skips >= in_epoch
             if not behind.any():
                 return epochs, skips
@@ -75,7 +76,8 @@ class Order:
     def _stream(self, stream: int, epoch: int, skip: int) -> Iterator[Slot]:
         """The samples of one virtual stream, for ever, but for the first ``skip`` of its ``epoch``."""
         for number in count(epoch):
-            for shard in self._shards(number)[stream :: self.streams].tolist():
+            first = (stream - number * len(self._totals)) % self.streams
+            for shard in self._shards(number)[first :: self.streams].tolist():
                 if skip >= self._totals[shard]:
                     skip -= self._totals[shard]
                     continue

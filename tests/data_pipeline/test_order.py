@@ -1,5 +1,6 @@
 """The arithmetic of the stream, without files."""
 
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -38,6 +39,15 @@ def test_readers_together_take_the_samples_of_one_reader_in_turn(readers, consum
 def test_entering_at_n_gives_what_comes_after_n(consumed):
     order = Order(COUNTS, 4, seed=0)
     assert first(100, order, consumed=consumed) == first(consumed + 100, order)[consumed:]
+
+
+def test_streams_stay_in_step_where_they_do_not_divide_the_shards():
+    slots = first(10_000, Order([[1]] * 10, 6, seed=0))
+    for start in range(0, 10_000, 60):
+        epochs = {slot.epoch for slot in slots[start : start + 6]}  # what the six streams are at
+        assert max(epochs) - min(epochs) <= 1
+    seen = Counter(slot.shard for slot in slots)
+    assert max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_no_two_readers_share_a_stream():
