@@ -5,8 +5,8 @@ An .npy is mapped into memory; the member of an .npz is loaded once per process.
 """
 
 import io
-import logging
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -18,11 +18,10 @@ import numpy as np
 from einops import rearrange
 
 from data_pipeline.config import ArraysSource
+from data_pipeline.decoders import one_line
 from data_pipeline.errors import DecodeError, UsageError
 from data_pipeline.manifest import Description
 from data_pipeline.sources.source import SourceSample, Split, hold_out, make_key
-
-log = logging.getLogger(__name__)
 
 
 class _File(NamedTuple):
@@ -67,8 +66,13 @@ def describe(config: ArraysSource, samples: Sequence[SourceSample]) -> Descripti
 
 
 def read(config: ArraysSource, sample: SourceSample) -> tuple[str, bytes]:
-    """An .npy (t, h, w, c) of the set's type. DecodeError where values are infinite or not a number."""
-    array, axes, item = _open(sample.path, config.member), config.axes.split(), sample.item
+    """An .npy (t, h, w, c) of the set's type. DecodeError where the file is damaged, or values are infinite or not a
+    number."""
+    try:
+        array = _open(sample.path, config.member)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DecodeError(f"its array cannot be read: {one_line(error)}") from None
+    axes, item = config.axes.split(), sample.item
     wanted = {"n": item["first"]}
     if config.sequence:
         wanted["t"] = slice(item["first"], item["first"] + config.sequence)

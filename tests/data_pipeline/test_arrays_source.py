@@ -70,6 +70,32 @@ def test_members_of_an_npz_are_named_where_there_are_several(tmp_path):
             walk(ArraysSource(path=tmp_path / "two.npz", member=member))
 
 
+@pytest.mark.parametrize(("kind", "damage"), [("npy", "cut short"), ("npz", "cut short"), ("npz", "zeros inside")])
+def test_of_a_damaged_file_its_samples_alone_are_left_out_by_name(tmp_path, kind, damage):
+    folder, shards = tmp_path / "arrays", tmp_path / "shards"
+    folder.mkdir()
+    frames = np.random.default_rng(0).random((4, 80, 80))
+    for name in "abc":
+        if kind == "npy":
+            np.save(folder / name, frames)
+        else:
+            np.savez_compressed(folder / name, frames=frames)
+    whole = (folder / f"b.{kind}").read_bytes()
+    middle = bytearray(whole)
+    middle[100_000:100_400] = bytes(400)
+    config = ArraysSource(path=folder, axes="t h w", validation_fraction=0)
+    samples = walk(config)
+    # Damaged after the walk, or so late in the file that its header, all that the walk reads, is sound.
+    (folder / f"b.{kind}").write_bytes(whole[:100_000] if damage == "cut short" else middle)
+    about = {"shards": 1, "window_bytes": 2**20, "seed": 0}
+    write_shards(shards, plan_shards(config, samples, describe(config, samples), **about))
+    assert merge(shards).samples == 2
+    (skipped,) = json.loads((shards / "shard-000000.json").read_text())["skipped"].items()
+    assert skipped[0].startswith("b-")
+    assert skipped[1].startswith("its array cannot be read: ")
+    assert "\n" not in skipped[1]
+
+
 def test_files_of_a_folder_or_pattern_are_samples_with_names_of_their_own(tmp_path):
     for name in ("a/x.npy", "b/x.npy", "b/y.npy"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
