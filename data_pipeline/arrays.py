@@ -40,12 +40,14 @@ def read_npy(encoded: bytes) -> np.ndarray:
         if version not in _HEADERS:
             raise DecodeError(f"npy: version {version} is not read")
         shape, fortran_order, dtype = _HEADERS[version](file)
-    except (ValueError, EOFError) as error:
+    except DecodeError:
+        raise
+    except Exception as error:  # numpy raises what it likes on a damaged header: tokenize's errors, SyntaxError, …
         raise DecodeError(f"npy: {one_line(error)}") from None
     if dtype.hasobject:
         raise DecodeError("npy: holds pickled objects, which could run code; store numbers")
     claimed, held = math.prod(shape) * dtype.itemsize, len(encoded) - file.tell()
-    if claimed != held:
+    if claimed != held or not dtype.itemsize or min(shape, default=0) < 0:
         raise DecodeError(f"npy: {held} bytes, {claimed} claimed by shape {shape}")
     values = np.frombuffer(encoded, dtype, offset=file.tell())
     return values.reshape(shape, order="F" if fortran_order else "C")

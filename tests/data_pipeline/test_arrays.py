@@ -45,6 +45,27 @@ def test_a_pickle_is_refused_and_not_run():
         load_array(npy(np.array([Bomb()], dtype=object), allow_pickle=True))
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+def test_whatever_a_damaged_header_says_is_a_decode_error_of_one_line():
+    whole, rng, messages = npy(np.zeros((2, 4, 4, 1), np.uint8)), np.random.default_rng(0), []
+    for _ in range(2000):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, 80, size=3):
+            damaged[place] = rng.integers(32, 127)
+        try:
+            load_array(bytes(damaged))
+        except DecodeError as error:
+            messages.append(str(error))
+    assert len(messages) > 1900
+    assert not any("\n" in message for message in messages)
+
+
+def test_a_header_of_negative_sizes_is_refused():
+    whole = npy(np.zeros((1, 2, 3, 1), np.uint8))
+    with pytest.raises(DecodeError, match=r"6 bytes, 6 claimed by shape \(-1, -2, 3, 1\)"):
+        load_array(whole.replace(b"(1, 2, 3, 1), }  ", b"(-1, -2, 3, 1), }"))
+
+
 def test_a_header_that_claims_more_than_there_is_is_refused_before_it_is_allocated():
     whole = npy(np.zeros((2, 8, 8, 1), np.uint8))
     claim = whole.replace(b"(2, 8, 8, 1), }" + b" " * 12, b"(99999999999, 8, 8, 1), }  ")
