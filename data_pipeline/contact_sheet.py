@@ -5,18 +5,22 @@ each channel from its least value in the row (black) to its greatest (white).
 """
 
 import json
+import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from data_pipeline.arrays import load_array
 from data_pipeline.config import ClipConfig
-from data_pipeline.decode import DecodeError, VideoInfo, decode_clip
-from data_pipeline.errors import UsageError, UserError
+from data_pipeline.decode import EXTENSIONS, VideoInfo, decode_clip, probe
+from data_pipeline.errors import DecodeError, UsageError, UserError
 from data_pipeline.manifest import Manifest, read_manifest
-from data_pipeline.sources.source import EXTENSIONS
+
+log = logging.getLogger(__name__)
 
 TILE, CAPTION = 96, 14  # pixels
 
@@ -31,12 +35,11 @@ def contact_sheet(folder: str | Path, columns: int = 8, rows: int = 8) -> Image.
     if manifest.kind != "clips":
         raise UsageError(f"{folder}: holds {manifest.kind}; only clips have a picture")
     strips = []
-    for key, extension, data, about in _samples(folder, manifest, rows):
+    for sample in _samples(folder, manifest, rows):
         try:
-            tiles = _array_tiles(data, columns) if extension == "npy" else _video_tiles(data, about, columns)
-            strips.append(_strip(tiles, columns, f"{key}  {about['label'] or ''}"))
-        except DecodeError:
-            continue
+            strips.append(_row(sample, columns))
+        except DecodeError as error:
+            log.warning("%s: %s is not shown: %s", folder, sample["__key__"], error)
         if len(strips) == rows:
             break
     if not strips:
@@ -47,8 +50,23 @@ def contact_sheet(folder: str | Path, columns: int = 8, rows: int = 8) -> Image.
     return sheet
 
 
-def _video_tiles(encoded: bytes, about: dict, columns: int) -> list[Image.Image]:
-    info = VideoInfo(**{name: about[name] for name in VideoInfo.__dataclass_fields__})
+def _row(sample: dict[str, Any], columns: int) -> Image.Image:
+    """DecodeError if a member of ``sample``, as WebDataset gives it, is missing or damaged."""
+    extension = next((extension for extension in ("npy", *EXTENSIONS) if extension in sample), None)
+    if extension is None or "json" not in sample:
+        raise DecodeError("a member is missing")
+    try:
+        about = dict(json.loads(sample["json"]))
+    except (ValueError, TypeError) as error:
+        raise DecodeError(f"its .json is damaged: {error}") from None
+    data = sample[extension]
+    tiles = _array_tiles(data, columns) if extension == "npy" else _video_tiles(data, about, columns)
+    return _strip(tiles, columns, f"{sample['__key__']}  {about.get('label') or ''}")
+
+
+def _video_tiles(encoded: bytes, about: dict[str, Any], columns: int) -> list[Image.Image]:
+    facts = {name: about.get(name) for name in VideoInfo.__dataclass_fields__}
+    info = probe(encoded) if None in facts.values() else VideoInfo(**facts)
     shown, stride = _shown(info.frames, columns)
     clip = ClipConfig(frames=shown, size=(TILE, TILE), stride=stride, start="first")
     return [Image.fromarray(frame) for frame in decode_clip(encoded, clip, np.random.default_rng(0), info)]
@@ -80,21 +98,27 @@ def _strip(tiles: list[Image.Image], columns: int, caption: str) -> Image.Image:
     return strip
 
 
-def _samples(folder: Path, manifest: Manifest, wanted: int) -> Iterator[tuple[str, str, bytes, dict]]:
-    """First one sample of ``wanted`` shards, evenly apart, then more of the same shards: key, extension, bytes,
-    KEY.json."""
+def _samples(folder: Path, manifest: Manifest, wanted: int) -> Iterator[dict[str, Any]]:
+    """First one sample of ``wanted`` shards, evenly apart, then more of the same shards, as WebDataset gives them.
+    What a tar holds behind its damage is left out."""
     import webdataset  # here, because it imports torch
 
+    damaged: set[str] = set()  # each is said once
+
+    def tell(path: str, _error: Exception) -> bool:
+        if path not in damaged:
+            damaged.add(path)
+            log.warning("%s cannot be read to its end", path)
+        return True
+
     shards = [manifest.shards[i] for i in np.unique(np.linspace(0, len(manifest.shards) - 1, wanted).astype(int))]
-    readers = [
-        iter(webdataset.WebDataset(str(folder / f"{shard.name}.tar"), shardshuffle=False, empty_check=False))
-        for shard in shards
-    ]
+    paths = [str(folder / f"{shard.name}.tar") for shard in shards]
+    about = {"shardshuffle": False, "empty_check": False}
+    readers = [iter(webdataset.WebDataset(path, handler=partial(tell, path), **about)) for path in paths]
     while readers:
         for reader in list(readers):
             sample = next(reader, None)
             if sample is None:
                 readers.remove(reader)
-                continue
-            extension = next(extension for extension in ("npy", *EXTENSIONS) if extension in sample)
-            yield sample["__key__"], extension, sample[extension], json.loads(sample["json"])
+            else:
+                yield sample

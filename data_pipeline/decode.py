@@ -26,6 +26,7 @@ from data_pipeline.errors import DecodeError
 
 VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
 
 SEEKS = 16  # groups of pictures in which decord is compared with PyAV
 TOLERANCE = 0.5  # mean difference of levels in a frame: the same frame of an 8-bit video gives 0.0

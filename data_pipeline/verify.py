@@ -6,7 +6,6 @@ own, because a decoder may crash or hang, while a thread compares the hashes of 
 """
 
 import gzip
-import io
 import itertools
 import json
 import re
@@ -17,14 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from numpy.lib.format import read_array
-
-from data_pipeline.arrays import load_array
-from data_pipeline.decode import DecodeError, probe
-from data_pipeline.errors import UsageError
+from data_pipeline.arrays import load_array, read_npy
+from data_pipeline.decode import EXTENSIONS, probe
+from data_pipeline.decoders import one_line
+from data_pipeline.errors import DecodeError, UsageError
 from data_pipeline.isolated import Failure, isolated
 from data_pipeline.manifest import Description, Manifest, Shard, Window, file_sha256, read_manifest
-from data_pipeline.sources.source import EXTENSIONS
 from data_pipeline.storage import is_local, local_path
 
 # KEY.EXTENSION, cut as webdataset does, at the first dot of the file's name.
@@ -217,7 +214,7 @@ def _examine(sample: _Sample) -> _Outcome:
             return _latents(members, description, sample.clips)
         return _Outcome(_clip(members, description), [])
     except Exception as error:  # decoders raise what they like on broken input
-        return _Outcome([_one_line(error)], [])
+        return _Outcome([one_line(error)], [])
 
 
 @cache
@@ -262,7 +259,7 @@ def _clip(members: dict[str, bytes], description: Description) -> list[str]:
 
 def _latents(members: dict[str, bytes], description: Description, clips: int) -> _Outcome:
     about = _about(gzip.decompress(members["json.gz"]))
-    latents = read_array(io.BytesIO(members["npy"]), allow_pickle=False)
+    latents = read_npy(members["npy"])
     keys, labels, size = [str(key) for key in about["keys"]], about["labels"], description.codebook_size
     problems = []
     if not len(keys) == len(labels) == len(latents) == clips:
@@ -276,7 +273,3 @@ def _latents(members: dict[str, bytes], description: Description, clips: int) ->
     if strange := [label for label in labels if label not in range(-1, len(description.classes))]:
         problems.append(f"class {strange[0]}, the set has {len(description.classes)}")
     return _Outcome(problems, keys)
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -13,8 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 from data_pipeline.config import FolderSource
+from data_pipeline.decode import EXTENSIONS
 from data_pipeline.errors import UsageError
-from data_pipeline.sources.source import EXTENSIONS, SourceSample, Split, hold_out, make_key, media_files
+from data_pipeline.sources.source import SourceSample, Split, hold_out, make_key, media_files
 
 log = logging.getLogger(__name__)
 

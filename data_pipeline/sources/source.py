@@ -21,12 +21,11 @@ from data_pipeline.config import (
     Source,
     Ucf101Source,
 )
-from data_pipeline.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from data_pipeline.decode import EXTENSIONS
 from data_pipeline.manifest import Description
 from data_pipeline.seeding import share
 
 Split = Literal["train", "val"]
-EXTENSIONS = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -7,10 +8,12 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.config import ArraysSource
 from data_pipeline.contact_sheet import CAPTION, TILE, contact_sheet
+from data_pipeline.decode import probe
 from data_pipeline.errors import UsageError
-from data_pipeline.manifest import merge, read_manifest
+from data_pipeline.manifest import Description, merge, read_manifest
 from data_pipeline.shards import plan_shards, write_shards
 from data_pipeline.sources.source import describe, walk
+from data_pipeline.tar_shard import TarShard
 
 
 def tiles(sheet, row, columns):
@@ -32,6 +35,35 @@ def test_more_columns_than_frames_leave_white(clip_set):
 
 def test_more_rows_than_videos_end_with_the_videos(clip_set):
     assert contact_sheet(clip_set / "train", columns=1, rows=100).size[1] == 43 * (TILE + CAPTION)
+
+
+def test_of_a_damaged_set_what_can_be_read_is_shown_and_the_rest_is_named(videos, tmp_path, caplog):
+    video = next(videos.rglob("*.mp4")).read_bytes()
+    about = {**asdict(probe(video)), "class": 0, "label": "a"}
+    shards = [
+        [("whole", {"mp4": video}, about), ("bare", {"mp4": video}), ("empty", {}, about)],
+        [("list", {"mp4": video, "json": b"[1]"}), ("factless", {"mp4": video}, {"class": 0})],
+        [("cut", {"mp4": video}, about)],
+        [("gone", {"mp4": video}, about)],
+    ]
+    for index, samples in enumerate(shards):
+        tar = TarShard(tmp_path, index, window_bytes=2**20)
+        for sample in samples:
+            tar.add(*sample)
+        tar.finish(Description(kind="clips", classes=["a"]), len(shards), "plan")
+    merge(tmp_path)
+    cut, gone = tmp_path / "shard-000002.tar", tmp_path / "shard-000003.tar"
+    cut.write_bytes(cut.read_bytes()[:700])
+    gone.unlink()
+    assert contact_sheet(tmp_path, columns=1).size[1] == 2 * (TILE + CAPTION)  # whole and factless
+    told = [record.message for record in caplog.records]
+    assert sorted(told) == [
+        f"{cut} cannot be read to its end",
+        f"{gone} cannot be read to its end",
+        *(f"{tmp_path}: {key} is not shown: a member is missing" for key in ("bare", "cut", "empty")),
+        f"{tmp_path}: list is not shown: its .json is damaged: cannot convert dictionary update sequence element #0 "
+        "to a sequence",
+    ]
 
 
 def make_array_shards(folder):

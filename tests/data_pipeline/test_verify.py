@@ -218,3 +218,12 @@ def test_latents_are_ids_below_the_codebook_with_a_key_and_a_label_each(tmp_path
 def test_a_url_is_refused_in_a_line():
     with pytest.raises(UsageError, match="copy it to this machine"):
         verify("https://example.org/set")
+
+
+def test_a_latent_member_that_asks_to_unpickle_is_refused_and_not_run(tmp_path, capfd):
+    about = gzip.compress(json.dumps({"keys": ["a"], "labels": [0]}).encode())
+    folder = write_set(
+        tmp_path / "set", [("m", {"npy": npy(np.array([Unpickled()])), "json.gz": about})], description=IDS
+    )
+    assert lines(folder) == ["shard-000000.tar: m: npy: holds pickled objects, which could run code; store numbers"]
+    assert "unpickled" not in capfd.readouterr().out
