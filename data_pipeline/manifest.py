@@ -6,6 +6,7 @@ read at once and shuffled. Merging folds the NAME.json of every shard into manif
 
 import hashlib
 import json
+import re
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
@@ -119,6 +120,12 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}"
 
 
+def _number(path: Path) -> int | None:
+    """The index of the shard that ``path`` is a file of, finished or not; None of anything else."""
+    match = re.match(r"\.?shard-(\d+)\.", path.name)
+    return int(match[1]) if match else None
+
+
 def find_manifest(location: Location | Path) -> Manifest | None:
     """The manifest of the shard set at ``location``, if there is one. UsageError if it is of another format."""
     path = child(location, "manifest.json")
@@ -145,7 +152,7 @@ def read_record(folder: Path, index: int) -> ShardRecord | None:
     """NAME.json of one shard, or None where the shard is not finished."""
     path = folder / f"{shard_name(index)}.json"
     try:
-        record = ShardRecord.model_validate_json(path.read_text())
+        record = ShardRecord.model_validate_json(path.read_bytes())
         finished = path.with_suffix(".tar").stat().st_size == record.shard.bytes
     except (FileNotFoundError, ValidationError):
         return None
@@ -158,8 +165,8 @@ def clear(folder: Path, indices: list[int], shards: int) -> None:
     (folder / "manifest.json").unlink(missing_ok=True)
     mine = set(indices)
     for path in [*folder.glob("shard-*"), *folder.glob(".shard-*.tmp")]:
-        number = int(path.name.lstrip(".").removeprefix("shard-").split(".")[0])
-        if number in mine or (number >= shards and 0 in mine):
+        number = _number(path)
+        if number is not None and (number in mine or (number >= shards and 0 in mine)):
             path.unlink(missing_ok=True)
 
 
@@ -175,7 +182,8 @@ def fold(folder: Path, parts: int = 1) -> Manifest:
 
     UserError if shards are missing, unfinished or of another set (it names them, and the jobs that write them), or no
     sample could be read."""
-    indices = sorted(int(path.stem.removeprefix("shard-")) for path in folder.glob("shard-*.json"))
+    numbers = (_number(path) for path in folder.glob("shard-*.json"))
+    indices = sorted(number for number in numbers if number is not None)
     found = {index: read_record(folder, index) for index in indices}
     records = {index: record for index, record in found.items() if record is not None}
     if not records:

@@ -10,7 +10,8 @@ import gc
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,8 +79,14 @@ def check(location: Location | Path) -> str:
 def read_text(location: Location | Path) -> str:
     """A small text file. Errors as of ``read_range``."""
     if is_local(location):
-        return local_path(location).read_text()
-    return _request(location, lambda files: files.cat_file(str(location))).decode()
+        with _local_errors(location):
+            data = local_path(location).read_bytes()
+    else:
+        data = _request(location, lambda files: files.cat_file(str(location)))
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{location}: is not text ({error.reason} at byte {error.start}); make it again") from None
 
 
 def size(location: Location | Path) -> int:
@@ -101,10 +108,10 @@ def read_range(location: Location | Path, offset: int, size: int) -> bytes:
     """At most ``size`` bytes from ``offset`` on: fewer where the file ends.
 
     FileNotFoundError where there is none; UsageError for a scheme that is not read or whose driver is not installed;
-    UserError where the network or the permissions are at fault, after several attempts where another may succeed.
+    UserError where disk, network or permissions are at fault, after several attempts where another may succeed.
     """
     if is_local(location):
-        with local_path(location).open("rb") as file:
+        with _local_errors(location), local_path(location).open("rb") as file:
             file.seek(offset)
             return file.read(size)
     if not size:
@@ -118,6 +125,17 @@ def read_range(location: Location | Path, offset: int, size: int) -> bytes:
 def local_path(location: Location | Path) -> Path:
     """Of a plain path or a file:// URL."""
     return Path(str(location).removeprefix("file://"))
+
+
+@contextmanager
+def _local_errors(location: Location | Path) -> Iterator[None]:
+    """Those of a file that is there, as ours: its permissions, its disk, its server."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{location}: cannot be read: {error.strerror}; check disk and permissions") from error
 
 
 def _request(location: Location | Path, ask: Callable[[Any], T]) -> T:

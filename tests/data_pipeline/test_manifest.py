@@ -77,6 +77,22 @@ def test_clearing_some_shards_leaves_those_of_others(tmp_path):
     assert not (tmp_path / "shard-000005.tar").exists()
 
 
+def test_other_files_in_the_folder_are_neither_counted_nor_removed(tmp_path):
+    write(tmp_path, range(6))
+    for name in ("shard-notes.txt", "shard-list.json"):
+        (tmp_path / name).write_text("mine")
+    assert fold(tmp_path).samples == 6
+    clear(tmp_path, list(range(6)), 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-list.json", "shard-notes.txt"]
+
+
+def test_a_record_that_a_crash_of_the_machine_left_as_garbage_is_an_unfinished_shard(tmp_path):
+    write(tmp_path, range(6))
+    (tmp_path / "shard-000002.json").write_bytes(b"\xff" * 100)
+    with pytest.raises(UserError, match=r"missing or unfinished: shard-000002; run the job"):
+        fold(tmp_path)
+
+
 def test_latents_of_several_writers_are_merged_to_the_bytes_of_one(tmp_path):
     tokens = np.arange(24).reshape(24, 1, 1, 1)
     about = {"clips": 24, "shards": 6, "grid": (1, 1, 1), "codebook_size": 24, "fingerprint": "f"}

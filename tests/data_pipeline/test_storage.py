@@ -79,6 +79,19 @@ def test_local_names_may_hold_a_colon_where_they_exist_or_begin_as_paths(tmp_pat
     check("https://[::1]:80/x")
 
 
+def test_a_local_file_that_cannot_be_read_is_one_line_with_its_name(tmp_path):
+    (tmp_path / "set").mkdir()
+    with pytest.raises(UserError, match=f"^{tmp_path}/set: cannot be read: Is a directory; check disk and permission"):
+        read_range(tmp_path / "set", 0, 1)
+    with pytest.raises(UserError, match=f"^{tmp_path}/set: cannot be read: Is a directory; check disk and permission"):
+        read_text(tmp_path / "set")
+    with pytest.raises(FileNotFoundError):
+        read_range(tmp_path / "nothing", 0, 1)
+    (tmp_path / "noise").write_bytes(b"{\xff")
+    with pytest.raises(UserError, match=f"^{tmp_path}/noise: is not text .invalid start byte at byte 1.; make it agai"):
+        read_text(tmp_path / "noise")
+
+
 def test_https_gives_the_same_bytes_as_the_disk(server):
     tar = f"{server.url}/set/a.tar"
     for offset, count in [(0, 10), (512, 40_000), (99_990, 10), (99_990, 99), (100_000, 5), (7, 0)]:
