@@ -6,6 +6,8 @@ import os
 import re
 from typing import NamedTuple
 
+from data_pipeline.errors import UsageError
+
 
 class Ranks(NamedTuple):
     rank: int
@@ -13,9 +15,17 @@ class Ranks(NamedTuple):
 
 
 def join() -> Ranks | None:
-    """This process's place among its ranks, exported for torch.distributed; None where it stands alone."""
+    """This process's place among its ranks, exported for torch.distributed; None where it stands alone. UsageError
+    where the environment says that there are others but not where."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        place = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UsageError(
+                f"environment: rank {place.rank} of {place.world_size} without {' and '.join(missing)}; start it with "
+                "torchrun or srun, set them, or unset RANK and WORLD_SIZE to have the ranks started here"
+            )
+        return place
     step = slurm_step(os.environ)
     if step is None:
         return None

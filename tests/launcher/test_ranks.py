@@ -1,5 +1,6 @@
 import pytest
 
+from data_pipeline.errors import UsageError
 from launcher.ranks import expand_tasks, first_node, join, slurm_step
 
 STEP = {
@@ -18,6 +19,10 @@ STEP = {
 def test_ranks_of_torchrun_or_the_local_executor_are_joined(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    with pytest.raises(UsageError, match=r"^environment: rank 3 of 4 without MASTER_PORT; start it with torchrun or"):
+        join()
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert join() == (3, 4)
 
 
