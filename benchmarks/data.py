@@ -61,11 +61,12 @@ from stpredict.priors.next_block import NextBlockPrior
 SEED = 0
 CLIP = ClipConfig(frames=17, size=(64, 64))
 SHARE = Share(rank=0, world_size=1, batch_size=16)
+CLIP_COSTS = ("clips/s", "CPU ms/clip")
 DEMO_GRID, DEMO_CODES = (9, 8, 8), 1024
 NBP_GRID, NBP_CODES = (5, 16, 16), 64_000
 PACKAGES = ("torch", "numpy", "webdataset", "decord", "av", "torchcodec")
 
-Side = Callable[[], float]
+Side = Callable[[], tuple[float, ...]]  # a number for each unit
 Decode = Callable[[bytes, ClipConfig, np.random.Generator, VideoInfo], np.ndarray]
 
 
@@ -173,38 +174,38 @@ def decode(bench: Bench) -> None:
             alone["bare loop, torchcodec"] = partial(bare_rate, run, torchcodec, bench.seconds)
         except (ImportError, OSError, RuntimeError) as error:  # the last two where its libraries do not load
             missing = f"\ntorchcodec: not installed ({str(error).splitlines()[0]})"
-        show("clips/s", in_turns(alone, bench.turns), "bare loop")
+        show(CLIP_COSTS, in_turns(alone, bench.turns), "bare loop")
         print(missing and f"{missing}\n")
         both = {
             "stream, workers 2": partial(stream_rate, run, 2, bench.seconds),
             "two bare loops": partial(two_bare_rate, run, bench.seconds),
         }
-        show("clips/s", in_turns(both, bench.turns), "two bare loops")
+        show(CLIP_COSTS, in_turns(both, bench.turns), "two bare loops")
         print()
 
 
-def stream_rate(run: Path, workers: int, seconds: float) -> float:
-    """Clips/s of batches as training gets them, once the workers are under way."""
+def stream_rate(run: Path, workers: int, seconds: float) -> tuple[float, float]:
+    """Of batches as training gets them, once the workers are under way."""
     with closing(clips(run, workers)) as batches:
         for step in range(4):
             batches.draw(step)
-        began, drawn = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
+        clock, drawn = Clock(), 0
+        while clock.wall_s < seconds:
             drawn += len(batches.draw(0)[0]["clip"])
-        return drawn / (time.perf_counter() - began)
+        return clock.per_clip(drawn)
 
 
-def bare_rate(run: Path, by: Decode, seconds: float) -> float:
+def bare_rate(run: Path, by: Decode, seconds: float) -> tuple[float, float]:
     decoded = bare_loop(tars(run), by)
     next(decoded)
-    began = time.perf_counter()
-    for number in count(1):
+    clock, drawn = Clock(), 0
+    while clock.wall_s < seconds:
         next(decoded)
-        if (spent := time.perf_counter() - began) > seconds:
-            return number / spent
+        drawn += 1
+    return clock.per_clip(drawn)
 
 
-def two_bare_rate(run: Path, seconds: float) -> float:
+def two_bare_rate(run: Path, seconds: float) -> tuple[float, float]:
     """Two processes with every other tar each."""
     context = multiprocessing.get_context("fork")
     counts = context.RawArray("q", 2)
@@ -220,13 +221,34 @@ def two_bare_rate(run: Path, seconds: float) -> float:
         if not all(process.is_alive() for process in processes):
             raise RuntimeError("a process of the bare loop died")
         time.sleep(0.01)
-    began, before = time.perf_counter(), sum(counts)
+    clock, before = Clock(), sum(counts)
     time.sleep(seconds)
-    rate = (sum(counts) - before) / (time.perf_counter() - began)
+    taken = clock.per_clip(sum(counts) - before)
     for process in processes:
         process.kill()
         process.join()
-    return rate
+    return taken
+
+
+class Clock:
+    """Since its making: time, and processor time of this process and those that it has now started."""
+
+    def __init__(self) -> None:
+        main = psutil.Process()
+        self._processes = [main, *main.children(recursive=True)]
+        self._cpu_s, self._began = self._cpu(), time.perf_counter()
+
+    @property
+    def wall_s(self) -> float:
+        return time.perf_counter() - self._began
+
+    def per_clip(self, clips: int) -> tuple[float, float]:
+        """What CLIP_COSTS names."""
+        return clips / self.wall_s, 1000 * (self._cpu() - self._cpu_s) / clips
+
+    def _cpu(self) -> float:
+        times = [process.cpu_times() for process in self._processes]
+        return sum(taken.user + taken.system for taken in times)
 
 
 def bare_loop(paths: list[Path], by: Decode) -> Iterator[np.ndarray]:
@@ -258,7 +280,7 @@ def by_torchcodec(
 
 def first(bench: Bench) -> None:
     epoch = read_set(bench.digits, "train").manifest.samples
-    show("s", in_turns(first_batches(bench.digits, epoch), 2 * bench.turns), "cold")
+    show(("s",), in_turns(first_batches(bench.digits, epoch), 2 * bench.turns), "cold")
 
 
 def enter(bench: Bench) -> None:
@@ -284,7 +306,7 @@ def enter(bench: Bench) -> None:
             batches.draw(0)
         print(f"| {name}: {gone:,} | {found_s:.2f} | {read.call_count} | {len(touched):,} |", flush=True)
     print("\nFrom there to the first batch, manifest and workers included:\n")
-    show("s", in_turns(first_batches(run, epoch), bench.turns), "cold")
+    show(("s",), in_turns(first_batches(run, epoch), bench.turns), "cold")
 
 
 def positions(epoch: int) -> dict[str, int]:
@@ -295,7 +317,7 @@ def first_batches(run: Path, epoch: int) -> dict[str, Side]:
     return {name: partial(first_batch_s, run, gone) for name, gone in positions(epoch).items()}
 
 
-def first_batch_s(run: Path, gone: int) -> float:
+def first_batch_s(run: Path, gone: int) -> tuple[float]:
     """From no more than the config to the first batch, with two workers; the system's memory of the tars is dropped."""
     for path in {path.stat().st_ino: path for path in tars(run)}.values():
         with path.open("rb") as file:
@@ -304,7 +326,7 @@ def first_batch_s(run: Path, gone: int) -> float:
     began = time.perf_counter()
     with closing(clips(run, 2, gone)) as batches:
         batches.draw(0)
-        return time.perf_counter() - began
+        return (time.perf_counter() - began,)
 
 
 # memory
@@ -344,7 +366,7 @@ def latents(bench: Bench) -> None:
         f"read, {grid_name(NBP_GRID)} of NBP": partial(latent_rate, nbp, bench.seconds / 4),
         "the demo prior learns": DemoPrior(bench.seconds),
     }
-    show("tokens/s", in_turns(sides, bench.turns), "the demo prior learns")
+    show(("tokens/s",), in_turns(sides, bench.turns), "the demo prior learns")
     print("\n| set | clips | ids, MB | tars, MB | added |\n|---|---|---|---|---|")
     for manifest in (of_demo, of_nbp):
         ids = manifest.samples * Latents().array_bytes(manifest)
@@ -353,7 +375,7 @@ def latents(bench: Bench) -> None:
         print(f"| {name} | {manifest.samples:,} | {ids / 1e6:.2f} | {size / 1e6:.2f} | {size / ids - 1:.1%} |")
 
 
-def latent_rate(run: Path, seconds: float) -> float:
+def latent_rate(run: Path, seconds: float) -> tuple[float]:
     batches = latent_batches(LatentDataConfig(latents=run, workers=1), "train", seed=SEED, share=SHARE)
     with closing(batches):
         for step in range(20):
@@ -361,7 +383,7 @@ def latent_rate(run: Path, seconds: float) -> float:
         began, tokens = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
             tokens += batches.draw(0)[0]["latent"].numel()
-        return tokens / (time.perf_counter() - began)
+        return (tokens / (time.perf_counter() - began),)
 
 
 class DemoPrior:
@@ -374,7 +396,7 @@ class DemoPrior:
         self._model = NextBlockPrior(config.model, DEMO_CODES, DEMO_GRID)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-3)
 
-    def __call__(self) -> float:
+    def __call__(self) -> tuple[float]:
         began, tokens = time.perf_counter(), 0
         while time.perf_counter() - began < self._seconds:
             ids = torch.randint(DEMO_CODES, (self._batch, self._model.order.tokens))
@@ -383,7 +405,7 @@ class DemoPrior:
             self._optimizer.step()
             self._optimizer.zero_grad()
             tokens += ids.numel()
-        return tokens / (time.perf_counter() - began)
+        return (tokens / (time.perf_counter() - began),)
 
 
 # of all parts
@@ -408,23 +430,28 @@ def endless(paths: list[Path]) -> Iterator[dict]:
         yield from once(paths)
 
 
-def in_turns(sides: dict[str, Side], turns: int) -> dict[str, list[float]]:
+def in_turns(sides: dict[str, Side], turns: int) -> dict[str, list[tuple[float, ...]]]:
     """What each side gives in each turn, after one that does not count; every other turn goes backwards."""
-    taken: dict[str, list[float]] = {name: [] for name in sides}
+    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in sides}
     for turn in range(turns + 1):
         for name, side in list(sides.items())[:: -1 if turn % 2 else 1]:
-            value = side()
+            values = side()
             if turn:
-                taken[name].append(value)
+                taken[name].append(values)
     return taken
 
 
-def show(unit: str, taken: dict[str, list[float]], against: str) -> None:
-    print(f"| | {unit} | of {against} | least and most of that |\n|---|---|---|---|")
-    for name, values in taken.items():
-        ratios = [value / other for value, other in zip(values, taken[against], strict=True)]
-        spread = "" if name == against else f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"| {name} | {rounded(median(values))} | {median(ratios):.2f} | {spread} |", flush=True)
+def show(units: tuple[str, ...], taken: dict[str, list[tuple[float, ...]]], against: str) -> None:
+    """A table of medians, and of ratios to ``against`` with the least and the most of them."""
+    print("| |" + "".join(f" {unit} | of {against} |" for unit in units))
+    print("|---|" + "---|---|" * len(units))
+    for name, turns in taken.items():
+        cells = [name]
+        for values, others in zip(zip(*turns, strict=True), zip(*taken[against], strict=True), strict=True):
+            ratios = [value / other for value, other in zip(values, others, strict=True)]
+            spread = f"{rounded(median(ratios))} ({rounded(min(ratios))} to {rounded(max(ratios))})"
+            cells += [rounded(median(values)), "" if name == against else spread]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def rounded(value: float) -> str:
