@@ -51,7 +51,7 @@ def test_what_is_written_loads_again_to_the_same(write):
 
 def test_run_of_another_job_is_resolved_by_whoever_knows_the_jobs(write, tmp_path):
     path = write(BASE.replace("shards: a", "shards: '${run:shard}/x'"))
-    assert load(AnyJobConfig, path, run_of=lambda name: tmp_path / name).data.shards == tmp_path / "shard" / "x"
+    assert load(AnyJobConfig, path, run_of=lambda name: tmp_path / name).data.shards == str(tmp_path / "shard" / "x")
     with pytest.raises(UsageError, match=r"\$\{run:shard\} has a meaning only inside a pipeline"):
         load(AnyJobConfig, path)
 
