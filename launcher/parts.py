@@ -15,7 +15,7 @@ from stpredict.jobs.config import PARTS, AnyJobConfig, JobConfig, PartedJobConfi
 from stpredict.run import Run
 
 SPLITS = ("train", "val")
-FREE = ("part", "resources.processes")  # in which the parts of a run may differ
+FREE = ("part",)  # in which the parts of a run may differ
 WRITTEN = {PARTS, *SPLITS}  # what parts leave in a run before it is merged
 
 

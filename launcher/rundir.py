@@ -8,19 +8,16 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import yaml
-from pydantic import BaseModel
 
 from data_pipeline.disk import is_temporary
 from data_pipeline.errors import UsageError, UserError
-from stpredict.config import as_yaml
+from stpredict.config import as_yaml, flat
 from stpredict.jobs.config import JobConfig
 from stpredict.run import Run, now
 
-# Keys that change nothing in what a job makes.
-HARMLESS = ("run", "resources.threads", "workers")
 ORPHANS_END_S = 15.0  # data workers notice within seconds that their rank is gone
 # What a start leaves behind before the job itself has made anything.
 OF_THE_START = {"config.yaml", "status.json", "environment.json", "logs", ".lock"}
@@ -28,19 +25,19 @@ OF_THE_START = {"config.yaml", "status.json", "environment.json", "logs", ".lock
 
 def fingerprint(config: JobConfig, upstream: Sequence[str] = ()) -> str:
     """Hash of everything that a job's result depends on: its config and the fingerprints of the runs it reads."""
-    keys = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if key not in HARMLESS}
+    keys = config.decisive(flat(config.model_dump(mode="json")))
     return hashlib.sha256(repr((sorted(keys.items()), sorted(upstream))).encode()).hexdigest()
 
 
-def changed_keys(run: Run, config: BaseModel, but: Collection[str] = ()) -> list[str]:
-    """``key: old → new`` for each key, ``but`` those given, in which ``config`` differs from the one that ``run`` was
-    made with."""
+def changed_keys(run: Run, config: JobConfig, but: Collection[str] = ()) -> list[str]:
+    """``key: old → new`` for each key, ``but`` those given and those that are harmless, in which ``config`` differs
+    from the one that ``run`` was made with."""
     try:
-        old = _flat(yaml.safe_load(run.config_path.read_text()))
+        old = flat(yaml.safe_load(run.config_path.read_text()))
     except FileNotFoundError:
         return []
-    new = _flat(config.model_dump(mode="json"))
-    keys = [key for key in {**old, **new} if key not in (*HARMLESS, *but)]
+    new = flat(config.model_dump(mode="json"))
+    keys = [key for key in config.decisive({**old, **new}) if key not in but]
     pairs = [(key, old.get(key, "(absent)"), new.get(key, "(absent)")) for key in keys]
     return [f"{key}: {a} → {b}" for key, a, b in pairs if a != b]
 
@@ -68,7 +65,7 @@ def is_empty(run: Run) -> bool:
     return _entries(run.path) <= OF_THE_START and (status is None or status.state != "done")
 
 
-def is_done(run: Run, config: BaseModel) -> bool:
+def is_done(run: Run, config: JobConfig) -> bool:
     """Whether ``run`` is finished with ``config``. UsageError if it holds the work, finished or not, of another one,
     or is no run directory at all."""
     refuse_foreign(run.path)
@@ -148,11 +145,3 @@ def locked(folder: Path) -> Iterator[IO[str]]:
 def _entries(folder: Path) -> set[str]:
     """Names in ``folder``, without what a killed process was about to rename."""
     return {entry.name for entry in folder.iterdir() if not is_temporary(entry)} if folder.exists() else set()
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(node, dict) or not node:
-        return {prefix: node}
-    items = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items()]
-    return {key: value for item in items for key, value in item.items()}

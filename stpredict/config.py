@@ -166,3 +166,11 @@ def _root(error: BaseException) -> BaseException:
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split())
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    items = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items()]
+    return {key: value for item in items for key, value in item.items()}

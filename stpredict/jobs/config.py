@@ -1,7 +1,7 @@
 """One config class per job. ``kind`` says which job it is; ``run`` is the run directory it fills."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, Tok
 from stpredict.training.config import TrainingConfig
 
 PARTS = "parts"  # folder of a run
+# Of reading shards: how fast, and how much of it may fail. The order of the samples depends on none of them.
+LOADING = ("data.workers", "data.timeout_s", "data.max_bad_fraction", "data.buffer_bytes", "data.cache")
 
 
 class Resources(Config):
@@ -27,10 +29,19 @@ class JobConfig(Config):
     seed: int = 0
     resources: Resources = Resources()
 
+    #: Keys, with those below them, that change nothing in what the job makes: it may be continued with others.
+    harmless: ClassVar[tuple[str, ...]] = ("run", "resources.threads")
+
     @property
     def home(self) -> Path:
         """The directory of this job's own config, status, logs and lock."""
         return self.run
+
+    @classmethod
+    def decisive(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Those of ``values``, by their dotted keys, that are not harmless."""
+        below = tuple(f"{key}." for key in cls.harmless)
+        return {key: value for key, value in values.items() if not f"{key}.".startswith(below)}
 
 
 class PartedJobConfig(JobConfig):
@@ -43,6 +54,8 @@ class PartedJobConfig(JobConfig):
 
     part: int = Field(0, ge=0, description="which of the parts this job does, from 0")
     parts: int = Field(1, ge=1, description="jobs that write this set together")
+
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, "resources.processes")
 
     @property
     def home(self) -> Path:
@@ -71,6 +84,8 @@ class ShardConfig(PartedJobConfig):
     workers: int = Field(1, ge=1, description="processes per rank that read and probe samples")
     timeout_s: float = Field(600, gt=0, description="a sample that takes longer is left out; all of a video is decoded")
 
+    harmless: ClassVar[tuple[str, ...]] = (*PartedJobConfig.harmless, "workers")
+
 
 class TokenizerJobConfig(JobConfig):
     """Trains a tokenizer on clips."""
@@ -80,6 +95,8 @@ class TokenizerJobConfig(JobConfig):
     model: CausalCnnConfig = CausalCnnConfig()
     loss: ReconstructionLossConfig = ReconstructionLossConfig()
     training: TrainingConfig
+
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)
 
 
 class EncodeConfig(PartedJobConfig):
@@ -93,6 +110,8 @@ class EncodeConfig(PartedJobConfig):
     clips_per_member: int | None = Field(None, ge=1, description="default: by size, so that headers take 1 % at most")
     shards: int = Field(96, ge=1, description="shards of the training split, where there are enough clips")
 
+    harmless: ClassVar[tuple[str, ...]] = (*PartedJobConfig.harmless, *LOADING)
+
 
 class PriorJobConfig(JobConfig):
     """Trains a prior on cached latents, or on clips that are tokenized on the fly."""
@@ -103,6 +122,8 @@ class PriorJobConfig(JobConfig):
     given_frames: int = Field(5, ge=1, description="frames given in the pictures of predictions")
     model: NextBlockConfig = NextBlockConfig()
     training: TrainingConfig
+
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)
 
 
 class GenerateConfig(JobConfig):
@@ -117,6 +138,8 @@ class GenerateConfig(JobConfig):
     batch_size: int = Field(16, ge=1, description="clips per rank and forward")
     sampling: SamplingConfig = SamplingConfig()
     pictures: int = Field(8, ge=0, description="clips written as .mp4 and .gif beside the truth")
+
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)
 
 
 class EvaluateConfig(JobConfig):

@@ -4,9 +4,9 @@ import hashlib
 
 import torch
 
-from stpredict.config import canonical_json
+from stpredict.config import flat
 from stpredict.exports import export_checkpoint
-from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
+from stpredict.jobs.config import PriorJobConfig, Resources, TokenizerJobConfig
 from stpredict.priors.task import PriorTask
 from stpredict.run import Run
 from stpredict.tokenizers.task import TokenizerTask
@@ -37,6 +37,6 @@ def build_task(config: TrainConfig) -> Task:
 
 
 def config_hash(config: TrainConfig) -> str:
-    """Hash of what decides the weights: not of where the run stands or what it runs on."""
-    what = config.model_copy(update={"run": "", "resources": type(config.resources)()})
-    return hashlib.sha256(canonical_json(what).encode()).hexdigest()[:16]
+    """Hash of what decides the weights: not of where the run stands, what it runs on or how its data are loaded."""
+    what = config.model_copy(update={"resources": Resources()}).model_dump(mode="json")
+    return hashlib.sha256(repr(sorted(config.decisive(flat(what)).items())).encode()).hexdigest()[:16]

@@ -1,0 +1,68 @@
+"""Which keys decide what a job makes, and which it may be continued with others of."""
+
+import pytest
+
+from launcher.rundir import changed_keys, fingerprint
+from stpredict.config import as_yaml
+from stpredict.jobs.config import EncodeConfig, GenerateConfig, PriorJobConfig, ShardConfig, TokenizerJobConfig
+from stpredict.jobs.train import config_hash
+from stpredict.run import Run
+
+TRAINING = {"steps": 1, "batch_size": 2}
+CONFIGS = {
+    "shard": (ShardConfig, {"source": {"kind": "folder", "path": "videos"}}),
+    "encode": (EncodeConfig, {"tokenizer": "t", "data": {"shards": "s"}}),
+    "generate": (GenerateConfig, {"prior": "p", "tokenizer": "t", "data": {"shards": "s"}}),
+    "tokenizer": (TokenizerJobConfig, {"data": {"shards": "s"}, "training": TRAINING}),
+    "prior": (PriorJobConfig, {"tokenizer": "t", "data": {"latents": "l"}, "training": TRAINING}),
+}
+LOADERS = {"workers": 9, "timeout_s": 9, "max_bad_fraction": 0.9, "buffer_bytes": 9, "cache": {"folder": "c"}}
+
+
+def config(kind, **changes):
+    cls, values = CONFIGS[kind]
+    data = {"data": {**values["data"], **changes.pop("data", {})}} if "data" in values else {}
+    return cls.model_validate({"run": "run", **values, **data, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("shard", {"workers": 9, "resources": {"processes": 9, "threads": 9}}),
+        ("encode", {"data": LOADERS, "resources": {"processes": 9, "threads": 9}}),
+        *((kind, {"data": LOADERS, "resources": {"threads": 9}}) for kind in ("generate", "tokenizer", "prior")),
+    ],
+)
+def test_a_job_goes_on_with_other_processes_and_loaders_where_they_change_nothing(kind, changes, tmp_path):
+    before, after = config(kind), config(kind, **changes, run="elsewhere")
+    run = Run(tmp_path)
+    run.write_config(as_yaml(before))
+    assert changed_keys(run, after) == []
+    assert fingerprint(before) == fingerprint(after)
+    if kind in ("tokenizer", "prior"):
+        assert config_hash(before) == config_hash(after)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "key"),
+    [
+        ("shard", {"window_bytes": 9}, "window_bytes"),
+        ("encode", {"data": {"virtual_streams": 9}}, "data.virtual_streams"),
+        ("tokenizer", {"data": {"virtual_streams": 9}}, "data.virtual_streams"),
+        ("prior", {"data": {"virtual_streams": 9}}, "data.virtual_streams"),
+        ("prior", {"seed": 9}, "seed"),
+    ],
+)
+def test_a_job_does_not_go_on_with_what_changes_its_result(kind, changes, key, tmp_path):
+    before, after = config(kind), config(kind, **changes)
+    run = Run(tmp_path)
+    run.write_config(as_yaml(before))
+    assert [change.split(":")[0] for change in changed_keys(run, after)] == [key]
+    assert fingerprint(before) != fingerprint(after)
+    if kind in ("tokenizer", "prior"):
+        assert config_hash(before) != config_hash(after)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "prior"])
+def test_the_number_of_processes_of_a_training_is_the_checkpoints_to_judge(kind, tmp_path):
+    assert config_hash(config(kind)) == config_hash(config(kind, resources={"processes": 2}))
