@@ -72,6 +72,8 @@ def test_a_header_that_claims_more_than_there_is_is_refused_before_it_is_allocat
     assert len(claim) == len(whole)
     with pytest.raises(DecodeError, match=r"128 bytes, 6399999999936 claimed by shape \(99999999999, 8, 8, 1\)"):
         load_array(claim)
+    with pytest.raises(DecodeError, match="129 bytes, 128 claimed"):
+        load_array(whole + b"\0")
     with pytest.raises(DecodeError, match="127 bytes, 128 claimed"):
         load_array(whole[:-1])
 

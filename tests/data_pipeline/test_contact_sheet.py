@@ -28,6 +28,11 @@ def test_rows_are_videos_and_columns_their_frames_in_order(clip_set):
         np.testing.assert_allclose(tiles(sheet, row, 4), [20 + 6 * frame for frame in (0, 3, 6, 9)], atol=3)
 
 
+def test_columns_reach_to_the_end_of_the_video(clip_set):
+    levels = tiles(contact_sheet(clip_set / "train", columns=3, rows=1), 0, 3)
+    np.testing.assert_allclose(levels, [20 + 6 * frame for frame in (0, 5, 10)], atol=3)
+
+
 def test_more_columns_than_frames_leave_white(clip_set):
     levels = tiles(contact_sheet(clip_set / "train", columns=14, rows=1), 0, 14)
     np.testing.assert_allclose(levels, [20 + 6 * frame for frame in range(12)] + [255, 255], atol=3)

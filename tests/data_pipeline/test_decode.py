@@ -199,6 +199,13 @@ def test_clips_of_a_video_lie_in_its_parts_in_order(encoded, start):
         assert len(found) >= min(4, len(expected))
 
 
+@pytest.mark.parametrize("start", ["first", "centre", "random"])
+def test_where_there_are_fewer_starts_than_parts_every_clip_still_lies_in_the_video(start):
+    config = ClipConfig(frames=4, start=start)  # 2 possible starts
+    clips = [clip_indices(5, config, where, (part, 3)) for part in range(3) for where in (0.0, 0.99)]
+    assert {clip.start for clip in clips} == {0, 1}
+
+
 def test_the_generator_is_drawn_from_alike_whatever_happens(encoded):
     states = []
     for config in (

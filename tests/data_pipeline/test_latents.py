@@ -157,6 +157,15 @@ def test_finished_shards_are_kept_for_the_same_plan_only(tmp_path):
         merge(tmp_path)
 
 
+def test_what_killed_and_larger_runs_left_is_removed(tmp_path):
+    write(tmp_path, tokens(40, 512), shards=6)
+    (tmp_path / ".shard-000001.tar.0123.tmp").touch()
+    write(tmp_path, tokens(20, 512), shards=4)
+    assert {path.name for path in tmp_path.glob("*shard-*")} == {
+        f"shard-{n:06d}.{end}" for n in range(4) for end in ("tar", "json")
+    }
+
+
 def test_clips_that_could_not_be_read_are_left_out(tmp_path):
     ids = tokens(40, 512)
     with writer_of(tmp_path / "train", 40) as writer:

@@ -69,10 +69,12 @@ def test_clearing_some_shards_leaves_those_of_others(tmp_path):
     write(tmp_path, range(6))
     (tmp_path / ".shard-000001.tar.ab.tmp").touch()
     (tmp_path / ".shard-000002.tar.ab.tmp").touch()
+    (tmp_path / "manifest.json").touch()
     clear(tmp_path, [1, 4], shards=5)
     left = {path.name.lstrip(".")[:12] for path in tmp_path.iterdir()}
     assert left == {f"shard-00000{index}" for index in (0, 2, 3, 5)}
     assert (tmp_path / ".shard-000002.tar.ab.tmp").exists()  # another process is at it
+    assert not (tmp_path / "manifest.json").exists()  # it would speak of shards that are gone
     clear(tmp_path, [0], shards=5)
     assert not (tmp_path / "shard-000005.tar").exists()
 

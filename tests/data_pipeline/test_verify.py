@@ -174,6 +174,17 @@ def test_garbage_in_the_middle_hides_no_other_window(copy):
     assert f"bytes {windows[1].offset} to {windows[2].offset} hold 0 samples, " in counts[0]
 
 
+def test_problems_come_in_the_order_of_the_shards_whoever_finds_them(copy):
+    for number in range(2):
+        path = copy / f"shard-00000{number}.tar"
+        content = bytearray(path.read_bytes())
+        content[512:600] = bytes(88)  # of a member: the hash differs, and the sample cannot be decoded
+        path.write_bytes(content)
+    found = [problem.shard for problem in verify(copy)]
+    assert len(found) >= 4
+    assert found == sorted(found)
+
+
 def test_a_shard_that_is_gone_or_another_is_named(copy):
     (copy / "shard-000000.tar").unlink()
     assert lines(copy) == ["shard-000000.tar: missing"]

@@ -1,6 +1,8 @@
 """Encoding: the same set whoever writes it, and nothing finished is done again."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline import formats
 from data_pipeline.config import ClipDataConfig, LatentDataConfig
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import merge, read_manifest
@@ -122,6 +125,28 @@ def test_an_unreadable_clip_has_no_latent_and_no_other_clips(encoded, shards, tm
     assert whole.keys() - part.keys() == {video.name.removesuffix(".mp4")}
     assert len(part) == TRAIN - 1
     assert all(torch.equal(latent, whole[key]) for key, latent in part.items())
+
+
+def test_clips_of_another_seed_are_encoded_anew(encoded):
+    encoded("run")
+    assert files(encoded("run", seed=1)) == files(encoded("fresh", seed=1))
+
+
+def test_a_clip_that_stops_a_worker_in_one_pass_is_not_tried_in_the_next(encoded, shards, monkeypatch, caplog):
+    bad = next(iter(shards.rglob("train/shard-000001.tar")))
+    with tarfile.open(bad) as tar:
+        key = next(member.name for member in tar if member.name.endswith(".mp4")).removesuffix(".mp4")
+    read = formats.Clips.sample
+
+    def read_or_die(self, raw, epoch, part):
+        if raw["key"] == key:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, raw, epoch, part)
+
+    monkeypatch.setattr(formats.Clips, "sample", read_or_die)
+    run = encoded("run", passes=3, data={"workers": 1, "max_bad_fraction": 1})
+    assert read_manifest(run / "train").samples == 3 * (TRAIN - 1)
+    assert sum("data worker replaced at" in record.message for record in caplog.records) == 1
 
 
 def test_validation_clips_are_not_augmented(encoded, tokenizer):

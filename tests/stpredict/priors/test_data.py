@@ -83,6 +83,39 @@ def test_losses_metrics_and_pictures_are_the_same_and_the_tokenizer_is_not_train
     assert cached.export_config() == on_the_fly.export_config()
 
 
+@pytest.mark.parametrize("kind", ["latents", "clips"])
+def test_position_and_quarantine_are_those_of_the_task(kind, encoded, tokenizer, shards):
+    data = {"latents": encoded("latents")} if kind == "latents" else {"kind": "clips", "shards": shards}
+
+    def keys(steps, consumed=None, quarantined=()):
+        each = task(tokenizer, data | {"max_bad_fraction": 1})
+        each.quarantined.update(dict.fromkeys(quarantined, "it hung"))
+        with closing(each.training_batches(SHARE, consumed or {})) as batches:
+            return [key for step in range(steps) for key in batches.draw(step)[0]["key"]], batches.consumed
+
+    whole, _ = keys(8)
+    first, consumed = keys(3)
+    assert consumed == {"main": 6}
+    assert first + keys(5, consumed)[0] == whole
+    assert whole[4] not in keys(8, quarantined=[whole[4]])[0]
+
+
+def test_the_weight_of_the_main_set_counts(tokenizer, shards):
+    mixed = task(tokenizer, {"kind": "clips", "shards": shards, "weight": 1e-9, "mix": {"other": {"shards": shards}}})
+    with closing(mixed.training_batches(SHARE, {})) as batches:
+        for step in range(12):
+            batches.draw(step)
+        assert batches.consumed == {"main": 0, "other": 24}
+
+
+@pytest.mark.parametrize("kind", ["latents", "clips"])
+def test_a_missing_validation_split_is_said_at_once(kind, encoded, tokenizer, shards, tmp_path):
+    run = shutil.copytree(encoded("latents") if kind == "latents" else shards, tmp_path / "half")
+    shutil.rmtree(run / "val")
+    with pytest.raises(UsageError, match="half/val: no shard set here"):
+        task(tokenizer, {"latents": run} if kind == "latents" else {"kind": "clips", "shards": run})
+
+
 def test_mixed_clips_may_have_clips_of_their_own_on_the_same_grid(tokenizer, shards):
     other = {"shards": shards, "clip": {**CLIP.model_dump(), "stride": 2}, "weight": 3}
     mixed = task(tokenizer, {"kind": "clips", "shards": shards, "mix": {"slow": other, "same": {"shards": shards}}})
