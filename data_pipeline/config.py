@@ -6,7 +6,7 @@ Torch-free, like every ``config.py`` of the project: a login node reads these in
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -176,12 +176,22 @@ class StreamConfig(Config):
     cache: CacheConfig | None = Field(None, description="of shards that are read over the network")
 
 
+def _without_main(mix: dict) -> dict:
+    if MAIN in mix:
+        raise ValueError(f"{MAIN!r} is the set outside the mix; give this one another name")
+    return mix
+
+
+MAIN = "main"  # in positions and messages: the set that is not in the mix
+
+
 class ClipSetConfig(Config):
     """One more shard set to draw training clips from."""
 
     shards: Location
     clip: ClipConfig = ClipConfig()
     weight: float = Field(1, gt=0)
+    virtual_streams: int | None = Field(None, ge=1, description="V of this set's stream; default from its shard count")
 
 
 class ClipDataConfig(StreamConfig):
@@ -194,7 +204,7 @@ class ClipDataConfig(StreamConfig):
     shards: Location
     clip: ClipConfig = ClipConfig()
     weight: float = Field(1, gt=0, description="of this set in the mix")
-    mix: dict[str, ClipSetConfig] = {}
+    mix: Annotated[dict[str, ClipSetConfig], AfterValidator(_without_main)] = {}
 
 
 class LatentSetConfig(Config):
@@ -202,6 +212,7 @@ class LatentSetConfig(Config):
 
     latents: Location
     weight: float = Field(1, gt=0)
+    virtual_streams: int | None = Field(None, ge=1, description="V of this set's stream; default from its shard count")
 
 
 class LatentDataConfig(StreamConfig):
@@ -209,4 +220,4 @@ class LatentDataConfig(StreamConfig):
 
     latents: Location
     weight: float = Field(1, gt=0, description="of this set in the mix")
-    mix: dict[str, LatentSetConfig] = {}
+    mix: Annotated[dict[str, LatentSetConfig], AfterValidator(_without_main)] = {}

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import operator
 import zlib
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from data_pipeline.arrays import cut_array, load_array, read_npy
 from data_pipeline.config import ClipConfig
@@ -17,16 +19,19 @@ from data_pipeline.seeding import generator
 from data_pipeline.sources.folder import EXTENSIONS
 from data_pipeline.windows import Raw
 
-_INFO = VideoInfo.__dataclass_fields__
+_INFO, _INFO_KEYS = TypeAdapter(VideoInfo), VideoInfo.__dataclass_fields__.keys()
 
 
 class Clips:
     """KEY.mp4 (or another container) or KEY.npy, and KEY.json → ``config.per_video`` clips per key, each cut by
     (seed, epoch, key, number of the clip)."""
 
-    def __init__(self, config: ClipConfig, seed: int):
+    def __init__(self, config: ClipConfig, seed: int, manifest: Manifest):
         self._config, self._seed = config, seed
-        self.per_count = config.per_video
+        self._dtype = np.dtype(manifest.dtype)
+        channels = len(manifest.moments.mean) if manifest.moments else config.channels
+        self._shape = (config.frames, *config.size, channels)
+        self.per_count, self.array_bytes = config.per_video, prod(self._shape) * self._dtype.itemsize
 
     def unpack(self, members: dict[str, Any]) -> list[Raw]:
         return [{"key": members["__key__"], "members": members}]
@@ -35,15 +40,14 @@ class Clips:
         """clip: array (t, h, w, c), uint8 but for float arrays; label: the class's number, -1 where there is none;
         key: KEY, or KEY-0, KEY-1, … where there are several clips per video."""
         members, key = raw["members"], raw["key"]
-        if key.startswith("/") or ".." in key.split("/"):
-            raise DecodeError("a key that leads out of its folder")
         if "json" not in members:
             raise DecodeError("its .json is missing")
         try:
             about = json.loads(members["json"])
-            label = about["class"]
-        except (ValueError, KeyError) as error:
-            raise DecodeError(f"its .json is damaged: {error}") from None
+            label = operator.index(about["class"])
+            info = _INFO.validate_python(about) if about.keys() >= _INFO_KEYS else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DecodeError(f"its .json is not as we write it: {str(error).splitlines()[0]}") from None
         rng = generator("clip", self._seed, epoch, key, *((part,) if part else ()))
         where = (part, self.per_count)
         if "npy" in members:
@@ -52,17 +56,13 @@ class Clips:
             encoded = next((members[extension] for extension in EXTENSIONS if extension in members), None)
             if encoded is None:
                 raise DecodeError(f"no .npy/.{'/.'.join(EXTENSIONS)} of this key")
-            info = VideoInfo(**{name: about[name] for name in _INFO}) if _INFO.keys() <= about.keys() else None
             clip = decode_clip(encoded, self._config, rng, info, where)
+        _expect(clip, self._dtype, self._shape)
         name = f"{key}-{part}" if self.per_count > 1 else key
         return {"clip": clip, "label": label, "key": name}
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
-
-    def array_bytes(self, manifest: Manifest) -> int:
-        values = self._config.frames * prod(self._config.size)
-        return 4 * values * len(manifest.moments.mean) if manifest.moments else values * self._config.channels
 
 
 class Latents:
@@ -70,20 +70,27 @@ class Latents:
 
     per_count = 1
 
+    def __init__(self, manifest: Manifest):
+        # Ids are unsigned, the bits of bfloat16 are viewed as signed: so ``finish`` tells them apart.
+        self._dtype = np.dtype(np.int16 if manifest.dtype == "bfloat16" else manifest.dtype)
+        self._shape = (*([manifest.latent_channels] if manifest.latent_channels else []), *manifest.grid)
+        self.array_bytes = prod(self._shape) * self._dtype.itemsize
+
     def unpack(self, members: dict[str, Any]) -> list[Raw]:
         try:
             about = json.loads(gzip.decompress(members["json.gz"]))
             stored = read_npy(members["npy"])
             if about["values"] == "bfloat16":
-                stored = stored.view(np.int16)  # ids are unsigned: so finish tells them apart
+                stored = stored.view(np.int16)
             rows = zip(about["keys"], about["labels"], stored, strict=True)
-            return [{"latent": row, "label": label, "key": key} for key, label, row in rows]
-        except (DecodeError, KeyError, ValueError, EOFError, OSError, zlib.error):  # damaged: all its samples are lost
+            return [{"latent": row, "label": operator.index(label), "key": key} for key, label, row in rows]
+        except (DecodeError, KeyError, ValueError, TypeError, EOFError, OSError, zlib.error):  # damaged: all are lost
             return []
 
     def sample(self, raw: Raw, epoch: int, part: int) -> dict[str, Any]:
         """latent: array (T', H', W') of ids or (C, T', H', W') of bfloat16's bits; label: -1 where there is none; key:
         of the clip."""
+        _expect(raw["latent"], self._dtype, self._shape)
         return raw
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +98,8 @@ class Latents:
         stored = batch["latent"]
         return batch | {"latent": stored.view(torch.bfloat16) if stored.dtype == torch.int16 else stored.long()}
 
-    def array_bytes(self, manifest: Manifest) -> int:
-        itemsize = 2 if manifest.dtype == "bfloat16" else np.dtype(manifest.dtype).itemsize
-        return prod(manifest.grid) * (manifest.latent_channels or 1) * itemsize
+
+def _expect(array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """DecodeError if a sample is not of the type and shape that its set has."""
+    if array.dtype != dtype or array.shape != shape:
+        raise DecodeError(f"{array.dtype} {array.shape} where the set has {dtype} {shape}")

@@ -13,17 +13,27 @@ virtual stream that it owns: in all processes together V x the size of a window.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.config import ClipDataConfig, ClipSetConfig, LatentDataConfig, StreamConfig
+from data_pipeline.config import (
+    MAIN,
+    ClipDataConfig,
+    ClipSetConfig,
+    LatentDataConfig,
+    LatentSetConfig,
+    Location,
+    StreamConfig,
+)
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.formats import Clips, Latents
+from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import chosen
 from data_pipeline.order import FileOrder, Order, Share, check_buffer, shares, stream_count
 from data_pipeline.shard_set import ShardSet, read_set
@@ -34,7 +44,7 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
-MAIN = "main"  # the set that is not in the mix
+_Member = ClipSetConfig | LatentSetConfig
 FEWEST_READ = 20  # samples read before the share of unreadable ones means anything
 
 
@@ -45,12 +55,15 @@ class TrainingBatches:
     have drawn. What workers have prefetched does not count.
     """
 
-    def __init__(self, sets: Mapping[str, tuple["_Set", float]], seed: int, share: Share, consumed: Mapping[str, int]):
+    def __init__(
+        self, sets: Mapping[str, tuple["_Set", _Member]], seed: int, share: Share, consumed: Mapping[str, int]
+    ):
         self._seed, self._share = seed, share
-        self._weights = {name: weight for name, (_, weight) in sets.items()}
+        self._weights = {name: member.weight for name, (_, member) in sets.items()}
         self.consumed = {name: consumed.get(name, 0) for name in sets}
         self._batches = {
-            name: opened.training_batches(seed, share, self.consumed[name]) for name, (opened, _) in sets.items()
+            name: opened.training_batches(member.virtual_streams, seed, share, self.consumed[name])
+            for name, (opened, member) in sets.items()
         }
 
     def draw(self, step: int, count: int = 1) -> list[Batch]:
@@ -82,12 +95,11 @@ def clip_batches(
     UsageError if there is no such shard set or the ranks cannot share it; UserError, while drawing, if more than
     ``max_bad_fraction`` is unreadable.
     """
-    quarantined = {} if quarantined is None else quarantined
-    main = ClipSetConfig(shards=config.shards, clip=config.clip, weight=config.weight)
-    sets = {
-        name: (_Set(config, read_set(s.shards, split), "clips", Clips(s.clip, seed), quarantined), s.weight)
-        for name, s in {MAIN: main, **config.mix}.items()
-    }
+    main = ClipSetConfig(**{name: getattr(config, name) for name in ClipSetConfig.model_fields})
+    sets = {}
+    for name, member in {MAIN: main, **config.mix}.items():
+        opened = _open(config, member.shards, split, "clips", partial(Clips, member.clip, seed), quarantined)
+        sets[name] = opened, member
     return TrainingBatches(sets, seed, share, consumed or {})
 
 
@@ -101,12 +113,10 @@ def latent_batches(
     quarantined: dict[str, str] | None = None,
 ) -> TrainingBatches:
     """Like ``clip_batches``, of latents: latent int64 (b, T', H', W') or bfloat16 (b, C, T', H', W')."""
-    quarantined = {} if quarantined is None else quarantined
-    sources = {MAIN: (config.latents, config.weight)} | {n: (s.latents, s.weight) for n, s in config.mix.items()}
-    sets = {
-        name: (_Set(config, read_set(latents, split), "latents", Latents(), quarantined), weight)
-        for name, (latents, weight) in sources.items()
-    }
+    main = LatentSetConfig(**{name: getattr(config, name) for name in LatentSetConfig.model_fields})
+    sets = {}
+    for name, member in {MAIN: main, **config.mix}.items():
+        sets[name] = _open(config, member.latents, split, "latents", Latents, quarantined), member
     return TrainingBatches(sets, seed, share, consumed or {})
 
 
@@ -127,7 +137,7 @@ def clip_evaluation_batches(
     float32 (b,), 0 for what only fills up a batch and for unreadable samples. Another ``epoch`` cuts other clips
     where starts are random. Raises like ``clip_batches``.
     """
-    opened = _Set(config, read_set(config.shards, split), "clips", Clips(config.clip, seed), quarantined)
+    opened = _open(config, config.shards, split, "clips", partial(Clips, config.clip, seed), quarantined)
     return opened.evaluation_batches(share, samples, epoch)
 
 
@@ -140,26 +150,34 @@ def latent_evaluation_batches(
     quarantined: dict[str, str] | None = None,
 ) -> Iterator[Batch]:
     """Like ``clip_evaluation_batches``, of a latent set."""
-    opened = _Set(config, read_set(config.latents, split), "latents", Latents(), quarantined)
+    opened = _open(config, config.latents, split, "latents", Latents, quarantined)
     return opened.evaluation_batches(share, samples, 0)
+
+
+def _open(
+    config: StreamConfig,
+    location: Location,
+    split: str,
+    kind: str,
+    format_of: Callable[[Manifest], Format],
+    quarantined: dict[str, str] | None,
+) -> "_Set":
+    shards = read_set(location, split)
+    if shards.manifest.kind != kind:
+        raise UsageError(f"{shards.where}: holds {shards.manifest.kind}, {kind} are needed")
+    return _Set(config, shards, format_of(shards.manifest), {} if quarantined is None else quarantined)
 
 
 class _Set:
     """A shard set, opened: what clips and latents have in common."""
 
-    def __init__(
-        self, config: StreamConfig, shards: ShardSet, kind: str, format: Format, quarantined: dict[str, str] | None
-    ):
-        self._config, self._set, self._format = config, shards, format
-        self._quarantined = {} if quarantined is None else quarantined
-        manifest = shards.manifest
-        if manifest.kind != kind:
-            raise UsageError(f"{shards.where}: holds {manifest.kind}, {kind} are needed")
-        self._counts = [[n * format.per_count for n in shard.window_samples] for shard in manifest.shards]
+    def __init__(self, config: StreamConfig, shards: ShardSet, format: Format, quarantined: dict[str, str]):
+        self._config, self._set, self._format, self._quarantined = config, shards, format, quarantined
+        self._counts = [[n * format.per_count for n in shard.window_samples] for shard in shards.manifest.shards]
 
-    def training_batches(self, seed: int, share: Share, consumed: int) -> Iterator[Batch]:
+    def training_batches(self, wanted: int | None, seed: int, share: Share, consumed: int) -> Iterator[Batch]:
         config, where, shards = self._config, self._set.where, self._set.manifest.shards
-        streams = stream_count(len(shards), config.virtual_streams, share.world_size, config.workers, where)
+        streams = stream_count(len(shards), wanted, share.world_size, config.workers, where)
         largest = max(size for shard in shards for size in shard.window_bytes)
         check_buffer(streams, largest, config.buffer_bytes, share.world_size, config.workers, where)
         order = Order(self._counts, streams, seed)
@@ -195,7 +213,7 @@ class _Set:
             workers=config.workers,
             timeout_s=config.timeout_s,
             held=batch_size,
-            array_bytes=self._format.array_bytes(self._set.manifest),
+            array_bytes=self._format.array_bytes,
             quarantined=self._quarantined,
             where=where,
         )

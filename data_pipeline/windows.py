@@ -14,13 +14,13 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipeline.config import CacheConfig
 from data_pipeline.errors import DecodeError, UserError
-from data_pipeline.manifest import Manifest
 from data_pipeline.order import Slot
 from data_pipeline.shard_cache import ShardFiles
 from data_pipeline.shard_set import ShardSet
 from data_pipeline.workers import At
 
-MOST_NAMED = 8
+MOST_NAMED = 2
+LONGEST_KEY = 255  # characters
 Raw = dict[str, Any]  # a sample as the tar has it
 
 
@@ -29,6 +29,8 @@ class Format(Protocol):
 
     #: Samples that each of the set's counts stands for.
     per_count: int
+    #: Bytes of the array of a sample.
+    array_bytes: int
 
     def unpack(self, members: dict[str, Any]) -> list[Raw]:
         """WebDataset's dictionary of one key → what is counted in it; each has at least ``key``."""
@@ -38,9 +40,6 @@ class Format(Protocol):
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch as training sees it, from the stacked samples."""
-
-    def array_bytes(self, manifest: Manifest) -> int:
-        """The most bytes that the array of a sample takes."""
 
 
 @dataclass
@@ -83,17 +82,19 @@ class WindowReader:
             count, part = divmod(position, self._format.per_count)
             window = self._window(slot.shard, number, stream)
             raw = window.samples[count]
-            name = raw["key"] if raw else f"{self._files.name(slot.shard)}, window {number}, sample {count}"
+            name = str(raw["key"]) if raw else f"{self._files.name(slot.shard)}, window {number}, sample {count}"
             try:
                 if raw is None:
                     raise DecodeError(f"missing in the tar ({window.damage}): `stpredict inspect --verify` tells more")
+                if reason := _refusal(name):
+                    raise DecodeError(reason)
                 if name in self._quarantined:
                     raise DecodeError("quarantined: it has stopped a worker before")
                 with self._at(name):
                     return Reading(self._format.sample(raw, slot.epoch, part), unreadable)
             except DecodeError as error:
                 if len(unreadable) < MOST_NAMED:
-                    unreadable[name] = str(error)[:300]
+                    unreadable[name[:LONGEST_KEY]] = str(error)[:300]
                 reason = error
         raise UserError(f"{self._files.name(slot.shard)}: no sample can be read; {name}: {reason}")
 
@@ -118,7 +119,7 @@ class WindowReader:
         extent = self._shards[shard].windows[number]
         try:
             data = self._files.read(shard, extent.offset, extent.bytes)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self._files.name(shard)} is missing, though the manifest names it; restore it") from None
         samples: list[Raw | None] = []
         damage = "fewer members than the manifest says"
@@ -129,3 +130,12 @@ class WindowReader:
             damage = str(error).splitlines()[0]
         samples = samples[: extent.count]
         return _Window((shard, number), samples + [None] * (extent.count - len(samples)), damage)
+
+
+def _refusal(key: str) -> str | None:
+    """Why a key that a stranger's tar may have is none of ours."""
+    if key.startswith("/") or ".." in key.split("/"):
+        return "a key that leads out of its folder"
+    if len(key) > LONGEST_KEY or not key.isprintable():  # what is not UTF-8 becomes unprintable surrogates
+        return f"a key of more than {LONGEST_KEY} characters, or of unprintable ones"
+    return None

@@ -49,7 +49,7 @@ class _Entry(ctypes.Structure):
         ("since", ctypes.c_double),  # time.monotonic(), which all processes share; 0 between two pieces of work
         ("sample", ctypes.c_bool),
         ("told", ctypes.c_bool),
-        ("what", ctypes.c_char * 512),
+        ("what", ctypes.c_char * 1024),
     )
 
 
@@ -65,7 +65,7 @@ class _Board:
 
         @contextmanager
         def at(what: str, sample: bool = True) -> Iterator[None]:
-            entry.what, entry.sample, entry.told = what.encode()[:511], sample, False
+            entry.what, entry.sample, entry.told = what.encode(errors="backslashreplace")[:1023], sample, False
             entry.since = time.monotonic()
             try:
                 yield
@@ -73,6 +73,10 @@ class _Board:
                 entry.since = 0
 
         return at
+
+    def leave(self, worker: int) -> None:
+        """The worker has nothing more to do: its end is no death."""
+        self._entries[worker].pid = 0
 
     def culprits(self, timeout_s: float) -> list[tuple[_Entry, str]]:
         """The entries of workers that are dead or overdue, and which of the two."""
@@ -97,7 +101,7 @@ class _Board:
         for entry in self._entries:
             if entry.since and not entry.sample and time.monotonic() - entry.since > after_s and not entry.told:
                 entry.told = True
-                log.warning("%s: still waiting for %s after %g s", where, entry.what.decode(), after_s)
+                log.warning("%s: still waiting for %s after %g s", where, entry.what.decode(errors="replace"), after_s)
 
 
 @contextmanager
@@ -225,6 +229,7 @@ class _Items(IterableDataset):
             message.append(error)
         if message:
             yield worker.id, message
+        self._board.leave(worker.id)
 
 
 def _as_is(item: Any) -> Any:

@@ -124,6 +124,20 @@ def test_clips_are_the_frames_they_should_be_and_labels_their_class(clip_set):
         assert item["key"][0].startswith(f"class{item['label'].item()}_")
 
 
+def test_several_clips_per_video_are_samples_of_their_own_from_parts_of_their_own(clip_set):
+    clip = CLIP.model_copy(update={"per_video": 2, "start": "centre"})
+    (batches,) = evaluate(clip_set, batch_size=1, clip=clip)
+    found = {item["key"][0]: frame_numbers(item["clip"][0])[0] for item in batches}
+    assert len(found) == len(batches) == 2 * SAMPLES
+    starts = {key[-2:]: {found[other] for other in found if other.endswith(key[-2:])} for key in found}
+    assert starts == {"-0": {1}, "-1": {5}}  # centres of starts 0 to 3 and 4 to 7 (12 frames, 5 spanned)
+    trained = train(clip_set, 2 * SAMPLES, clip=clip, virtual_streams=1, workers=1)
+    assert sorted(key for key, _ in trained) == sorted(found)
+    assert [key for key, _ in train(clip_set, 60, clip=clip, consumed=50)] == [
+        key for key, _ in train(clip_set, 110, clip=clip)
+    ][50:]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_gives_every_sample_once_in_equally_many_whole_batches(clip_set, world_size, workers):

@@ -133,6 +133,16 @@ def test_checkpoint_folder_holds_what_design_says(runs):
     )
 
 
+def test_what_any_rank_quarantined_is_known_to_a_resumed_run(tmp_path):
+    trials = [trial("run", until=4, quarantine=True), trial("run")]
+    _, resumed = run_ranks(trials, tmp_path, 2)
+    both = {"met by rank 0": "its worker died", "met by rank 1": "its worker died"}
+    assert resumed["quarantined"] == both
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json").read_text())
+    assert state["quarantined"] == both
+    assert state["samples_consumed"] == {"toy": 32}  # what was drawn for the step that did not happen is not counted
+
+
 def test_refusals_leave_the_run_as_it_was(tmp_path):
     run_ranks([trial("run", training={"zero_stage": 1})], tmp_path, 1)
     before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())

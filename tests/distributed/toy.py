@@ -120,6 +120,8 @@ def main(out: Path) -> None:
             torch.manual_seed(0)
             task = ToyTask(trial.get("dropout", 0.0), trial.get("poison"))
             task.model.mark.fill_(ranks.rank)
+            if trial.get("quarantine"):
+                task.quarantined[f"met by rank {ranks.rank}"] = "its worker died"
             training = TrainingConfig.model_validate(trial["training"])
             run = Run(out / trial["run"])
             if ranks.is_main:
@@ -135,7 +137,8 @@ def main(out: Path) -> None:
             marks = [torch.empty(3) for _ in range(ranks.size)]
             torch.distributed.all_gather(marks, task.model.mark)
             if ranks.is_main:
-                print(json.dumps({"step": trainer.step, "stopped": error, "marks": [m.tolist() for m in marks]}))
+                found = {"step": trainer.step, "stopped": error, "marks": [m.tolist() for m in marks]}
+                print(json.dumps(found | {"quarantined": task.quarantined}))
 
 
 def _signal_after(trainer: Trainer, step: int) -> None:
