@@ -12,7 +12,7 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from data_pipeline.disk import check_space
 from data_pipeline.manifest import merge, read_manifest, shard_name
@@ -43,14 +43,13 @@ def run(config: ShardConfig, run: Run) -> None:
     """Writes the shards that are not there yet. UsageError or UserError if there is nothing to shard or no room."""
     ranks = _Ranks()
     work = plan(config) if ranks.rank == 0 else None
-    plans = ranks.share(work and work.plans)
+    mine = ranks.deal(work and work.plans)
     with _Watch(run, work) if work else nullcontext():
-        for split, of_split in plans.items():
-            mine = of_split[ranks.rank :: ranks.size]
-            write_shards(config.run / split, mine, workers=config.workers, timeout_s=config.timeout_s)
+        for split, plans in mine.items():
+            write_shards(config.run / split, plans, workers=config.workers, timeout_s=config.timeout_s)
         ranks.wait()
-    if ranks.rank == 0 and config.parts == 1:
-        for split in plans:
+    if work and config.parts == 1:
+        for split in work.plans:
             merge(config.run / split)
         if line := left_out(config):
             log.warning("%s", line)
@@ -100,7 +99,7 @@ def left_out(config: ShardConfig) -> str | None:
 
 
 class _Watch:
-    """Reports once a second what all ranks have written, which the names in the folders tell. Use as a context
+    """Reports now and then what all ranks have written, which the names in the folders tell. Use as a context
     manager."""
 
     def __init__(self, run: Run, work: Work, interval_s: float = 1.0):
@@ -123,8 +122,12 @@ class _Watch:
             self._report()
 
     def _loop(self) -> None:
-        while not self._ended.wait(self._interval_s):
+        wait_s = self._interval_s
+        while not self._ended.wait(wait_s):
+            began = time.monotonic()
             self._report()
+            # Listing very many shards is work for a file system that many jobs share: a twentieth of the time at most.
+            wait_s = max(self._interval_s, 20 * (time.monotonic() - began))
 
     def _report(self) -> None:
         names = {folder: _names(folder) for folder in {path.parent for path in self._todo}}
@@ -163,15 +166,17 @@ class _Ranks:
             # Walking a data set of millions of files takes longer than the default half hour.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+    def deal(self, plans: dict[str, list[ShardPlan]] | None) -> dict[str, list[ShardPlan]]:
+        """Every rank's share of rank 0's plans, and no more: those of millions of samples take gigabytes."""
         if self.size == 1:
-            return value
+            return plans
         import torch.distributed as dist
 
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        shares, mine = None, [None]
+        if plans is not None:
+            shares = [{split: of[rank :: self.size] for split, of in plans.items()} for rank in range(self.size)]
+        dist.scatter_object_list(mine, shares, src=0)
+        return mine[0]
 
     def wait(self) -> None:
         """Until every rank is here."""

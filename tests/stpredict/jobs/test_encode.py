@@ -149,6 +149,23 @@ def test_a_clip_that_stops_a_worker_in_one_pass_is_not_tried_in_the_next(encoded
     assert sum("data worker replaced at" in record.message for record in caplog.records) == 1
 
 
+def test_every_clip_of_a_video_is_encoded_under_a_key_of_its_own(encoded):
+    clip = {**CLIP.model_dump(), "per_video": 3}
+    run = encoded("run", data={"clip": clip})
+    items = latent_evaluation_batches(LatentDataConfig(latents=run, workers=0), "train", share=ONE)
+    keys = [item["key"][0] for item in items if item["weight"][0]]
+    assert len(keys) == len(set(keys)) == 3 * TRAIN
+    assert len({key.rpartition("-")[0] for key in keys}) == TRAIN
+
+
+def test_there_must_be_room_for_the_latents(encoded, monkeypatch):
+    asked = []
+    monkeypatch.setattr(encode, "check_space", lambda folder, needed: asked.append(needed))
+    encoded("run")
+    encoded("run")
+    assert asked == [(TRAIN + VAL) * 3 * 4 * 4, 0]  # a byte for each of the 256 ids
+
+
 def test_validation_clips_are_not_augmented(encoded, tokenizer):
     clip = {**CLIP.model_dump(), "crop": "random", "flip": True, "short_side": 48}
     run = encoded("run", data={"clip": clip})
