@@ -1,6 +1,7 @@
 """A shard set that is to be read: its manifest, and where each of its shards lies. Torch-free."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from data_pipeline.config import Location
@@ -18,6 +19,7 @@ class ShardSet:
     folders: list[str]
 
 
+@lru_cache(maxsize=64)  # every validation asks for its set again, and the manifest of a large one takes a while
 def read_set(location: Location | Path, split: str) -> ShardSet:
     """The set ``split`` of a run, or of several runs that braces name: their shards one after another.
 

@@ -7,6 +7,7 @@ replaced by the next one of its window that can, or failing that of its shard: p
 import io
 import tarfile
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +20,6 @@ from data_pipeline.shard_cache import ShardFiles
 from data_pipeline.shard_set import ShardSet
 from data_pipeline.workers import At
 
-MOST_NAMED = 2
 LONGEST_KEY = 255  # characters
 Raw = dict[str, Any]  # a sample as the tar has it
 
@@ -44,10 +44,8 @@ class Format(Protocol):
 
 @dataclass
 class Reading:
-    """A sample, and the unreadable ones (key → reason) met before it; the slot's own is the first of those.
-
-    At most MOST_NAMED of them: each is named in its own turn, and all of a reading must fit into one write to a pipe.
-    """
+    """A sample, and, where the slot's own is unreadable, its key → reason. The sample is then the next one that is
+    not; others met on the way are named in their own turn."""
 
     sample: dict[str, Any]
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -93,8 +91,7 @@ class WindowReader:
                 with self._at(name):
                     return Reading(self._format.sample(raw, slot.epoch, part), unreadable)
             except DecodeError as error:
-                if len(unreadable) < MOST_NAMED:
-                    unreadable[name[:LONGEST_KEY]] = str(error)[:300]
+                unreadable = unreadable or {name[:LONGEST_KEY]: str(error)[:300]}  # short: it goes through a pipe
                 reason = error
         raise UserError(f"{self._files.name(slot.shard)}: no sample can be read; {name}: {reason}")
 
@@ -122,14 +119,27 @@ class WindowReader:
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self._files.name(shard)} is missing, though the manifest names it; restore it") from None
         samples: list[Raw | None] = []
-        damage = "fewer members than the manifest says"
-        try:
-            for members in group_by_keys(tar_file_expander([{"url": "", "stream": io.BytesIO(data)}])):
+        damage: list[str] = []
+        with _noted(damage):  # what follows it is lost
+            for members in group_by_keys(_files(data, damage)):
                 samples += self._format.unpack(members)
-        except (tarfile.TarError, EOFError, ValueError) as error:  # what follows the damage is lost
-            damage = str(error).splitlines()[0]
         samples = samples[: extent.count]
-        return _Window((shard, number), samples + [None] * (extent.count - len(samples)), damage)
+        reason = "; ".join(damage) or "fewer members than the manifest says"
+        return _Window((shard, number), samples + [None] * (extent.count - len(samples)), reason)
+
+
+def _files(data: bytes, damage: list[str]) -> Iterator[dict[str, Any]]:
+    """WebDataset's files of a piece of a tar, up to the first damage: so that the sample before it is still whole."""
+    with _noted(damage):
+        yield from tar_file_expander([{"url": "", "stream": io.BytesIO(data)}])
+
+
+@contextmanager
+def _noted(damage: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        damage.append(str(error.args[0] if error.args else error).split(" @ <")[0])  # WebDataset adds the stream
 
 
 def _refusal(key: str) -> str | None:

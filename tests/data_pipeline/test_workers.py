@@ -16,6 +16,7 @@ from data_pipeline import formats
 from data_pipeline.config import ClipConfig, ClipDataConfig
 from data_pipeline.errors import UserError
 from data_pipeline.order import Share
+from data_pipeline.slots import Slots
 from data_pipeline.stream import clip_batches, clip_evaluation_batches
 from data_pipeline.workers import MOST_RESTARTS, items
 
@@ -74,6 +75,24 @@ def test_a_sample_that_stops_its_worker_is_quarantined_and_moves_no_other(clip_s
     assert all(any(key in record.message for record in caplog.records) for key in bad)
     # A resumed run, which knows what is quarantined, never touches it: not even without workers to lose.
     assert keys(clip_set, 60, dict(quarantined), workers=0) == after
+
+
+def test_more_bad_samples_than_restarts_in_a_row_are_survived_where_good_ones_lie_between(clip_set, bad_videos):
+    before = keys(clip_set, 60)
+    bad = set(before[3:24:3])
+    assert len(bad) > MOST_RESTARTS
+    bad_videos(crash, *bad)
+    quarantined = {}
+    after = keys(clip_set, 60, quarantined)
+    assert set(quarantined) == bad
+    assert [n for n, (one, other) in enumerate(zip(before, after, strict=True)) if one != other] == [
+        n for n, key in enumerate(before) if key in bad
+    ]
+
+
+def test_an_array_larger_than_was_said_is_an_error_not_a_neighbours_memory():
+    with pytest.raises(ValueError, match="an array of 72 bytes, 64 were expected"):
+        Slots(1, 2, 64).put(0, 0, np.zeros(9))
 
 
 def test_evaluation_goes_on_without_the_sample_that_stops_its_worker(clip_set, bad_videos):
@@ -143,6 +162,18 @@ def test_waiting_longer_than_the_timeout_for_many_quick_samples_replaces_nothing
     quarantined = {}
     taken = list(items(read, workers=2, timeout_s=0.3, **PLAIN, quarantined=quarantined))
     assert ([sample["number"] for sample, _ in taken], quarantined) == (list(range(8)), {})
+
+
+def test_the_last_sample_may_take_long_when_other_workers_have_nothing_left(caplog):
+    def read(worker, workers, received, at):
+        for number in range(received + worker, 3, workers):
+            with at(f"sample {number}"):
+                time.sleep(2.5 if number == 2 else 0)
+            yield {"number": number}, None
+
+    taken = list(items(read, workers=2, timeout_s=20, **PLAIN, quarantined={}))
+    assert [sample["number"] for sample, _ in taken] == [0, 1, 2]
+    assert not caplog.records
 
 
 def test_a_bug_in_a_worker_is_raised_as_what_it_is():
