@@ -55,9 +55,11 @@ def shard(
     """Make WebDataset shards and a manifest from a data set.
 
     \b
-    stpredict shard ~/videos runs/shards   class = name of the sub-folder
-    stpredict shard configs/data/moving_digits.yaml
-    stpredict shard configs/data/moving_digits.yaml source.videos=500
+    stpredict shard ~/videos runs/shards workers=8   class = name of the sub-folder; 8 processes
+    stpredict shard configs/data/ucf101.yaml source.path=/data/UCF-101
+
+    Killed, the same command goes on behind the last finished shard. configs/data has a YAML for each known data set;
+    docs/data.md says what they expect, and how several jobs write one set.
     """
     from launcher import jobs
 
@@ -77,7 +79,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def encode(config: Config, overrides: Overrides = None) -> None:
-    """Cache the latents of every clip with a trained tokenizer."""
+    """Cache the latents of every clip with a trained tokenizer.
+
+    \b
+    stpredict encode configs/data/encode.yaml tokenizer=runs/tokenizer data.shards=runs/shards
+    """
     _run(config, overrides, "encode")
 
 
@@ -200,16 +206,22 @@ def logs(
 @app.command()
 def inspect(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="shard set, latent set, run, checkpoint or export; sets also by URL")
+        str,
+        typer.Argument(metavar="PATH", help="shard set, latent set, run, checkpoint or export; sets also by URL, braces"),
     ],
-    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="write a contact sheet of a shard set")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="write a contact sheet, .png or .jpg")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="read and decode every sample, and compare with the manifest")
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="processes that verify (default: one per core)")] = None,
     json: Json = False,
 ) -> None:
-    """Show what is in a shard set, latent set, run, checkpoint or export."""
+    """Show what is in a shard set, latent set, run, checkpoint or export.
+
+    \b
+    stpredict inspect runs/shards --picture sheet.png   a row of frames per sample
+    stpredict inspect runs/shards --verify              exit status 1 where anything differs from the manifest
+    """
     from launcher import inspection
 
     raise typer.Exit(inspection.inspect(path, picture, verify, workers, json))

@@ -1,6 +1,7 @@
 """Workers that crash, hang or are killed: they are replaced, and nothing else changes."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import time
@@ -9,7 +10,6 @@ from contextlib import closing
 from itertools import islice
 
 import numpy as np
-import psutil
 import pytest
 
 from data_pipeline import formats
@@ -115,7 +115,7 @@ def test_a_worker_killed_from_outside_is_replaced_and_the_order_stays(clip_set):
     ) as batches:
         after = [batches.draw(0)[0]["key"][0]]
         time.sleep(0.5)  # until the workers have read ahead and wait: no sample is at fault
-        psutil.Process().children()[0].kill()
+        multiprocessing.active_children()[0].kill()
         after += [batches.draw(step)[0]["key"][0] for step in range(1, 60)]
     assert after == before
     assert quarantined == {}
@@ -123,9 +123,9 @@ def test_a_worker_killed_from_outside_is_replaced_and_the_order_stays(clip_set):
 
 def test_no_worker_is_left_after_a_replacement(clip_set, bad_videos):
     bad_videos(hang_in_c, *keys(clip_set, 3)[2:])
-    children = set(psutil.Process().children())
+    children = set(multiprocessing.active_children())
     keys(clip_set, 40)
-    assert set(psutil.Process().children()) <= children
+    assert set(multiprocessing.active_children()) <= children
 
 
 def test_workers_that_only_die_end_the_job_in_one_line():
@@ -188,7 +188,7 @@ def test_a_bug_in_a_worker_is_raised_as_what_it_is():
 def test_a_dead_worker_raises_nothing_in_the_middle_of_the_main_process(clip_set):
     with closing(clip_batches(config(clip_set), "train", seed=0, share=Share(0, 1, 1))) as batches:
         batches.draw(0)
-        psutil.Process().children()[0].kill()
+        multiprocessing.active_children()[0].kill()
         deadline = time.monotonic() + 1
         while time.monotonic() < deadline:  # torch's own handler would raise here
             np.zeros(10).sum()
