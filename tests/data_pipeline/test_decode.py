@@ -7,6 +7,7 @@ import av
 import decord
 import numpy as np
 import pytest
+from av.stream import Disposition
 from damaged_videos import claim_size, encode
 from numbered_videos import frame_numbers, numbered_frames
 from PIL import Image
@@ -271,6 +272,25 @@ def test_every_other_clip_is_mirrored_as_a_whole(places):
 def test_configs_of_impossible_crops_are_refused(wrong, message):
     with pytest.raises(ValidationError, match=message):
         ClipConfig(**wrong)
+
+
+def test_a_cover_picture_is_not_the_video():
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        cover = container.add_stream("mjpeg", rate=1, width=64, height=64, pix_fmt="yuvj420p")
+        cover.disposition = Disposition.attached_pic
+        stream = container.add_stream("libx264", rate=10, width=32, height=32, pix_fmt="yuv420p")
+        white = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 255, np.uint8), format="rgb24")
+        container.mux([*cover.encode(white), *cover.encode(None)])
+        for frame in numbered_frames(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    info = probe(file.getvalue())
+    assert (info.frames, info.height, info.width) == (12, 32, 32)
+    clip = ClipConfig(frames=12, size=(32, 32))
+    for decoder in ("decord", "pyav"):
+        found = decode_clip(file.getvalue(), clip, rng(), dataclasses.replace(info, decoder=decoder))
+        assert frame_numbers(found) == list(range(12))
 
 
 @pytest.mark.parametrize("first", [0, 4], ids=["from the start", "midway"])
