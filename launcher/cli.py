@@ -55,11 +55,10 @@ def shard(
     """Make WebDataset shards and a manifest from a data set.
 
     \b
-    stpredict shard ~/videos runs/shards workers=8   class = name of the sub-folder; 8 processes
+    stpredict shard ~/videos runs/shards workers=8   sub-folder = class
     stpredict shard configs/data/ucf101.yaml source.path=/data/UCF-101
 
-    Killed, the same command goes on behind the last finished shard. configs/data has a YAML for each known data set;
-    docs/data.md says what they expect, and how several jobs write one set.
+    Killed, it goes on behind the last finished shard. docs/data.md says what each data set of configs/data expects.
     """
     from launcher import jobs
 
@@ -207,7 +206,7 @@ def logs(
 def inspect(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="shard set, latent set, run, checkpoint or export; sets also by URL, braces"),
+        typer.Argument(metavar="PATH", help="shard set, latent set, run, checkpoint or export; URLs, braces"),
     ],
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="write a contact sheet, .png or .jpg")] = None,
     verify: Annotated[
@@ -219,8 +218,8 @@ def inspect(
     """Show what is in a shard set, latent set, run, checkpoint or export.
 
     \b
-    stpredict inspect runs/shards --picture sheet.png   a row of frames per sample
-    stpredict inspect runs/shards --verify              exit status 1 where anything differs from the manifest
+    stpredict inspect runs/shards --picture sheet.png   a row of frames a sample
+    stpredict inspect runs/shards --verify              exit status 1 if damaged
     """
     from launcher import inspection
 
