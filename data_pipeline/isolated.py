@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
+from data_pipeline.errors import UserError
+
 Item, Result = TypeVar("Item"), TypeVar("Result")
 _END = object()
 
@@ -87,7 +89,14 @@ class _Worker:
         self._process = context.Process(target=_serve, args=(function, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self.connection.recv()  # so that no item pays for the imports
+        try:
+            self.connection.recv()  # so that no item pays for the imports
+        except EOFError:
+            self._process.join()
+            raise UserError(
+                f"a worker process died as it began ({_cause(self._process.exitcode)}); a script that starts workers "
+                'must do so below `if __name__ == "__main__":`'
+            ) from None
 
     def start(self, item: Item, timeout_s: float) -> _Task:
         self.task = _Task(time.monotonic() + timeout_s)

@@ -1,11 +1,16 @@
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from data_pipeline.isolated import Failure, isolated
+
+ROOT = Path(__file__).parents[2]
 
 
 def obey(item):
@@ -83,3 +88,19 @@ def test_workers_are_gone_when_the_results_are_no_longer_wanted():
     pid = next(results)
     results.close()
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_script_that_starts_workers_at_its_top_level_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from data_pipeline.isolated import isolated\nprint(list(isolated(abs, [-1], workers=1, timeout_s=9)))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert ended.returncode == 1
+    assert "UserError: a worker process died as it began (exit status 1)" in ended.stderr
