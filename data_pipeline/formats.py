@@ -13,10 +13,10 @@ from pydantic import TypeAdapter
 
 from data_pipeline.arrays import cut_array, load_array, read_npy
 from data_pipeline.config import ClipConfig
-from data_pipeline.decode import DecodeError, VideoInfo, decode_clip
+from data_pipeline.decode import EXTENSIONS, VideoInfo, decode_clip
+from data_pipeline.errors import DecodeError
 from data_pipeline.manifest import Manifest
 from data_pipeline.seeding import generator
-from data_pipeline.sources.folder import EXTENSIONS
 from data_pipeline.windows import Raw
 
 _INFO, _INFO_KEYS = TypeAdapter(VideoInfo), VideoInfo.__dataclass_fields__.keys()

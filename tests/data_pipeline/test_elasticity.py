@@ -177,3 +177,23 @@ def test_runs_in_braces_are_one_set(latents):
         keys = batches.draw(0)[0]["key"]
     assert Counter(keys) == {f"clip{n:03d}": 2 for n in range(CLIPS)}
     assert keys[:CLIPS] != keys[CLIPS:]
+
+
+def test_runs_that_hold_different_things_are_not_read_as_one_set(latents, clip_set):
+    config = LatentDataConfig(latents="{" + f"{latents},{clip_set}" + "}")
+    with pytest.raises(UsageError, match=f"{clip_set}/train: its (kind|grid|.*) is not that of {latents}/train"):
+        latent_batches(config, "train", seed=0, share=Share(0, 1, 1))
+
+
+def test_a_set_that_is_written_anew_is_read_anew(tmp_path):
+    for clips in (8, 12):
+        writer = LatentWriter(
+            tmp_path / "train", clips=clips, shards=2, grid=(1, 1, 1), fingerprint="f", codebook_size=100
+        )
+        with writer:
+            names = [f"clip{n}" for n in range(clips)]
+            writer.append(range(clips), np.zeros((clips, 1, 1, 1), int), names, [-1] * clips)
+        merge(tmp_path / "train")
+        config = LatentDataConfig(latents=tmp_path, workers=0, virtual_streams=1)
+        with closing(latent_batches(config, "train", seed=0, share=Share(0, 1, clips))) as batches:
+            assert sorted(batches.draw(0)[0]["key"]) == sorted(names)
