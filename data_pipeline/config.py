@@ -4,9 +4,9 @@ Torch-free, like every ``config.py`` of the project: a login node reads these in
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 
 class Config(BaseModel):
@@ -153,6 +153,14 @@ class ClipConfig(Config):
         return self.model_copy(update={"crop": "centre", "flip": False})
 
 
+#: Some keys of a clip: those left out, or null, are as in the clip that is changed.
+ClipChanges = create_model(
+    "ClipChanges",
+    __base__=Config,
+    **{name: (field.annotation | None, None) for name, field in ClipConfig.model_fields.items()},
+)
+
+
 class CacheConfig(Config):
     """Where shards that are read over the network are kept on local disk; all processes of a machine share it."""
 
@@ -176,13 +184,16 @@ class StreamConfig(Config):
     cache: CacheConfig | None = Field(None, description="of shards that are read over the network")
 
 
+MAIN = "main"  # in positions and messages: the set that is not in the mix
+
+
 def _without_main(mix: dict) -> dict:
     if MAIN in mix:
         raise ValueError(f"{MAIN!r} is the set outside the mix; give this one another name")
     return mix
 
 
-MAIN = "main"  # in positions and messages: the set that is not in the mix
+OutsideMain = AfterValidator(_without_main)
 
 
 class ClipSetConfig(Config):
@@ -204,7 +215,21 @@ class ClipDataConfig(StreamConfig):
     shards: Location
     clip: ClipConfig = ClipConfig()
     weight: float = Field(1, gt=0, description="of this set in the mix")
-    mix: Annotated[dict[str, ClipSetConfig], AfterValidator(_without_main)] = {}
+    mix: Annotated[dict[str, ClipSetConfig], OutsideMain] = Field(
+        {}, description="more sets to train on, by name; keys of their clips that are left out are as in clip"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clips_of_the_mix_begin_as_this_one(cls, data: Any) -> Any:
+        match data:
+            case {"clip": dict(clip), "mix": dict(mix)}:
+                with_clips = {
+                    name: {**member, "clip": {**clip, **member.get("clip", {})}} if isinstance(member, dict) else member
+                    for name, member in mix.items()
+                }
+                return {**data, "mix": with_clips}
+        return data
 
 
 class LatentSetConfig(Config):
@@ -220,4 +245,4 @@ class LatentDataConfig(StreamConfig):
 
     latents: Location
     weight: float = Field(1, gt=0, description="of this set in the mix")
-    mix: Annotated[dict[str, LatentSetConfig], AfterValidator(_without_main)] = {}
+    mix: Annotated[dict[str, LatentSetConfig], OutsideMain] = {}

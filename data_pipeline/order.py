@@ -125,17 +125,17 @@ def divisible_count(most: int) -> int:
     return next((number for number in (48, 24, 12, 6, 4, 2) if number <= most), 1)
 
 
-def stream_count(shards: int, wanted: int | None, world_size: int, workers: int, where: str) -> int:
+def stream_count(shards: int, wanted: int | None, world_size: int, workers: int, where: str, key: str = "data") -> int:
     """V, the number of virtual streams: ``wanted``, or by the number of ``shards`` of the set at ``where``.
 
     UsageError if there are fewer shards than that, or if the readers (ranks x workers) do not divide it; it says
-    which numbers would do.
+    which numbers would do, of the config's ``key``.
     """
     streams = wanted or divisible_count(shards)
     more = "shard again into more shards (max_shards, min_samples_per_shard)"
     if streams > shards:
         raise UsageError(
-            f"{where}: virtual_streams={streams}, but only {shards} shards; use at most {shards}, or {more}"
+            f"{where}: {key}.virtual_streams={streams}, but only {shards} shards; use at most {shards}, or {more}"
         )
     readers = world_size * max(workers, 1)
     if streams % readers == 0:
@@ -147,14 +147,16 @@ def stream_count(shards: int, wanted: int | None, world_size: int, workers: int,
         fit = [n for n in range(1, min(streams, world_size) + 1) if streams % n == 0]
         ways.append(f"resources.processes={_or(fit)}")
     if readers <= shards:
-        ways.append(f"virtual_streams={shards // readers * readers}")
+        ways.append(f"{key}.virtual_streams={shards // readers * readers}")
     raise UsageError(
         f"{where}: {world_size} processes with {max(workers, 1)} workers each cannot share {streams} virtual streams "
         f"({shards} shards) evenly; use {', or '.join(ways)}, or {more}"
     )
 
 
-def check_buffer(streams: int, window_bytes: int, limit: int, world_size: int, workers: int, where: str) -> None:
+def check_buffer(
+    streams: int, window_bytes: int, limit: int, world_size: int, workers: int, where: str, key: str = "data"
+) -> None:
     """UsageError if the windows that a worker holds, one for each of its virtual streams, may exceed ``limit`` bytes;
     it says which numbers would fit."""
     readers = world_size * max(workers, 1)
@@ -164,7 +166,7 @@ def check_buffer(streams: int, window_bytes: int, limit: int, world_size: int, w
     enough = next((w for w in fit if streams // (world_size * w) * window_bytes <= limit), None)
     ways = [f"data.workers={enough}"] if enough else []
     if fewer := limit // window_bytes * readers:
-        ways.append(f"data.virtual_streams={divisible_count(fewer) // readers * readers or readers}")
+        ways.append(f"{key}.virtual_streams={divisible_count(fewer) // readers * readers or readers}")
     ways.append(f"data.buffer_bytes={streams // readers * window_bytes}")
     raise UsageError(
         f"{where}: each of {max(workers, 1)} workers of {world_size} processes would hold {streams // readers} of "

@@ -62,7 +62,7 @@ class TrainingBatches:
         self._weights = {name: member.weight for name, (_, member) in sets.items()}
         self.consumed = {name: consumed.get(name, 0) for name in sets}
         self._batches = {
-            name: opened.training_batches(member.virtual_streams, seed, share, self.consumed[name])
+            name: opened.training_batches(name, member.virtual_streams, seed, share, self.consumed[name])
             for name, (opened, member) in sets.items()
         }
 
@@ -175,11 +175,14 @@ class _Set:
         self._config, self._set, self._format, self._quarantined = config, shards, format, quarantined
         self._counts = [[n * format.per_count for n in shard.window_samples] for shard in shards.manifest.shards]
 
-    def training_batches(self, wanted: int | None, seed: int, share: Share, consumed: int) -> Iterator[Batch]:
+    def training_batches(
+        self, name: str, wanted: int | None, seed: int, share: Share, consumed: int
+    ) -> Iterator[Batch]:
         config, where, shards = self._config, self._set.where, self._set.manifest.shards
-        streams = stream_count(len(shards), wanted, share.world_size, config.workers, where)
+        key = "data" if name == MAIN else f"data.mix.{name}"
+        streams = stream_count(len(shards), wanted, share.world_size, config.workers, where, key)
         largest = max(size for shard in shards for size in shard.window_bytes)
-        check_buffer(streams, largest, config.buffer_bytes, share.world_size, config.workers, where)
+        check_buffer(streams, largest, config.buffer_bytes, share.world_size, config.workers, where, key)
         order = Order(self._counts, streams, seed)
 
         def read(worker: int, workers: int, received: int, at: At) -> Iterator[Item]:

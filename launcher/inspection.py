@@ -53,14 +53,19 @@ def describe(location: str) -> list[Facts]:
     )
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
 def inspect(location: str, picture: Path | None, check: bool, workers: int | None, as_json: bool) -> int:
     """Prints the facts; exit status 1 if ``check`` finds a shard that is not what the manifest says."""
+    if picture and picture.suffix.lower() not in PICTURES:
+        raise UsageError(f"{picture}: give the picture a name that ends in {' or '.join(PICTURES)}")
     found = describe(location)
     sets = [facts["path"] for facts in found if facts["what"] in ("shard set", "latent set")]
     if (picture or check) and not sets:
         raise UsageError(f"{location}: {'--picture' if picture else '--verify'} needs a shard set")
-    if picture and not is_local(sets[0]):
-        raise UsageError(f"{sets[0]}: --picture needs a shard set on this machine")
+    if (picture or check) and not is_local(sets[0]):
+        raise UsageError(f"{sets[0]}: {'--picture' if picture else '--verify'} needs a shard set on this machine")
     problems = [problem for folder in sets for problem in _verify(folder, workers)] if check else []
     if as_json:
         print(json.dumps({"found": found, "problems": problems} if check else {"found": found}, indent=1))

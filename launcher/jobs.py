@@ -79,6 +79,10 @@ def load_shard_job(source: Path, out: str | None, overrides: Sequence[str]) -> J
     An ``out`` like key=value is the first of the overrides, unless there is a directory of that name."""
     if out is not None and "=" in out and not Path(out).exists():
         out, overrides = None, [out, *overrides]
+    if out is not None and "://" in out:
+        raise UsageError(f"{out}: shards are written to a folder; copy it to the object store afterwards")
+    if source.is_file() and source.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"{source}: is a file; give a folder of videos, or a YAML of kind shard")
     if source.is_file():
         return load_job(source, [*overrides, *([f"run={out}"] if out else [])], "shard")
     if out is None:

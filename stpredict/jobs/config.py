@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.config import ClipDataConfig, Config, Source
 from stpredict.losses.config import ReconstructionLossConfig
@@ -24,8 +24,14 @@ class Resources(Config):
     threads: int | None = Field(None, ge=1)
 
 
+def _folder(run: Any) -> Any:
+    if "://" in str(run):
+        raise ValueError("a run directory is a folder, not a URL; copy its contents to the object store afterwards")
+    return run
+
+
 class JobConfig(Config):
-    run: Path = Field(description="run directory")
+    run: Annotated[Path, BeforeValidator(_folder)] = Field(description="run directory")
     seed: int = 0
     resources: Resources = Resources()
 

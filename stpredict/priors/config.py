@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
-from data_pipeline.config import ClipConfig, Config, LatentDataConfig, Location
+from data_pipeline.config import ClipChanges, ClipConfig, Config, LatentDataConfig, Location, OutsideMain
 from data_pipeline.errors import UsageError
 from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, TokenizedClipDataConfig
 
@@ -19,8 +19,9 @@ class TokenizedClipSetConfig(Config):
     """One more shard set to draw training clips from."""
 
     shards: Location
-    clip: ClipConfig | None = Field(None, description="default: as the tokenizer was trained on")
+    clip: ClipChanges = Field(ClipChanges(), description="where it differs from data.clip")
     weight: float = Field(1, gt=0)
+    virtual_streams: int | None = Field(None, ge=1, description="V of this set's stream; default from its shard count")
 
 
 class TokenizedClipsConfig(TokenizedClipDataConfig):
@@ -28,7 +29,9 @@ class TokenizedClipsConfig(TokenizedClipDataConfig):
 
     kind: Literal["clips"] = "clips"
     weight: float = Field(1, gt=0, description="of this set in the mix")
-    mix: dict[str, TokenizedClipSetConfig] = Field({}, description="other sets to draw training clips from")
+    mix: Annotated[dict[str, TokenizedClipSetConfig], OutsideMain] = Field(
+        {}, description="other sets to draw training clips from"
+    )
     batch_size: int = Field(TOKENIZED_TOGETHER, ge=1, description="clips per forward of the tokenizer")
 
 

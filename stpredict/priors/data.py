@@ -94,8 +94,8 @@ class TokenizedClips:
         clips = clips_for(config, tokenizer.path, export)
         mix = {}
         for name, other in config.mix.items():
-            clip = clip_for(other.clip, export, f"data.mix.{name}.clip, for {tokenizer.path}")
-            mix[name] = ClipSetConfig(shards=other.shards, clip=clip, weight=other.weight)
+            clip = clip_for(other.clip, clips.clip, export, f"data.mix.{name}.clip, for {tokenizer.path}")
+            mix[name] = ClipSetConfig(**{**dict(other), "clip": clip})
         self._clips = clips.model_copy(update={"mix": mix, "weight": config.weight})
         self.grid, self.codebook_size, self.clip = _grid(clips.clip, export), export.model.codebook_size, clips.clip
         for name, other in mix.items():

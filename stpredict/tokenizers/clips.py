@@ -5,24 +5,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipeline.config import ClipConfig, ClipDataConfig
+from data_pipeline.config import ClipChanges, ClipConfig, ClipDataConfig
 from data_pipeline.transforms import to_video
+from stpredict.config import validate
 from stpredict.exports import TokenizerExport
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import TokenizedClipDataConfig
 
 
-def clip_for(clip: ClipConfig | None, export: TokenizerExport, where: str) -> ClipConfig:
-    """``clip``, or that which the tokenizer was trained on. UsageError where the tokenizer cannot take such clips."""
-    clip = clip or export.clip
-    export.model.check_clip(clip, where)
-    return clip
+def clip_for(changes: ClipChanges, clip: ClipConfig, export: TokenizerExport, where: str) -> ClipConfig:
+    """``clip`` with ``changes``. UsageError where that is no clip, or the tokenizer cannot take such."""
+    changed = validate(ClipConfig, clip.model_dump() | changes.model_dump(exclude_none=True), where)
+    export.model.check_clip(changed, where)
+    return changed
 
 
 def clips_for(data: TokenizedClipDataConfig, tokenizer: Path, export: TokenizerExport) -> ClipDataConfig:
-    """``data`` with its clip filled in. Raises what ``clip_for`` raises."""
+    """``data`` with its clip filled in from what the tokenizer was trained on. Raises what ``clip_for`` raises."""
+    clip = clip_for(data.clip, export.clip, export, f"data.clip, for {tokenizer}")
     fields = {name: getattr(data, name) for name in TokenizedClipDataConfig.model_fields}
-    return ClipDataConfig(**{**fields, "clip": clip_for(data.clip, export, f"data.clip, for {tokenizer}")})
+    return ClipDataConfig(**{**fields, "clip": clip})
 
 
 @torch.no_grad()

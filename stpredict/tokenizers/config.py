@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from data_pipeline.config import ClipConfig, Config, Location, StreamConfig
+from data_pipeline.config import ClipChanges, ClipConfig, Config, Location, StreamConfig
 from data_pipeline.errors import UsageError
 
 TOKENIZED_TOGETHER = 4  # clips to a forward pass of a trained tokenizer, unless a config says otherwise
@@ -85,4 +85,4 @@ class TokenizedClipDataConfig(StreamConfig):
     """Clips for a trained tokenizer: ``shards`` is a shard job's run, or several in braces."""
 
     shards: Location
-    clip: ClipConfig | None = Field(None, description="default: as the tokenizer was trained on")
+    clip: ClipChanges = Field(ClipChanges(), description="where it differs from what the tokenizer was trained on")

@@ -95,6 +95,19 @@ def test_a_set_that_joins_later_begins_at_its_beginning(config):
     assert first_of_images == fresh
 
 
+def test_keys_of_a_mixed_clip_that_are_left_out_are_as_in_the_main_one():
+    data = {"shards": "a", "clip": {"frames": 9, "channels": 1}, "mix": {"b": {"shards": "b", "clip": {"frames": 1}}}}
+    (other,) = validate(ClipDataConfig, data, "data.yaml").mix.values()
+    assert (other.clip.frames, other.clip.channels) == (1, 1)
+
+
+def test_a_mixed_set_that_the_readers_cannot_share_is_named_by_its_own_key(config):
+    mix = {"images": config.mix["images"].model_copy(update={"virtual_streams": 3})}
+    config = config.model_copy(update={"mix": mix})
+    with pytest.raises(UsageError, match=r"or data\.mix\.images\.virtual_streams=4"):
+        clip_batches(config, "train", seed=0, share=Share(0, 4, 1))
+
+
 def test_the_name_of_the_set_outside_the_mix_is_taken(clip_set):
     data = {"shards": str(clip_set), "mix": {"main": {"shards": str(clip_set)}}}
     with pytest.raises(UsageError, match="'main' is the set outside the mix"):

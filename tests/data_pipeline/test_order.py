@@ -114,8 +114,8 @@ def test_counts_are_the_largest_that_many_numbers_divide():
 @pytest.mark.parametrize(
     ("shards", "wanted", "world_size", "workers", "says"),
     [
-        (96, None, 2, 5, "data.workers=1 or 2 or 3 or 4, or virtual_streams=90"),
-        (96, None, 5, 1, "resources.processes=1 or 2 or 3 or 4, or virtual_streams=95"),
+        (96, None, 2, 5, "data.workers=1 or 2 or 3 or 4, or data.virtual_streams=90"),
+        (96, None, 5, 1, "resources.processes=1 or 2 or 3 or 4, or data.virtual_streams=95"),
         (1, None, 2, 1, "resources.processes=1, or shard again into more shards"),
         (2, None, 2, 2, "workers=1, or shard again"),
         (6, 8, 1, 1, "virtual_streams=8, but only 6 shards; use at most 6"),

@@ -113,6 +113,22 @@ def test_a_folder_is_sharded_into_out(stpredict, tmp_path, fake, monkeypatch):
     assert stpredict("shard", path)[1] == "own\n"
 
 
+def test_shards_go_to_a_folder_and_come_from_one(stpredict, tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "clip.avi").write_bytes(b"RIFF")
+    for arguments, says in (
+        (("videos", "s3://bucket/out"), "s3://bucket/out: shards are written to a folder; copy it"),
+        (("clip.avi", "out"), "clip.avi: is a file; give a folder of videos"),
+    ):
+        status, _, error = stpredict("shard", *arguments)
+        assert status == 2
+        assert says in error
+        assert error.count("\n") == 1
+    path = write(tmp_path / "s.yaml", {"kind": "shard", "run": "gs://b/x", "source": {"kind": "moving_digits"}})
+    assert "a run directory is a folder, not a URL" in stpredict("shard", path)[2]
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(("s3", "gs"))]
+
+
 def test_an_override_in_the_place_of_out_is_an_override(stpredict, tmp_path, fake, monkeypatch):
     monkeypatch.setattr(local, "run_job", fake("ok"))
     path = write(tmp_path / "s.yaml", {"kind": "shard", "run": "own", "source": {"kind": "moving_digits"}})
