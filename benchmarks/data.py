@@ -369,7 +369,7 @@ def latents(bench: Bench) -> None:
     show(("tokens/s",), in_turns(sides, bench.turns), "the demo prior learns")
     print("\n| set | clips | ids, MB | tars, MB | added |\n|---|---|---|---|---|")
     for manifest in (of_demo, of_nbp):
-        ids = manifest.samples * Latents().array_bytes(manifest)
+        ids = manifest.samples * Latents(manifest).array_bytes
         size = sum(shard.bytes for shard in manifest.shards)
         name = f"{grid_name(manifest.grid)} {manifest.dtype}, {len(manifest.shards)} shards"
         print(f"| {name} | {manifest.samples:,} | {ids / 1e6:.2f} | {size / 1e6:.2f} | {size / ids - 1:.1%} |")

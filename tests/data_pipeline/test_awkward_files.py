@@ -14,8 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.config import ClipConfig
+from data_pipeline.config import ClipConfig, ClipDataConfig, FolderSource
 from data_pipeline.decode import DecodeError, decode_clip, probe
+from data_pipeline.manifest import merge, read_record
+from data_pipeline.order import Share
+from data_pipeline.shards import plan_shards, write_shards
+from data_pipeline.sources.source import describe, walk
+from data_pipeline.stream import clip_evaluation_batches
 
 # name: frames, height, width, decoder
 RIGHT = {
@@ -149,3 +154,28 @@ def test_decord_is_not_asked_for_the_last_frame_of_packed_b_frames(test_data):
     for _ in range(15):
         clip = decode_clip(encoded, config, rng(), info)
         assert difference(clip[1:], last.to_ndarray(format="rgb24")[None]) < 0.5
+
+
+def test_the_whole_folder_goes_through_shards_and_data_workers(test_data, tmp_path):
+    """What is refused is left out of the shards by name; a worker gives the first frames of all the rest."""
+    source = FolderSource(path=test_data / "awkward", validation_fraction=0)
+    samples = walk(source)
+    plans = plan_shards(source, samples, describe(source, samples), shards=4, window_bytes=2**22, seed=0)
+    write_shards(tmp_path / "train", plans, workers=2)
+    merge(tmp_path / "train")
+    names = {sample.key: sample.name for sample in samples}
+    left_out = {names[key] for n in range(4) for key in read_record(tmp_path / "train", n).skipped}
+    assert left_out == REFUSED.keys()
+
+    clip = ClipConfig(frames=1, size=(32, 32), start="first", resize="stretch")
+    config = ClipDataConfig(shards=tmp_path, clip=clip, workers=2)
+    found = {}
+    for batch in clip_evaluation_batches(config, "train", seed=0, share=Share(0, 1, 4)):
+        for key, frame, weight in zip(batch["key"], batch["clip"], batch["weight"], strict=True):
+            if weight:
+                found[names[key]] = frame.numpy()
+    assert found.keys() == RIGHT.keys()
+    for name, frame in found.items():
+        encoded = (test_data / "awkward" / name).read_bytes()
+        np.testing.assert_array_equal(frame, decode_clip(encoded, clip, np.random.default_rng(0)), err_msg=name)
+        assert frame.any(), name
