@@ -91,7 +91,8 @@ class WindowReader:
                 with self._at(name):
                     return Reading(self._format.sample(raw, slot.epoch, part), unreadable)
             except DecodeError as error:
-                unreadable = unreadable or {name[:LONGEST_KEY]: str(error)[:300]}  # short: it goes through a pipe
+                shown = name.encode(errors="backslashreplace").decode()[:LONGEST_KEY]  # a log takes no surrogates
+                unreadable = unreadable or {shown: str(error)[:300]}  # short: it goes through a pipe
                 reason = error
         raise UserError(f"{self._files.name(slot.shard)}: no sample can be read; {name}: {reason}")
 

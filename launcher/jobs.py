@@ -52,7 +52,7 @@ def _print_result(config: JobConfig) -> None:
 
         print(as_text(read_evaluation(config.run / "metrics.json")))
     print(result_of(config))
-    if isinstance(config, PartedJobConfig) and config.parts > 1:
+    if isinstance(config, PartedJobConfig) and config.parts > 1 and not whole_is_done(config):
         line = f"part {config.part} of {config.parts} is written; after all of them: stpredict merge {config.run}"
         print(line, file=sys.stderr)
 

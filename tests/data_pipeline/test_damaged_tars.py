@@ -131,6 +131,7 @@ def test_a_bad_sample_is_skipped_by_name_and_moves_no_other(case, workers, tmp_p
     (told,) = [record.message for record in caplog.records if "cannot be read" in record.message]
     assert reason in told
     assert "\n" not in told
+    told.encode()  # without what no log file takes
 
 
 @pytest.mark.parametrize("workers", [0, 1])
