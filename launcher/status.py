@@ -75,7 +75,15 @@ def _progress(status: Status) -> str:
 def is_lost(status: Status) -> bool:
     """Unfinished by a process of this host that no longer is."""
     here = status.host == socket.gethostname() and status.pid is not None
-    return status.state in ("pending", "running") and here and not psutil.pid_exists(status.pid)
+    return status.state in ("pending", "running") and here and not _is_alive(status.pid)
+
+
+def _is_alive(pid: int) -> bool:
+    """False for a zombie too: dead, but its parent has not asked for it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _row(name: str, status: Status | None) -> Row:

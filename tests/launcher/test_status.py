@@ -1,3 +1,4 @@
+import os
 import socket
 import subprocess
 import sys
@@ -30,6 +31,15 @@ def test_a_running_job_whose_process_is_gone_is_lost(tmp_path):
     row = rows(run.path)[0]
     assert row.state == "running"
     assert 8 <= row.eta_s <= 11
+
+
+def test_a_process_that_ended_and_was_not_waited_for_is_gone_too(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended and stays a zombie
+    run = Run(tmp_path / "r")
+    write(run, state="running", pid=process.pid, started=ago(9), heartbeat=ago(1))
+    assert rows(run.path)[0].state == "lost"
+    process.wait()
 
 
 def test_a_job_of_another_host_is_never_called_lost(tmp_path):
