@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from https_server import serving
 from numbered_videos import frame_numbers, make_shards
 
 from data_pipeline.config import ClipConfig, ClipDataConfig
@@ -339,3 +340,17 @@ next(readings)
 @pytest.mark.parametrize("end", ["", "del readings"])
 def test_a_main_process_that_ends_does_not_wait_for_a_stuck_worker(end):
     assert subprocess.run([sys.executable, "-c", STUCK + end], timeout=40).returncode == 0
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_set_behind_https_gives_the_same_clips_through_workers(clip_set, reference, cached, tmp_path, monkeypatch):
+    files = {f"set/train/{path.name}": path.read_bytes() for path in (clip_set / "train").iterdir()}
+    with serving(tmp_path, monkeypatch, files) as server:
+        cache = {"folder": tmp_path / "cache", "bytes": 2**30} if cached else None
+        taken = train(f"{server.url}/set", 80, workers=2, cache=cache)
+        assert taken == reference[:80]
+        tars = [name for name in server.gets if name.endswith(".tar")]
+    if cached:
+        assert len(tars) == len(set(tars)) == 8  # each shard once, by whichever worker came first
+    else:
+        assert len(tars) > 8  # a request for each window

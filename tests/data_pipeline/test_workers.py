@@ -201,6 +201,7 @@ def test_every_sample_is_still_given_once_an_epoch(clip_set, bad_videos):
     assert Counter(before) - Counter(after) == Counter([before[20]])
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("workers", "held"), [(1, 1), (1, 7), (2, 3), (3, 8), (4, 1)])
 def test_an_array_stays_as_it_is_while_as_many_items_are_held_as_was_said(workers, held):
     def read(worker, workers, received, at):
