@@ -41,7 +41,7 @@ import webdataset
 
 from data_pipeline.clips import Plan, clip_indices, fit_frame
 from data_pipeline.config import ClipConfig, ClipDataConfig, FolderSource, LatentDataConfig, MovingDigitsSource, Source
-from data_pipeline.decode import VideoInfo, decode_clip
+from data_pipeline.decode import EXTENSIONS, VideoInfo, decode_clip
 from data_pipeline.formats import Latents
 from data_pipeline.latents import LatentWriter, latent_shards
 from data_pipeline.manifest import Manifest, merge, write_manifest
@@ -50,7 +50,6 @@ from data_pipeline.seeding import generator
 from data_pipeline.shard_cache import ShardFiles
 from data_pipeline.shard_set import read_set
 from data_pipeline.shards import write_shards
-from data_pipeline.sources.folder import EXTENSIONS
 from data_pipeline.stream import TrainingBatches, clip_batches, latent_batches
 from data_pipeline.tar_shard import TarShard
 from stpredict.config import load

@@ -6,6 +6,7 @@ between the measured ones, of the extremes most of all, would be inventions.
 
 import io
 import math
+from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -35,15 +36,7 @@ def read_npy(encoded: bytes) -> np.ndarray:
     DecodeError if it is no .npy, asks to unpickle, or has not the bytes that its header claims.
     """
     file = io.BytesIO(encoded)
-    try:
-        version = npy.read_magic(file)
-        if version not in _HEADERS:
-            raise DecodeError(f"npy: version {version} is not read")
-        shape, fortran_order, dtype = _HEADERS[version](file)
-    except DecodeError:
-        raise
-    except Exception as error:  # numpy raises what it likes on a damaged header: tokenize's errors, SyntaxError, …
-        raise DecodeError(f"npy: {one_line(error)}") from None
+    shape, fortran_order, dtype = read_npy_header(file)
     if dtype.hasobject:
         raise DecodeError("npy: holds pickled objects, which could run code; store numbers")
     claimed, held = math.prod(shape) * dtype.itemsize, len(encoded) - file.tell()
@@ -51,6 +44,19 @@ def read_npy(encoded: bytes) -> np.ndarray:
         raise DecodeError(f"npy: {held} bytes, {claimed} claimed by shape {shape}")
     values = np.frombuffer(encoded, dtype, offset=file.tell())
     return values.reshape(shape, order="F" if fortran_order else "C")
+
+
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and type; ``file`` then stands at the data. DecodeError if it is no .npy."""
+    try:
+        version = npy.read_magic(file)
+        if version not in _HEADERS:
+            raise DecodeError(f"npy: version {version} is not read")
+        return _HEADERS[version](file)
+    except DecodeError:
+        raise
+    except Exception as error:  # numpy raises what it likes on a damaged header: tokenize's errors, SyntaxError, …
+        raise DecodeError(f"npy: {one_line(error)}") from None
 
 
 def cut_array(array: np.ndarray, config: ClipConfig, rng: np.random.Generator, part: Part = (0, 1)) -> np.ndarray:

@@ -4,7 +4,6 @@ Of arrays the first three channels are shown as colours, or the first one where 
 each channel from its least value in the row (black) to its greatest (white).
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from data_pipeline import key_json
 from data_pipeline.arrays import load_array
 from data_pipeline.config import ClipConfig
-from data_pipeline.decode import EXTENSIONS, VideoInfo, decode_clip, probe
+from data_pipeline.decode import EXTENSIONS, decode_clip, probe
 from data_pipeline.errors import DecodeError, UsageError, UserError
 from data_pipeline.manifest import Manifest, read_manifest
 
@@ -55,18 +55,14 @@ def _row(sample: dict[str, Any], columns: int) -> Image.Image:
     extension = next((extension for extension in ("npy", *EXTENSIONS) if extension in sample), None)
     if extension is None or "json" not in sample:
         raise DecodeError("a member is missing")
-    try:
-        about = dict(json.loads(sample["json"]))
-    except (ValueError, TypeError) as error:
-        raise DecodeError(f"its .json is damaged: {error}") from None
+    about = key_json.parse(sample["json"])
     data = sample[extension]
     tiles = _array_tiles(data, columns) if extension == "npy" else _video_tiles(data, about, columns)
     return _strip(tiles, columns, f"{sample['__key__']}  {about.get('label') or ''}")
 
 
 def _video_tiles(encoded: bytes, about: dict[str, Any], columns: int) -> list[Image.Image]:
-    facts = {name: about.get(name) for name in VideoInfo.__dataclass_fields__}
-    info = probe(encoded) if None in facts.values() else VideoInfo(**facts)
+    info = key_json.video_info(about) or probe(encoded)
     shown, stride = _shown(info.frames, columns)
     clip = ClipConfig(frames=shown, size=(TILE, TILE), stride=stride, start="first")
     return [Image.fromarray(frame) for frame in decode_clip(encoded, clip, np.random.default_rng(0), info)]

@@ -9,17 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 
+from data_pipeline import key_json
 from data_pipeline.arrays import cut_array, load_array, read_npy
 from data_pipeline.config import ClipConfig
-from data_pipeline.decode import EXTENSIONS, VideoInfo, decode_clip
+from data_pipeline.decode import EXTENSIONS, decode_clip
 from data_pipeline.errors import DecodeError
 from data_pipeline.manifest import Manifest
 from data_pipeline.seeding import generator
 from data_pipeline.windows import Raw
-
-_INFO, _INFO_KEYS = TypeAdapter(VideoInfo), VideoInfo.__dataclass_fields__.keys()
 
 
 class Clips:
@@ -42,12 +40,8 @@ class Clips:
         members, key = raw["members"], raw["key"]
         if "json" not in members:
             raise DecodeError("its .json is missing")
-        try:
-            about = json.loads(members["json"])
-            label = operator.index(about["class"])
-            info = _INFO.validate_python(about) if about.keys() >= _INFO_KEYS else None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DecodeError(f"its .json is not as we write it: {str(error).splitlines()[0]}") from None
+        about = key_json.parse(members["json"])
+        label = key_json.class_of(about)
         rng = generator("clip", self._seed, epoch, key, *((part,) if part else ()))
         where = (part, self.per_count)
         if "npy" in members:
@@ -56,7 +50,7 @@ class Clips:
             encoded = next((members[extension] for extension in EXTENSIONS if extension in members), None)
             if encoded is None:
                 raise DecodeError(f"no .npy/.{'/.'.join(EXTENSIONS)} of this key")
-            clip = decode_clip(encoded, self._config, rng, info, where)
+            clip = decode_clip(encoded, self._config, rng, key_json.video_info(about), where)
         _expect(clip, self._dtype, self._shape)
         name = f"{key}-{part}" if self.per_count > 1 else key
         return {"clip": clip, "label": label, "key": name}

@@ -190,7 +190,7 @@ def _file_system(location: Location | Path) -> Any:
     try:
         import fsspec
 
-        # gcsfs would ask for each bucket's kind by gRPC, whose threads a fork does not survive.
+        # gcsfs would first ask for each bucket's kind by gRPC, which other endpoints than Google's do not answer.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         files = fsspec.filesystem(kind, **(_https_options() if kind == "https" else {}))
     except ImportError as error:

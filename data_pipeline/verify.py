@@ -7,15 +7,15 @@ own, because a decoder may crash or hang, while a thread compares the hashes of 
 
 import gzip
 import itertools
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from data_pipeline import key_json
 from data_pipeline.arrays import load_array, read_npy
 from data_pipeline.decode import EXTENSIONS, probe
 from data_pipeline.decoders import one_line
@@ -230,15 +230,8 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     return data
 
 
-def _about(text: bytes) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise DecodeError(f"its .json is damaged: {error}") from None
-
-
 def _clip(members: dict[str, bytes], description: Description) -> list[str]:
-    about = _about(members.pop("json"))
+    about = key_json.parse(members.pop("json"))
     ((extension, data),) = members.items()
     if extension == "npy":
         array = load_array(data)
@@ -258,7 +251,7 @@ def _clip(members: dict[str, bytes], description: Description) -> list[str]:
 
 
 def _latents(members: dict[str, bytes], description: Description, clips: int) -> _Outcome:
-    about = _about(gzip.decompress(members["json.gz"]))
+    about = key_json.parse(gzip.decompress(members["json.gz"]))
     latents = read_npy(members["npy"])
     keys, labels, size = [str(key) for key in about["keys"]], about["labels"], description.codebook_size
     problems = []

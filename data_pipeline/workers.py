@@ -32,7 +32,7 @@ from data_pipeline.slots import Slots, Stored
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often the board is read while the main process waits
-MOST_TOGETHER = 8  # items to a message, which is one write to a pipe; alone, each costs the main process 0.15 ms more
+MOST_TOGETHER = 8  # items to a message, which must be one write to a pipe; fewer messages take less processor time
 MOST_RESTARTS = 5  # in a row, without an item in between
 
 #: A sample, and anything small to be said about it.

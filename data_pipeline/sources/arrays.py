@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange
 
+from data_pipeline.arrays import read_npy_header
 from data_pipeline.config import ArraysSource
 from data_pipeline.decoders import one_line
 from data_pipeline.errors import DecodeError, UsageError
@@ -155,18 +156,13 @@ def _header(path: Path, member: str | None) -> tuple[tuple[int, ...], np.dtype]:
     try:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive, archive.open(_member(path, archive, member)) as file:
-                return _read_header(file)
-        with path.open("rb") as file:
-            return _read_header(file)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+                shape, _, dtype = read_npy_header(file)
+        else:
+            with path.open("rb") as file:
+                shape, _, dtype = read_npy_header(file)
+        return shape, dtype
+    except (DecodeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path}: no array that can be read ({error}); make it anew with numpy.save") from None
-
-
-def _read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return shape, dtype
 
 
 def _member(path: Path, archive: zipfile.ZipFile, member: str | None) -> str:

@@ -263,6 +263,7 @@ def test_the_config_of_moving_mnists_test_file_reads_its_published_shape(tmp_pat
         ({"sequence": 9}, r"no sample in steps 0 to 4; source\.sequence asks for 9 steps"),
         ({"path": "none.npy"}, r"no \.npy or \.npz there"),
         ({"path": "text.npy"}, "no array that can be read"),
+        ({"path": "header.npy"}, "no array that can be read"),
         ({"path": "text.npz"}, "no array that can be read"),
         ({"path": "*.npy"}, "no array that can be read"),
     ],
@@ -271,6 +272,8 @@ def test_errors_say_what_where_and_what_to_do(tmp_path, changes, message):
     np.save(tmp_path / "a.npy", numbers("t h w c"))
     for name in ("text.npy", "text.npz"):
         (tmp_path / name).write_text("hello")
+    damaged = (tmp_path / "a.npy").read_bytes().replace(b"'shape': (", b"'shape': )")  # for numpy a SyntaxError
+    (tmp_path / "header.npy").write_bytes(damaged)
     config = ArraysSource(**{"path": tmp_path / "a.npy"} | changes | {"path": tmp_path / changes.get("path", "a.npy")})
     with pytest.raises(UsageError, match=message) as caught:
         walk(config)

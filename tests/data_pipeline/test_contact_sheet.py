@@ -48,6 +48,7 @@ def test_of_a_damaged_set_what_can_be_read_is_shown_and_the_rest_is_named(videos
     shards = [
         [("whole", {"mp4": video}, about), ("bare", {"mp4": video}), ("empty", {}, about)],
         [("list", {"mp4": video, "json": b"[1]"}), ("factless", {"mp4": video}, {"class": 0})],
+        [("typed", {"mp4": video}, {**about, "frames": "many"})],
         [("cut", {"mp4": video}, about)],
         [("gone", {"mp4": video}, about)],
     ]
@@ -57,7 +58,7 @@ def test_of_a_damaged_set_what_can_be_read_is_shown_and_the_rest_is_named(videos
             tar.add(*sample)
         tar.finish(Description(kind="clips", classes=["a"]), len(shards), "plan")
     merge(tmp_path)
-    cut, gone = tmp_path / "shard-000002.tar", tmp_path / "shard-000003.tar"
+    cut, gone = tmp_path / "shard-000003.tar", tmp_path / "shard-000004.tar"
     cut.write_bytes(cut.read_bytes()[:700])
     gone.unlink()
     assert contact_sheet(tmp_path, columns=1).size[1] == 2 * (TILE + CAPTION)  # whole and factless
@@ -66,8 +67,9 @@ def test_of_a_damaged_set_what_can_be_read_is_shown_and_the_rest_is_named(videos
         f"{cut} cannot be read to its end",
         f"{gone} cannot be read to its end",
         *(f"{tmp_path}: {key} is not shown: a member is missing" for key in ("bare", "cut", "empty")),
-        f"{tmp_path}: list is not shown: its .json is damaged: cannot convert dictionary update sequence element #0 "
-        "to a sequence",
+        f"{tmp_path}: list is not shown: its .json is damaged: a list, not a mapping",
+        f"{tmp_path}: typed is not shown: its .json is not as we write it: frames: Input should be a valid integer, "
+        "unable to parse string as an integer",
     ]
 
 

@@ -109,15 +109,16 @@ BAD_SAMPLES = {
     "float": ([("key2.npy", npy(frames(2).astype(np.float32))), good(2)[1]], "float32 (3, 8, 8, 3) where the set has"),
     "cut array": ([("key2.npy", good(2)[0][1][:-100]), good(2)[1]], "bytes, 576 claimed by shape"),
     "too short": ([("key2.npy", npy(frames(2)[:2])), good(2)[1]], "2 frames found, 3 needed"),
-    "json is a list": (about(2, "[1]"), "its .json is not as we write it"),
-    "json is null": (about(2, "null"), "its .json is not as we write it"),
-    "json is cut": (about(2, '{"class": 2'), "its .json is not as we write it"),
+    "json is a list": (about(2, "[1]"), "its .json is damaged"),
+    "json is null": (about(2, "null"), "its .json is damaged"),
+    "json is cut": (about(2, '{"class": 2'), "its .json is damaged"),
     "class is text": (about(2, '{"class": "two"}'), "its .json is not as we write it"),
     "class is missing": (about(2, "{}"), "its .json is not as we write it"),
     "size is null": (
-        about(2, json.dumps({"class": 2, "frames": 3, "fps": 1, "height": None, "width": 8, "decoder": "pyav",
-                             "decoder_version": "1"})),
-        "its .json is not as we write it",
+        [("key2.mp4", b"video"), ("key2.json", json.dumps({"class": 2, "frames": 3, "fps": 1, "height": None,
+                                                           "width": 8, "decoder": "pyav",
+                                                           "decoder_version": "1"}).encode())],
+        "its .json is not as we write it: height",
     ),
 }  # fmt: skip
 
