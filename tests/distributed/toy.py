@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.config import Config
+from launcher.rank import leave
 from stpredict.run import Run
 from stpredict.training.config import TrainingConfig
 from stpredict.training.engine import Trainer
@@ -194,3 +195,4 @@ def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 240)
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)  # as every rank ends: Python's own way out aborts once in a while
