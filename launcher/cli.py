@@ -66,13 +66,26 @@ def shard(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="continue under another config than the run began with")
+    ] = False,
+) -> None:
     """Train a tokenizer or a prior: the config says which. Stopped, it continues from its last checkpoint.
+
+    It may go on with other processes, another ZeRO stage and other intervals; what changes the result, more steps for
+    instance, needs --force.
 
     \b
     stpredict train configs/tokenizers/demo.yaml run=runs/tokenizer
     stpredict train runs/tokenizer/config.yaml     the same again
     """
+    if force:
+        from stpredict.jobs.config import FORCE
+
+        os.environ[FORCE] = "1"
     _run(config, overrides, "train")
 
 

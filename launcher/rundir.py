@@ -14,10 +14,11 @@ import yaml
 
 from data_pipeline.disk import is_temporary
 from data_pipeline.errors import UsageError, UserError
-from stpredict.config import as_yaml, flat
-from stpredict.jobs.config import JobConfig
+from stpredict.config import as_yaml, differences, flat
+from stpredict.jobs.config import FORCE, JobConfig, PriorJobConfig, TokenizerJobConfig
 from stpredict.run import Run, now
 
+TRAINING_JOBS = (TokenizerJobConfig, PriorJobConfig)  # what they have made is continued, whatever is asked from now on
 ORPHANS_END_S = 15.0  # data workers notice within seconds that their rank is gone
 # What a start leaves behind before the job itself has made anything.
 OF_THE_START = {"config.yaml", "status.json", "environment.json", "logs", ".lock"}
@@ -37,9 +38,8 @@ def changed_keys(run: Run, config: JobConfig, but: Collection[str] = ()) -> list
     except FileNotFoundError:
         return []
     new = flat(config.model_dump(mode="json"))
-    keys = [key for key in config.decisive({**old, **new}) if key not in but]
-    pairs = [(key, old.get(key, "(absent)"), new.get(key, "(absent)")) for key in keys]
-    return [f"{key}: {a} → {b}" for key, a, b in pairs if a != b]
+    old, new = ({key: v for key, v in config.decisive(values).items() if key not in but} for values in (old, new))
+    return differences(old, new)
 
 
 def refuse_foreign(folder: Path, marker: str = "config.yaml", known: Collection[str] = ()) -> None:
@@ -72,9 +72,12 @@ def is_done(run: Run, config: JobConfig) -> bool:
     if is_empty(run):
         return False
     if changes := changed_keys(run, config):
+        if os.environ.get(FORCE):
+            return False
+        forced = ", or --force to continue with the new one" if isinstance(config, TRAINING_JOBS) else ""
         raise UsageError(
             f"{run.path} was made with another config ({', '.join(changes)}); give another `run`, "
-            "or remove that directory"
+            f"or remove that directory{forced}"
         )
     status = run.status()
     return status is not None and status.state == "done"

@@ -174,3 +174,10 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: node}
     items = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items()]
     return {key: value for item in items for key, value in item.items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """``key: old → new`` for each dotted key in which two configs differ."""
+    keys = sorted(old.keys() | new.keys())
+    pairs = [(key, old.get(key, "(absent)"), new.get(key, "(absent)")) for key in keys]
+    return [f"{key}: {a} → {b}" for key, a, b in pairs if a != b]

@@ -23,7 +23,8 @@ from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Run, write_atomically
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig
-from stpredict.training.checkpoint import gathered_weights, read_state
+from stpredict.training.checkpoint import read_state
+from stpredict.training.restoring import checkpoint_weights
 
 FILES = {"config.yaml", "model.safetensors"}
 
@@ -54,7 +55,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= FILES):
         raise UsageError(f"{out}: holds other things than an export; give a folder that is empty or does not exist")
     config = validate(AnyExport, read_state(checkpoint).export, checkpoint / "state.json")
-    weights = gathered_weights(checkpoint)
+    weights = dict(checkpoint_weights(checkpoint))
     temporary, old = temporary_path(out), temporary_path(out)
     try:
         temporary.mkdir(parents=True)

@@ -13,8 +13,20 @@ from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, Tok
 from stpredict.training.config import TrainingConfig
 
 PARTS = "parts"  # folder of a run
+FORCE = "STPREDICT_FORCE"  # environment variable: training continues under another config than it began with
 # Of reading shards: how fast, and how much of it may fail. The order of the samples depends on none of them.
 LOADING = ("data.workers", "data.timeout_s", "data.max_bad_fraction", "data.buffer_bytes", "data.cache")
+# Of training: how its steps are computed and what is written beside them. The weights depend on none of them, but for
+# rounding, and but for dropout where ``resources.processes`` changes.
+COMPUTING = (
+    "resources.processes",
+    "training.zero_stage",
+    "training.micro_batch_size",
+    "training.log_every",
+    "training.validate_every",
+    "training.picture_every",
+    "training.checkpoint",
+)
 
 
 class Resources(Config):
@@ -102,7 +114,7 @@ class TokenizerJobConfig(JobConfig):
     loss: ReconstructionLossConfig = ReconstructionLossConfig()
     training: TrainingConfig
 
-    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING, *COMPUTING)
 
 
 class EncodeConfig(PartedJobConfig):
@@ -129,7 +141,7 @@ class PriorJobConfig(JobConfig):
     model: NextBlockConfig = NextBlockConfig()
     training: TrainingConfig
 
-    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING, *COMPUTING)
 
 
 class GenerateConfig(JobConfig):

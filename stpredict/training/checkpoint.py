@@ -1,172 +1,236 @@
-"""Checkpoints: DeepSpeed's own files plus what it leaves out, and a marker that says that all of it is there.
+"""What a checkpoint is: its files, how it is known to be whole, and which ones are kept. Torch-free.
 
 checkpoints/step_00001000/
-    (DeepSpeed's files)   weights, optimizer, one part per rank
-    rng_rank_N.pt         random states of rank N
-    state.json            step, samples consumed, world size, ZeRO stage
-    COMPLETE              sizes of all files; written last, after every rank's files are on disk
-checkpoints/latest        name of the newest complete one, replaced atomically after its marker
+    rank_00000.safetensors   the pieces of the state that rank 0 wrote, 1-D: ``MODULE/KIND/NAME@START``
+    random_00000.pt          random states of rank 0
+    index.json               key → shape, type and pieces (rank, start, stop) of every tensor
+    state.json               step, samples consumed, world size, ZeRO stage, config, metrics
+    COMPLETE                 bytes and sha256 of all these; written last, after every rank's files are on disk
+checkpoints/latest           name of the newest complete one, replaced atomically after its marker
+
+Pieces say where they belong in the flattened tensor, so a checkpoint can be read by any number of ranks at any ZeRO
+stage, and by one process without DeepSpeed.
 """
 
+import hashlib
 import json
-import logging
 import os
-import random
-import shutil
+from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from data_pipeline.errors import UsageError, UserError
+from data_pipeline.errors import UserError
 from stpredict.run import write_atomically
-from stpredict.training.ranks import Ranks
+from stpredict.training.config import CheckpointConfig
 
-log = logging.getLogger(__name__)
+FORMAT = 2
 MARKER = "COMPLETE"
+INDEX, STATE = "index.json", "state.json"
 
 
 class CheckpointState(BaseModel):
     """state.json. ``samples_consumed`` of each shard set counts over all ranks; it is the position in the data.
     ``quarantined`` samples have stopped a data worker (key → why).
 
-    ``export`` is the config of an export of this checkpoint, so that exporting needs nothing but the checkpoint.
+    ``optimizer_steps`` has the updates that each module's optimizer made and, by MODULE/NAME, of parameters that took
+    part in fewer. ``config`` holds the settings, by dotted keys, that decide the weights. ``metrics`` are those of the
+    validation at this step, if there was one. ``export`` is the config of an export of this checkpoint, so that
+    exporting needs nothing but the checkpoint.
     """
 
+    format: int = FORMAT
     step: int
     samples_consumed: dict[str, int]
     quarantined: dict[str, str]
     world_size: int
     zero_stage: int
     precision: str
-    config_hash: str
+    optimizer_steps: dict[str, int]
+    config: dict[str, Any]
+    metrics: dict[str, float] = {}
     export: dict[str, Any]
 
 
+class TensorEntry(BaseModel):
+    """Of a whole tensor: its shape, its type as safetensors names it, and (rank, start, stop) of each piece."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: list[tuple[int, int, int]]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+class Written(BaseModel):
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+Index = dict[str, TensorEntry]
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def random_file(rank: int) -> str:
+    return f"random_{rank:05d}.pt"
+
+
+def piece_name(key: str, start: int) -> str:
+    """The name of a piece in its rank's file."""
+    return f"{key}@{start}"
+
+
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Those with a marker, oldest first."""
     return sorted(marker.parent for marker in checkpoints.glob(f"step_*/{MARKER}"))
 
 
-def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint; logs which newer ones are skipped, and why."""
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
-        problem = _problem(folder)
-        if problem is None:
-            return folder
-        log.warning("%s %s: skipped", folder, problem)
-    return None
-
-
-def _problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used: DeepSpeed would start with empty moments where one of its files is missing."""
+def read_marker(folder: Path) -> dict[str, Written] | str:
+    """The files of a checkpoint as they were written, or why it cannot be used."""
     try:
-        sizes = json.loads((folder / MARKER).read_text())
+        files = json.loads((folder / MARKER).read_text())
+        return {name: Written.model_validate(file) for name, file in files.items()}
     except FileNotFoundError:
         return f"has no {MARKER} marker (its save was interrupted)"
-    wrong = [name for name, size in sizes.items() if not _has_size(folder / name, size)]
-    return f"is damaged ({', '.join(wrong)} missing or of another size)" if wrong else None
+    except (ValueError, AttributeError, ValidationError):
+        return f"has a marker, {MARKER}, that is damaged or of another version"
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def damage(folder: Path, files: Iterable[tuple[str, Written]]) -> list[str]:
+    """What is wrong with ``files`` of a checkpoint, after reading all their bytes."""
+    problems = []
+    for name, written in files:
+        try:
+            with (folder / name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != written.bytes:
+                    problems.append(f"{name} has {size:,} bytes of {written.bytes:,}")
+                elif hashlib.file_digest(file, "sha256").hexdigest() != written.sha256:
+                    problems.append(f"{name} differs from what was written")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+    return problems
 
 
-def read_state(checkpoint: Path) -> CheckpointState:
-    return CheckpointState.model_validate_json((checkpoint / "state.json").read_text())
+def why_unusable(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, after reading all of it; None where it is sound."""
+    files = read_marker(folder)
+    if isinstance(files, str):
+        return files
+    problems = damage(folder, files.items())
+    return f"is damaged ({'; '.join(problems)})" if problems else None
 
 
-def save_checkpoint(engine, checkpoints: Path, state: CheckpointState, ranks: Ranks, keep: int) -> Path:
-    """Saves on all ranks; returns the folder. Older checkpoints beyond ``keep`` are removed afterwards.
-
-    UserError where the disk has no room; nothing that was complete before is touched then.
-    """
-    folder = checkpoints / f"step_{state.step:08d}"
-    room = torch.zeros(2, dtype=torch.int64)  # needed, free: what rank 0 sees, so that all ranks decide alike
-    if ranks.is_main:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)  # left by an interrupted save
-        room = torch.tensor([_bytes_needed(engine, checkpoints), shutil.disk_usage(checkpoints).free])
-    needed, free = ranks.sum(room).tolist()
-    if needed > free:
-        raise UserError(
-            f"{folder}: a checkpoint needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
-            "make room and run again: it continues from the last checkpoint"
-        )
-    engine.save_checkpoint(str(checkpoints), tag=folder.name, save_latest=False)
-    torch.save(_random_states(), folder / f"rng_rank_{ranks.rank}.pt")
-    _flush(folder)
-    ranks.barrier()
-    if ranks.is_main:
-        write_atomically(folder / "state.json", state.model_dump_json(indent=1) + "\n")
-        _flush(folder)
-        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-        write_atomically(folder / MARKER, json.dumps(sizes, indent=1) + "\n")
-        write_atomically(checkpoints / "latest", folder.name + "\n")
-        for old in complete_checkpoints(checkpoints)[:-keep]:
-            (old / MARKER).unlink()
-        for unfinished in checkpoints.glob("step_*"):  # these, and what a kill left behind
-            if not (unfinished / MARKER).exists():
-                shutil.rmtree(unfinished)
-    ranks.barrier()
-    return folder
+def read_state(folder: Path) -> CheckpointState:
+    """UserError where state.json is absent, damaged or of another version."""
+    return _read(CheckpointState, folder / STATE)
 
 
-def load_checkpoint(engine, checkpoint: Path, expected: CheckpointState, ranks: Ranks) -> CheckpointState:
-    """Restores weights, optimizer and random states. ``expected`` is the state this run would save.
-
-    UsageError where world size, ZeRO stage or precision differ from the checkpoint's.
-    """
-    state = read_state(checkpoint)
-    keys = {"world_size": "resources.processes", "zero_stage": "training.zero_stage", "precision": "training.precision"}
-    for name, key in keys.items():
-        then, here = getattr(state, name), getattr(expected, name)
-        if then != here:
-            raise UsageError(f"{checkpoint}: saved with {name} {then}, this run has {here}; resume with {key}={then}")
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise UserError(f"{checkpoint}: DeepSpeed found nothing to load in it; remove it to use the one before")
-    _restore_random_states(torch.load(checkpoint / f"rng_rank_{ranks.rank}.pt", weights_only=True))
-    return state
+def read_index(folder: Path) -> Index:
+    """UserError where index.json is absent or damaged."""
+    try:
+        entries = json.loads((folder / INDEX).read_text())
+        return {key: TensorEntry.model_validate(entry) for key, entry in entries.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX}: cannot be read ({_first_line(error)}); use another checkpoint") from error
 
 
-def _bytes_needed(engine, checkpoints: Path) -> int:
-    """Bytes of the newest checkpoint, or an upper bound for the first: weights, fp32 master and two moments."""
-    complete = complete_checkpoints(checkpoints)
-    if complete:
-        return sum(f.stat().st_size for f in complete[-1].rglob("*") if f.is_file())
-    return 16 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+def _read(kind: type[BaseModel], path: Path):
+    try:
+        return kind.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({_first_line(error)}); use another checkpoint") from error
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]
 
 
-def _random_states() -> dict:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "python": random.getstate(),
+def build_index(held: Iterable[Iterable[tuple[str, tuple[int, ...], str, int, int]]]) -> Index:
+    """The index of what each rank owns: (key, shape, dtype, start, stop) by rank. ValueError where the pieces of a
+    tensor do not cover it exactly once."""
+    index: Index = {}
+    for rank, entries in enumerate(held):
+        for key, shape, dtype, start, stop in entries:
+            entry = index.setdefault(key, TensorEntry(shape=shape, dtype=dtype, pieces=[]))
+            entry.pieces.append((rank, start, stop))
+    for key, entry in index.items():
+        entry.pieces.sort(key=lambda piece: piece[1])
+        ends = [0, *(stop for _, _, stop in entry.pieces)]
+        starts = [*(start for _, start, _ in entry.pieces), entry.elements]
+        if ends != starts:
+            raise ValueError(f"{key}: {entry.elements} elements, but the ranks hold {entry.pieces}")
+    return index
+
+
+def write_complete(folder: Path, state: CheckpointState, index: Index, files: dict[str, Written]) -> None:
+    """Finishes a checkpoint whose ranks have flushed ``files``: state and index, then the marker, then ``latest``."""
+    texts = {
+        STATE: state.model_dump_json(indent=1) + "\n",
+        INDEX: json.dumps({key: entry.model_dump(mode="json") for key, entry in index.items()}) + "\n",
     }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        files = {**files, name: Written(bytes=len(text.encode()), sha256=hashlib.sha256(text.encode()).hexdigest())}
+        flush(folder / name)
+    marker = {name: file.model_dump() for name, file in sorted(files.items())}
+    write_atomically(folder / MARKER, json.dumps(marker, indent=1) + "\n")
+    flush(folder / MARKER)
+    flush(folder)
+    write_atomically(folder.parent / "latest", folder.name + "\n")
+    flush(folder.parent)
 
 
-def _restore_random_states(states: dict) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])
-    random.setstate(states["python"])
+def flush(path: Path) -> None:
+    """Has a file's bytes, or a folder's names, on disk before returning."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def gathered_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Full fp32 weights and persistent buffers by name, from the files of any ZeRO stage, in one process."""
-    if read_state(checkpoint).zero_stage == 0:
-        saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return {name: tensor.float() for name, tensor in saved["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def surplus(checkpoints: Path, newest: int, config: CheckpointConfig) -> list[Path]:
+    """Complete checkpoints that need not be kept once that of step ``newest`` is there: neither among the last
+    ``keep``, nor every ``keep_every``-th step, nor the best by ``best``.
 
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name))
+    Those of later steps belong to a history that was given up (they were damaged); they do not count and stay until
+    their step comes again.
+    """
+    known = [folder for folder in complete_checkpoints(checkpoints) if step_of(folder) <= newest]
+    kept = set(known[-config.keep :])
+    if config.keep_every:
+        kept.update(folder for folder in known if step_of(folder) % config.keep_every == 0)
+    if config.best:
+        sign = 1 if config.best.mode == "max" else -1
+        values = {folder: read_state(folder).metrics.get(config.best.metric) for folder in known}
+        rated = sorted((sign * value, folder) for folder, value in values.items() if value is not None)
+        kept.update(folder for _, folder in rated[-config.best.keep :])
+    return [folder for folder in known if folder not in kept]
+
+
+def bytes_of(folder: Path) -> int:
+    """Bytes of all files in ``folder``; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -30,9 +30,24 @@ class ScheduleConfig(Config):
         return self
 
 
+class BestConfig(Config):
+    """The checkpoints that were best in validation."""
+
+    metric: str = Field(description="a metric of the validation, such as psnr")
+    mode: Literal["max", "min"] = "max"
+    keep: int = Field(1, ge=1, description="best checkpoints kept")
+
+
 class CheckpointConfig(Config):
     every: int = Field(1000, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every: int | None = Field(None, ge=1, description="checkpoints of every so many steps are kept for ever")
+    best: BestConfig | None = None
+    max_bytes: int | None = Field(None, ge=1, description="disk that the run's checkpoints and export may take")
+    background: bool = Field(True, description="train on while a copy in host memory is written")
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop", description="when a checkpoint cannot be written; the last one always must"
+    )
 
 
 class TrainingConfig(Config):
@@ -47,6 +62,8 @@ class TrainingConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 2
     clip_norm: float | None = Field(1.0, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
+    discriminator_optimizer: OptimizerConfig = Field(OptimizerConfig(), description="of models that train one")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="keep an average of the weights; exports hold it")
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and TensorBoard")
@@ -57,4 +74,13 @@ class TrainingConfig(Config):
     def _master_weights(self):
         if self.zero_stage == 0 and self.precision == "bf16":
             raise ValueError("zero_stage 0 keeps no fp32 master weights: use zero_stage 1 with bf16, or precision fp32")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_validated(self):
+        if self.checkpoint.best and self.checkpoint.every % self.validate_every:
+            raise ValueError(
+                f"checkpoint.best needs a validation at every checkpoint: checkpoint.every {self.checkpoint.every} "
+                f"is no multiple of validate_every {self.validate_every}"
+            )
         return self

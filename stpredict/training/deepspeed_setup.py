@@ -38,6 +38,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.kind]
+    groups = parameter_groups(model, config)
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
 def build_engine(model: nn.Module, training: TrainingConfig, dtype: torch.dtype, ranks: int, accumulation: int):
     """The DeepSpeed engine around ``model``; its parameters are rank 0's."""
     if not torch.cuda.is_available():
@@ -47,13 +53,9 @@ def build_engine(model: nn.Module, training: TrainingConfig, dtype: torch.dtype,
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Its first start on a machine compiles a shared-memory op (about 20 s; `stpredict doctor` does it ahead).
     deepspeed.init_distributed(torch.distributed.get_backend())
-    optimizer = training.optimizer
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer.kind]
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=kind(
-            parameter_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
-        ),
+        optimizer=build_optimizer(model, training.optimizer),
         config=deepspeed_config(training, dtype, ranks, accumulation),
     )
     # DeepSpeed broadcasts parameters only: running statistics and codebooks kept as buffers would differ.

@@ -1,27 +1,28 @@
 """The training loop, the same for every model: data, steps, validation, logging, checkpoints, stopping."""
 
+import hashlib
 import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
 from data_pipeline.errors import UsageError, UserError
+from stpredict.config import differences
 from stpredict.run import Progress, Run, now
-from stpredict.training.checkpoint import (
-    CheckpointState,
-    load_checkpoint,
-    newest_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from stpredict.training.adversary import Adversary
+from stpredict.training.checkpoint import CheckpointState, read_state
 from stpredict.training.config import TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
 from stpredict.training.logger import MetricsLogger
+from stpredict.training.pieces import Ema, Held, Piece, owned
 from stpredict.training.precision import resolve_precision
 from stpredict.training.ranks import Ranks
+from stpredict.training.restoring import newest_sound_checkpoint, restore
+from stpredict.training.saving import Saver
 from stpredict.training.schedule import learning_rate_factor
 from stpredict.training.signals import Preempted, StopRequest
 from stpredict.training.task import Batch, Share, Task
@@ -34,9 +35,10 @@ def accumulation_steps(training: TrainingConfig, ranks: int) -> int:
     per_rank = training.batch_size // ranks
     if training.batch_size % ranks:
         near = sorted({max(1, per_rank) * ranks, (per_rank + 1) * ranks})
+        those = [size for size in range(1, training.batch_size + 1) if training.batch_size % size == 0]
         raise UsageError(
-            f"training.batch_size {training.batch_size} does not divide among {ranks} ranks; "
-            f"{' or '.join(map(str, near))} would"
+            f"training.batch_size {training.batch_size} does not divide among {ranks} ranks: "
+            f"{_or(those)} would do; or a batch_size of {_or(near)}"
         )
     micro = training.micro_batch_size or per_rank
     if per_rank % micro:
@@ -48,22 +50,47 @@ def accumulation_steps(training: TrainingConfig, ranks: int) -> int:
 
 
 class Trainer:
-    """Trains ``task`` to ``training.steps`` and leaves a complete checkpoint of the last step."""
+    """Trains ``task`` to ``training.steps`` and leaves a complete checkpoint of the last step.
 
-    def __init__(self, task: Task, training: TrainingConfig, run: Run, ranks: Ranks, config_hash: str, seed: int):
-        self.task, self.training, self.run, self.ranks = task, training, run, ranks
+    ``identity`` holds the settings, by dotted keys, that decide the weights: a checkpoint saved under others is refused
+    unless ``force``.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        training: TrainingConfig,
+        run: Run,
+        ranks: Ranks,
+        identity: dict[str, Any],
+        seed: int,
+        force: bool = False,
+    ):
+        self.task, self.training, self.run, self.ranks, self.force = task, training, run, ranks, force
         self.accumulation = accumulation_steps(training, ranks.size)
         self.dtype = resolve_precision(training.precision, ranks.device, training.zero_stage)
         self.share = Share(ranks.rank, ranks.size, training.batch_size // (ranks.size * self.accumulation))
         self.engine = build_engine(task.model, training, self.dtype, ranks.size, self.accumulation)
-        self.config_hash = config_hash
-        torch.manual_seed(seed * ranks.size + ranks.rank)  # from here on each rank drops out its own units
+        self.precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        self.identity = {**identity, "training.precision": self.precision}
+        self.adversary = None
+        if task.discriminator is not None:
+            self.adversary = Adversary(task, training.discriminator_optimizer, ranks)
+        self.held = [Held("model", task.model, self.engine.basic_optimizer, self.engine)]
+        self.held += [self.adversary.held()] if self.adversary else []
+        trained = {piece.key for piece in self.held[0].trained_weights()}
+        self.ema = None
+        if training.ema_decay is not None:
+            self.ema = Ema([piece for piece in self._owned() if piece.key in trained], training.ema_decay)
+        self.saver = Saver(run.checkpoints, self._owned, training.checkpoint, ranks)
+        self.seed = seed
         self.step = 0
         self.saved_step = -1
+        self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation's step and metrics
         self.consumed: dict[str, int] = {}  # samples behind the weights, of each set
         # Counted where the loss is and read when values are logged, so that no step waits for a GPU.
         self.non_finite = torch.zeros((), device=ranks.device)
-        self._resume()
+        self._begin()
 
     def train(self) -> None:
         """Runs the remaining steps. Raises Preempted after saving, where a signal asked to stop."""
@@ -78,9 +105,11 @@ class Trainer:
             while self.step < training.steps:
                 micro_batches = [self._to_device(batch) for batch in batches.draw(self.step, self.accumulation)]
                 clock.data_ready()
-                counts, stopping = self._agree(micro_batches, bool(stop))
+                counts, stopping, written = self._agree(micro_batches, bool(stop))
+                if written:
+                    self._finish_save()
                 if stopping:
-                    self._save()
+                    self._save(last=True)
                     self._leave_preempted()
                 sums = self._optimizer_step(micro_batches, counts)
                 self.consumed = dict(batches.consumed)
@@ -95,26 +124,32 @@ class Trainer:
                         log.info("step %d/%d  %s", self.step, training.steps, _as_text(values))
                 elif progress:
                     progress.update(self.step, "training")
-                if saving:
-                    self._save()
-                    clock.restart()
                 if self.step % training.validate_every == 0 or last:
                     self._validate(logger, progress)
                     clock.restart()
                 if self.step % training.picture_every == 0 or last:
                     self._picture(logger)
                     clock.restart()
+                if saving:
+                    if last and progress:
+                        progress.update(self.step, "saving")
+                    self._save(last)
+                    clock.restart()
         if logger:
             logger.close()
+        self.saver.close()
 
-    def _agree(self, micro_batches: list[Batch], stop: bool) -> tuple[dict[str, float], bool]:
-        """Every term's count over all micro-batches and ranks, and whether any rank was asked to stop."""
+    def _agree(self, micro_batches: list[Batch], stop: bool) -> tuple[dict[str, float], bool, bool]:
+        """Every term's count over all micro-batches and ranks, whether any rank was asked to stop, and whether all
+        have written what is being saved."""
         counts: dict[str, float] = {}
         for batch in micro_batches:
             for name, count in self.task.counts(batch).items():
                 counts[name] = counts.get(name, 0.0) + count
-        total = self.ranks.sum(torch.tensor([*counts.values(), float(stop)], dtype=torch.float64)).tolist()
-        return dict(zip(counts, total[:-1], strict=True)), total[-1] > 0
+        writing = self.saver.is_writing and not self.saver.is_written
+        flags = [float(stop), float(writing)]
+        *sums, stops, writers = self.ranks.sum(torch.tensor([*counts.values(), *flags], dtype=torch.float64)).tolist()
+        return dict(zip(counts, sums, strict=True)), stops > 0, self.saver.is_writing and writers == 0
 
     def _optimizer_step(self, micro_batches: list[Batch], counts: dict[str, float]) -> dict[str, torch.Tensor]:
         """Forward and backward of all micro-batches, one update. Returns this rank's sums of every term."""
@@ -123,14 +158,21 @@ class Trainer:
             group["lr"] = self.training.optimizer.lr * factor
         total: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
-            sums = self.task.training_step(self.engine, batch)
-            loss = sum(weight * sums[name] / counts[name] for name, weight in self.task.weights.items())
-            # DeepSpeed averages gradients over ranks; counts already span them, so the average is undone.
-            self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+            with self.adversary.judging() if self.adversary else nullcontext():
+                sums = self.task.training_step(self.engine, batch)
+                loss = sum(weight * sums[name] / counts[name] for name, weight in self.task.weights.items())
+                # DeepSpeed averages gradients over ranks; counts already span them, so the average is undone.
+                self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
             self.non_finite += ~loss.detach().isfinite()
             self.engine.step()
             for name, value in sums.items():
                 total[name] = total.get(name, 0) + value.detach()
+        if self.ema:
+            self.ema.update()
+        if self.adversary:
+            judged = self.adversary.optimizer_step(micro_batches, counts, factor)
+            self.non_finite += sum(~value.isfinite() for value in judged.values())
+            total |= judged
         self.step += 1
         return total
 
@@ -176,6 +218,13 @@ class Trainer:
                 for name, value in self.task.validation_step(self.engine, self._to_device(batch)).items():
                     totals[name] = totals.get(name, 0) + value.double().cpu()
         metrics = self.task.validation_metrics({name: self.ranks.sum(total) for name, total in totals.items()})
+        best = self.training.checkpoint.best
+        if best and best.metric not in metrics:
+            raise UsageError(
+                f"training.checkpoint.best.metric {best.metric!r} is no metric of this validation; "
+                f"there are {', '.join(metrics)}"
+            )
+        self.validated = (self.step, metrics)
         if logger:
             logger.scalars("val", self.step, metrics)
             log.info("step %d/%d  validation  %s", self.step, self.training.steps, _as_text(metrics))
@@ -197,45 +246,95 @@ class Trainer:
         finally:
             self.engine.train()
 
+    def _owned(self) -> list[Piece]:
+        """What this rank, and no other, saves."""
+        pieces = owned((piece for part in self.held for piece in part.pieces()), self.ranks.rank, self.ranks.size)
+        return pieces + (self.ema.pieces if self.ema else [])
+
     def _state(self) -> CheckpointState:
+        step, metrics = self.validated
         return CheckpointState(
             step=self.step,
             samples_consumed=self.consumed,
             quarantined=self.task.quarantined,
             world_size=self.ranks.size,
             zero_stage=self.training.zero_stage,
-            precision="bf16" if self.dtype == torch.bfloat16 else "fp32",
-            config_hash=self.config_hash,
+            precision=self.precision,
+            optimizer_steps=self._optimizer_steps(),
+            config=self.identity,
+            metrics=metrics if step == self.step else {},
             export=self.task.export_config().model_copy(update={"step": self.step}).model_dump(mode="json"),
         )
 
-    def _save(self) -> None:
+    def _optimizer_steps(self) -> dict[str, int]:
+        """Of each module, and of each parameter that took fewer steps than its module's others."""
+        found = {}
+        for part in self.held:
+            steps = {name: taken for some in self.ranks.gather(part.steps()) for name, taken in some.items()}
+            found[part.module] = most = max(steps.values())
+            found |= {f"{part.module}/{name}": taken for name, taken in steps.items() if taken != most}
+        return found
+
+    def _save(self, last: bool = False) -> None:
+        """Begins to save this step, in the background if so configured; if it is the ``last``, ends it too."""
+        self._finish_save(must=last and self.step == self.saved_step)
         if self.step == self.saved_step:
             return
         self._check_finite()
         for found in self.ranks.gather(self.task.quarantined):
             self.task.quarantined.update(found)
-        checkpoint = save_checkpoint(
-            self.engine, self.run.checkpoints, self._state(), self.ranks, self.training.checkpoint.keep
-        )
-        self.saved_step = self.step
-        log.info("saved %s", checkpoint)
+        with self._failing_as_configured(must=last):
+            self.saver.start(self._state())
+            self.saved_step = self.step
+            if last:
+                self.saver.finish()
 
-    def _resume(self) -> None:
-        newest = newest_checkpoint(self.run.checkpoints) if self.ranks.is_main else None
-        checkpoint = self.ranks.from_main(newest)
+    def _finish_save(self, must: bool = False) -> None:
+        with self._failing_as_configured(must):
+            self.saver.finish()
+
+    @contextmanager
+    def _failing_as_configured(self, must: bool) -> Iterator[None]:
+        """A checkpoint that cannot be written ends the training or, if so configured, is done without; where it
+        ``must`` be written there is no choice."""
+        try:
+            yield
+        except UserError as error:
+            self.saved_step = -1
+            if must or self.training.checkpoint.on_failure == "stop":
+                raise
+            log.error("step %d: training goes on without a checkpoint: %s", self.step, error)
+
+    def _begin(self) -> None:
+        """Continues from the newest sound checkpoint; starts anew where there is none."""
+        checkpoint = newest_sound_checkpoint(self.run.checkpoints, self.ranks)
         if checkpoint is None:
+            self._seed()
+            if self.ema:
+                self.ema.start()
             return
-        hash_then = read_state(checkpoint).config_hash
-        if hash_then != self.config_hash:
-            raise UsageError(
-                f"{checkpoint}: was saved under another config; use another `run`, or remove {self.run.checkpoints}"
-            )
-        state = load_checkpoint(self.engine, checkpoint, self._state(), self.ranks)
+        if changes := differences(read_state(checkpoint).config, self.identity):
+            if not self.force:
+                raise UsageError(
+                    f"{checkpoint}: was saved under another config ({', '.join(changes)}); use another `run`, "
+                    "or --force to continue with the new one"
+                )
+            log.warning("%s: was saved under another config: %s", checkpoint, ", ".join(changes))
+        averages = self.ema.pieces if self.ema else []
+        state = restore(checkpoint, self.held, averages, self.ranks)
         self.step = self.saved_step = state.step
+        self.saver.newest = checkpoint
         self.consumed = state.samples_consumed
         self.task.quarantined.update(state.quarantined)
         log.info("continuing from %s", checkpoint)
+        if state.world_size != self.ranks.size:
+            log.info("it was saved by %d ranks: random states begin anew", state.world_size)
+            self._seed()
+
+    def _seed(self) -> None:
+        """From here on each rank drops out its own units; not those of an earlier start."""
+        place = (self.seed, self.step, self.ranks.size, self.ranks.rank)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "little"))
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self.ranks.device
@@ -280,6 +379,12 @@ class StepClock:
         }
         self.restart()
         return values
+
+
+def _or(numbers: list[int]) -> str:
+    """1, 2, 4 or 8."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _as_text(values: dict[str, float]) -> str:

@@ -2,8 +2,6 @@
 
 import torch
 
-from data_pipeline.errors import UsageError
-
 
 def cpu_bf16_is_real() -> bool:
     """Whether this CPU multiplies bf16 itself. Where it does not, a bf16 convolution is 30 times slower than fp32."""
@@ -13,14 +11,8 @@ def cpu_bf16_is_real() -> bool:
 def resolve_precision(precision: str, device: torch.device, zero_stage: int = 2) -> torch.dtype:
     """``auto`` is bf16 on CUDA and on CPUs whose bf16 is real, else fp32; the others are what they say.
 
-    ZeRO-0 keeps no fp32 master weights, so ``auto`` is fp32 there. UsageError for bf16 at ZeRO-1: DeepSpeed's
-    files of that pair cannot be gathered into full weights.
+    ZeRO-0 keeps no fp32 master weights, so ``auto`` is fp32 there.
     """
-    if zero_stage == 1 and resolve_precision(precision, device) == torch.bfloat16:
-        raise UsageError(
-            "training.zero_stage 1 in bf16 cannot be exported; use zero_stage=2 (no more memory, the same result), "
-            "or precision=fp32"
-        )
     match precision:
         case "bf16":
             return torch.bfloat16

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +41,10 @@ class Task(ABC):
     #: Loss terms and their weights; the other terms of ``training_step`` are metrics.
     weights: dict[str, float]
 
+    #: A module trained against the model on the same batches, its loss terms and their weights; or none.
+    discriminator: nn.Module | None = None
+    discriminator_weights: Mapping[str, float] = MappingProxyType({})
+
     #: Samples that stopped a data worker, and why. The engine restores and saves it with the checkpoint.
     quarantined: dict[str, str]
 
@@ -58,6 +63,11 @@ class Task(ABC):
     @abstractmethod
     def training_step(self, forward: Forward, batch: Batch) -> Sums:
         """The sum of each term over the batch. ``forward`` calls the model."""
+
+    def discriminator_step(self, forward: Forward, batch: Batch) -> Sums:
+        """The sum of each of the discriminator's terms over a batch that ``training_step`` has seen, and may have put
+        the model's output into (detached). ``forward`` calls the discriminator."""
+        raise NotImplementedError("a task with a discriminator says how it learns")
 
     @abstractmethod
     def validation_step(self, forward: Forward, batch: Batch) -> Sums:

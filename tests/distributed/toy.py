@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.config import Config
@@ -34,14 +35,27 @@ class ToyExport(Config):
 
 
 class ToyModel(nn.Module):
-    def __init__(self, dropout: float):
+    """``rich`` adds what DeepSpeed's checkpoints leave out, all of it felt in the output: a frozen layer and two
+    buffers that every training step changes, one of them by putting a new tensor in its place."""
+
+    def __init__(self, dropout: float, rich: bool = False):
         super().__init__()
         self.first, self.second = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("mark", torch.zeros(3))
+        self.rich = rich
+        if rich:
+            self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+            self.register_buffer("level", torch.zeros(()))
+            self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.first.weight.dtype)
+        if self.rich:
+            if self.training:
+                self.level.lerp_(torch.ones_like(self.level), 0.25)
+                self.steps = self.steps + 1
+            x = (self.frozen(x) + self.level + 0.01 * self.steps).to(x.dtype)
         return self.second(self.dropout(torch.tanh(self.first(x))))
 
 
@@ -81,9 +95,14 @@ class ToyBatches:
 
 
 class ToyTask(Task):
-    def __init__(self, dropout: float = 0.0, poison: int | None = None):
-        self.model = ToyModel(dropout)
+    """With ``rich``, a discriminator learns to tell the output from the truth, and the model to deceive it."""
+
+    def __init__(self, dropout: float = 0.0, poison: int | None = None, rich: bool = False):
+        self.model = ToyModel(dropout, rich)
         self.weights = {"l2": 1.0}
+        if rich:
+            self.discriminator = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1))
+            self.weights, self.discriminator_weights = {"l2": 1.0, "deceived": 0.5}, {"told": 1.0}
         self.poison = poison
         self.quarantined = {}
 
@@ -94,11 +113,22 @@ class ToyTask(Task):
         yield stack([10_000 + share.rank])
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        return {"l2": float(batch["mask"].sum())}
+        counts = {"l2": float(batch["mask"].sum())}
+        return counts | {"deceived": len(batch["x"]), "told": len(batch["x"])} if self.discriminator else counts
 
     def training_step(self, forward, batch: Batch) -> dict[str, Tensor]:
-        error = (forward(batch["x"]).float() - batch["y"]) * batch["mask"]
-        return {"l2": error.square().sum()}
+        output = forward(batch["x"]).float()
+        error = (output - batch["y"]) * batch["mask"]
+        sums = {"l2": error.square().sum()}
+        if self.discriminator:
+            batch["output"] = output.detach()
+            sums["deceived"] = F.softplus(-self.discriminator(output)).sum()
+        return sums
+
+    def discriminator_step(self, forward, batch: Batch) -> dict[str, Tensor]:
+        judged = forward(torch.cat([batch["y"], batch["output"]]))
+        true, false = judged.chunk(2)
+        return {"told": (F.softplus(-true) + F.softplus(false)).sum()}
 
     def validation_step(self, forward, batch: Batch) -> dict[str, Tensor]:
         return {**self.training_step(forward, batch), "entries": batch["mask"].sum()}
@@ -119,7 +149,7 @@ def main(out: Path) -> None:
     with join_ranks() as ranks:
         for trial in json.load(sys.stdin):
             torch.manual_seed(0)
-            task = ToyTask(trial.get("dropout", 0.0), trial.get("poison"))
+            task = ToyTask(trial.get("dropout", 0.0), trial.get("poison"), trial.get("rich", False))
             task.model.mark.fill_(ranks.rank)
             if trial.get("quarantine"):
                 task.quarantined[f"met by rank {ranks.rank}"] = "its worker died"
@@ -127,7 +157,8 @@ def main(out: Path) -> None:
             run = Run(out / trial["run"])
             if ranks.is_main:
                 run.update_status(kind="toy", state="running")
-            trainer = Trainer(task, training, run, ranks, trial.get("config_hash", "toy"), seed=1)
+            identity = {"training.optimizer.lr": training.optimizer.lr, **trial.get("identity", {})}
+            trainer = Trainer(task, training, run, ranks, identity, 1, trial.get("force", False))
             until, error = trial.get("until"), None
             if until is not None and ranks.rank == ranks.size - 1:
                 _signal_after(trainer, until)

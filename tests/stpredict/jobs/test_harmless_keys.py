@@ -5,7 +5,6 @@ import pytest
 from launcher.rundir import changed_keys, fingerprint
 from stpredict.config import as_yaml
 from stpredict.jobs.config import EncodeConfig, GenerateConfig, PriorJobConfig, ShardConfig, TokenizerJobConfig
-from stpredict.jobs.train import config_hash
 from stpredict.run import Run
 
 TRAINING = {"steps": 1, "batch_size": 2}
@@ -16,6 +15,9 @@ CONFIGS = {
     "tokenizer": (TokenizerJobConfig, {"data": {"shards": "s"}, "training": TRAINING}),
     "prior": (PriorJobConfig, {"tokenizer": "t", "data": {"latents": "l"}, "training": TRAINING}),
 }
+TRAINED = ("tokenizer", "prior")
+OTHERWISE = TRAINING | {"zero_stage": 3, "micro_batch_size": 1, "log_every": 9, "validate_every": 9, "picture_every": 9}
+OTHERWISE |= {"checkpoint": {"every": 9, "keep": 9, "best": {"metric": "psnr"}, "background": False}}
 LOADERS = {"workers": 9, "timeout_s": 9, "max_bad_fraction": 0.9, "buffer_bytes": 9, "cache": {"folder": "c"}}
 
 
@@ -30,7 +32,8 @@ def config(kind, **changes):
     [
         ("shard", {"workers": 9, "resources": {"processes": 9, "threads": 9}}),
         ("encode", {"data": LOADERS, "resources": {"processes": 9, "threads": 9}}),
-        *((kind, {"data": LOADERS, "resources": {"threads": 9}}) for kind in ("generate", "tokenizer", "prior")),
+        ("generate", {"data": LOADERS, "resources": {"threads": 9}}),
+        *((kind, {"data": LOADERS, "resources": {"processes": 9}, "training": OTHERWISE}) for kind in TRAINED),
     ],
 )
 def test_a_job_goes_on_with_other_processes_and_loaders_where_they_change_nothing(kind, changes, tmp_path):
@@ -39,8 +42,6 @@ def test_a_job_goes_on_with_other_processes_and_loaders_where_they_change_nothin
     run.write_config(as_yaml(before))
     assert changed_keys(run, after) == []
     assert fingerprint(before) == fingerprint(after)
-    if kind in ("tokenizer", "prior"):
-        assert config_hash(before) == config_hash(after)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,8 @@ def test_a_job_goes_on_with_other_processes_and_loaders_where_they_change_nothin
         ("tokenizer", {"data": {"virtual_streams": 9}}, "data.virtual_streams"),
         ("prior", {"data": {"virtual_streams": 9}}, "data.virtual_streams"),
         ("prior", {"seed": 9}, "seed"),
+        ("tokenizer", {"training": TRAINING | {"ema_decay": 0.9}}, "training.ema_decay"),
+        ("prior", {"training": TRAINING | {"steps": 2}}, "training.steps"),
     ],
 )
 def test_a_job_does_not_go_on_with_what_changes_its_result(kind, changes, key, tmp_path):
@@ -59,10 +62,3 @@ def test_a_job_does_not_go_on_with_what_changes_its_result(kind, changes, key, t
     run.write_config(as_yaml(before))
     assert [change.split(":")[0] for change in changed_keys(run, after)] == [key]
     assert fingerprint(before) != fingerprint(after)
-    if kind in ("tokenizer", "prior"):
-        assert config_hash(before) != config_hash(after)
-
-
-@pytest.mark.parametrize("kind", ["tokenizer", "prior"])
-def test_the_number_of_processes_of_a_training_is_the_checkpoints_to_judge(kind, tmp_path):
-    assert config_hash(config(kind)) == config_hash(config(kind, resources={"processes": 2}))

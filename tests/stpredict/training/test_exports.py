@@ -23,7 +23,7 @@ def export(tmp_path, monkeypatch):
     def make(seed: int) -> Path:
         torch.manual_seed(seed)
         weights = CausalCnnTokenizer(MODEL).state_dict()
-        monkeypatch.setattr(exports, "gathered_weights", lambda _: weights)
+        monkeypatch.setattr(exports, "checkpoint_weights", lambda _: weights.items())
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "export")
         return tmp_path / "export"
 

@@ -1,0 +1,143 @@
+"""Reading weights and checkpoints into whatever a rank holds, piece by piece."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from data_pipeline.errors import UsageError
+from stpredict.training.checkpoint import (
+    CheckpointState,
+    TensorEntry,
+    damage,
+    piece_name,
+    random_file,
+    rank_file,
+    read_index,
+    read_marker,
+    read_state,
+)
+from stpredict.training.pieces import Held, Piece
+from stpredict.training.ranks import Ranks
+from stpredict.training.saving import restore_random_states
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_weights(folder: Path, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of every weight (fp32) and buffer of a checkpoint's model, one at a time; the averages in
+    place of the weights that have one, if ``ema``. UsageError where there are none."""
+    reader = CheckpointReader(folder)
+    averages = {key.split("/", 2)[2] for key in reader.index if key.startswith("model/ema/")}
+    if ema and not averages:
+        raise UsageError(f"{folder}: was trained without training.ema_decay: there are no averages to export")
+    for key in sorted(reader.index):
+        module, kind, name = key.split("/", 2)
+        if module == "model" and kind in ("weight", "buffer"):
+            averaged = ema and kind == "weight" and name in averages
+            tensor = reader.tensor(f"model/ema/{name}" if averaged else key)
+            yield name, tensor.float() if tensor.is_floating_point() else tensor
+
+
+class CheckpointReader:
+    """The tensors of a complete checkpoint, by key; only what is asked for is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.index = read_index(folder)
+        self._files: dict[int, safe_open] = {}
+
+    def fill(self, key: str, start: int, out: Tensor) -> None:
+        """Sets ``out``, 1-D, to elements ``start`` and following of the flattened tensor ``key``."""
+        stop = start + out.numel()
+        for rank, first, last in self.index[key].pieces:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                part = self._file(rank).get_slice(piece_name(key, first))[low - first : high - first]
+                out[low - start : high - start].copy_(part)
+
+    def tensor(self, key: str) -> Tensor:
+        """The whole tensor ``key``, in the type it was saved in."""
+        entry = self.index[key]
+        rank, first, _ = entry.pieces[0]
+        dtype = self._file(rank).get_slice(piece_name(key, first))[:0].dtype
+        whole = torch.empty(entry.elements, dtype=dtype)
+        self.fill(key, 0, whole)
+        return whole.view(entry.shape)
+
+    def _file(self, rank: int) -> safe_open:
+        if rank not in self._files:
+            self._files[rank] = safe_open(self.folder / rank_file(rank), framework="pt")
+        return self._files[rank]
+
+
+def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint whose every byte is as it was written; logs which newer ones are skipped, and why.
+
+    The ranks read a share of the files each.
+    """
+    folders = sorted(checkpoints.glob("step_*"), reverse=True) if ranks.is_main else None
+    for folder in ranks.from_main(folders):
+        files = ranks.from_main(read_marker(folder) if ranks.is_main else None)
+        if isinstance(files, str):
+            problems = files
+        else:
+            found = ranks.gather(damage(folder, list(files.items())[ranks.rank :: ranks.size]))
+            problems = "; ".join(problem for part in found for problem in part)
+            problems = f"is damaged ({problems})" if problems else None
+        if problems is None:
+            return folder
+        if ranks.is_main:
+            log.warning("%s %s: skipped", folder, problems)
+    return None
+
+
+def restore(folder: Path, held: Sequence[Held], averages: Iterable[Piece], ranks: Ranks) -> CheckpointState:
+    """Sets modules, moments, step counts, ``averages`` and, at the world size of the checkpoint, random states.
+
+    UsageError where the checkpoint is of another model. On all ranks.
+    """
+    state, reader = read_state(folder), CheckpointReader(folder)
+    pieces = [piece for part in held for piece in part.pieces()]
+    refuse_other_model(folder, pieces, reader.index, ranks)
+    for piece in pieces:
+        reader.fill(piece.key, piece.start, piece.tensor)
+    for piece in averages:
+        # An average that begins now begins at the weights.
+        key = piece.key if piece.key in reader.index else piece.key.replace("/ema/", "/weight/", 1)
+        reader.fill(key, piece.start, piece.tensor)
+    for part in held:
+        steps = state.optimizer_steps
+        part.set_steps({name: steps.get(f"{part.module}/{name}", steps[part.module]) for name in part.steps()})
+        part.refresh()
+    if state.world_size == ranks.size:
+        states = folder / random_file(ranks.rank)
+        restore_random_states(torch.load(states, weights_only=True))
+    return state
+
+
+def refuse_other_model(folder: Path, pieces: Iterable[Piece], index: dict[str, TensorEntry], ranks: Ranks) -> None:
+    """UsageError, on all ranks, unless ``index`` has exactly the weights, buffers and moments that the ranks hold."""
+    here: dict[str, tuple[int, ...]] = {}
+    for part in ranks.gather({piece.key: piece.shape for piece in pieces}):
+        here.update(part)
+    there = {key: entry.shape for key, entry in index.items() if key.split("/")[1] != "ema"}
+    lines = [
+        *_named("it lacks", here.keys() - there.keys()),
+        *_named("it has besides", there.keys() - here.keys()),
+        *_named(
+            "shapes differ",
+            [f"{key} {there[key]} → {here[key]}" for key in here.keys() & there.keys() if here[key] != there[key]],
+        ),
+    ]
+    if lines:
+        raise UsageError(f"{folder}: a checkpoint of another model: {'; '.join(lines)}; use another `run`")
+
+
+def _named(what: str, keys: Iterable[str]) -> list[str]:
+    keys = sorted(keys)
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return [f"{what} {', '.join(keys[:3])}{more}"] if keys else []
