@@ -26,7 +26,7 @@ class Adversary:
         self.ddp = DistributedDataParallel(
             self.module,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
         )
 
     def held(self) -> Held:

@@ -153,11 +153,13 @@ class Ema:
     @torch.no_grad()
     def start(self) -> None:
         """Begins at the weights as they are now."""
-        torch._foreach_copy_(self._averages, self._weights)
+        for average, weight in zip(self._averages, self._weights, strict=True):
+            average.copy_(weight)
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
+        if self._averages:  # a rank may hold nothing but padding
+            torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
 
 
 def owned(pieces: Iterable[Piece], rank: int, size: int) -> list[Piece]:

@@ -6,6 +6,7 @@ other counts. Run as ``python toy.py OUT`` with a JSON list of trials on standar
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,8 +158,15 @@ def main(out: Path) -> None:
             run = Run(out / trial["run"])
             if ranks.is_main:
                 run.update_status(kind="toy", state="running")
+                if "copy_of" in trial:
+                    shutil.copytree(Run(out / trial["copy_of"]).checkpoints, run.checkpoints)
+            ranks.barrier()
             identity = {"training.optimizer.lr": training.optimizer.lr, **trial.get("identity", {})}
             trainer = Trainer(task, training, run, ranks, identity, 1, trial.get("force", False))
+            if trial.get("resave"):  # what was loaded, as it stands
+                trainer.saver.checkpoints, trainer.saved_step = run.path / "resaved", -1
+                trainer._save(last=True)
+                continue
             until, error = trial.get("until"), None
             if until is not None and ranks.rank == ranks.size - 1:
                 _signal_after(trainer, until)
