@@ -207,6 +207,7 @@ class Saver:
 
 def _write(folder: Path, rank: int, tensors: dict[str, Tensor], states: dict) -> Files:
     """Writes this rank's files and has them on disk; runs beside the training."""
+    folder.mkdir(exist_ok=True)  # made by rank 0, which another node may not see yet
     pieces, states_file = folder / rank_file(rank), folder / random_file(rank)
     save_file(tensors, pieces)
     torch.save(states, states_file)
