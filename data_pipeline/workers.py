@@ -10,6 +10,7 @@ the stream can be entered anywhere; the quarantined sample is replaced like one 
 import ctypes
 import logging
 import math
+import mmap
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from multiprocessing.context import ForkContext
 from typing import Any
 
 import numpy as np
@@ -195,7 +197,7 @@ def _start(dataset: "_Items", workers: int, prefetch: int) -> Iterator[Any]:
             num_workers=workers,
             collate_fn=_as_is,
             worker_init_fn=_outlast_stop_signals,
-            multiprocessing_context="fork",
+            multiprocessing_context=_Fork(),
             prefetch_factor=prefetch,
             timeout=POLL_S,
             generator=torch.Generator(),  # of its own: loading data must not move the training's random state
@@ -205,6 +207,27 @@ def _start(dataset: "_Items", workers: int, prefetch: int) -> Iterator[Any]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
     return iterator
+
+
+class _Flag:
+    """An Event without a lock. A worker asks torch's before each message; killed with its lock, it would have the main
+    process wait for ever when that sets it."""
+
+    def __init__(self):
+        self._set = mmap.mmap(-1, 1)  # shared with forks
+
+    def set(self) -> None:
+        self._set[0] = 1
+
+    def is_set(self) -> bool:
+        return self._set[0] == 1
+
+
+class _Fork(ForkContext):
+    """What a DataLoader makes its workers, queues and events of."""
+
+    def Event(self) -> _Flag:  # noqa: N802 (the name it has in multiprocessing)
+        return _Flag()
 
 
 class _Items(IterableDataset):

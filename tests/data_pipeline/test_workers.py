@@ -4,6 +4,8 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import closing
@@ -199,6 +201,36 @@ def test_every_sample_is_still_given_once_an_epoch(clip_set, bad_videos):
     bad_videos(crash, before[20])
     after = keys(clip_set, 43, virtual_streams=1, workers=1)
     assert Counter(before) - Counter(after) == Counter([before[20]])
+
+
+KILLED_AS_IT_ASKS = """
+import multiprocessing.synchronize, os, time
+import numpy as np
+from data_pipeline.workers import items
+
+main, is_set = os.getpid(), multiprocessing.synchronize.Event.is_set
+
+def slow_in_a_worker(event):
+    with event._cond:  # the lock that it takes anyway
+        time.sleep(0.2 if os.getpid() != main else 0)
+    return is_set(event)
+
+multiprocessing.synchronize.Event.is_set = slow_in_a_worker
+
+def read(worker, workers, received, at):
+    while True:
+        yield {"array": np.zeros(8)}, None
+
+stream = items(read, workers=2, timeout_s=60, held=1, array_bytes=64, quarantined={}, where="somewhere")
+print(len(next(stream)))
+stream.close()
+"""
+
+
+def test_a_worker_may_be_killed_while_it_asks_whether_all_is_over():
+    """torch's way to ask takes a lock, for a few microseconds a message: ending a stream hung now and then."""
+    command = [sys.executable, "-c", KILLED_AS_IT_ASKS]
+    assert subprocess.run(command, stdout=subprocess.PIPE, timeout=60).stdout == b"2\n"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
