@@ -34,6 +34,7 @@ from data_pipeline.slots import Slots, Stored
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often the board is read while the main process waits
+ORPHANS_LOOK_S = 5.0  # how often a worker looks whether its main process still lives
 MOST_TOGETHER = 8  # items to a message, which must be one write to a pipe; fewer messages take less processor time
 MOST_RESTARTS = 5  # in a row, without an item in between
 
@@ -264,16 +265,17 @@ def _outlast_stop_signals(_worker: int) -> None:
     the main process saves first, which it cannot once a worker is dead.
 
     A SIGTERM from the main process still ends the worker: so torch ends one that is stuck, and Python, when it exits,
-    those left. A worker whose main process died ends by torch's watchdog.
+    those left. A worker whose main process died ends by torch's watchdog, unless what it has sent blocks it: then here.
     """
     for number in (signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # sigwaitinfo, which tells the sender
+    if sys.platform == "linux":  # sigtimedwait, which tells the sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_when_told(main: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-        pass
+    told = None
+    while os.getppid() == main and (told is None or told.si_pid != main):
+        told = signal.sigtimedwait({signal.SIGTERM}, ORPHANS_LOOK_S)
     os._exit(0)

@@ -321,6 +321,41 @@ def test_workers_do_not_outlive_a_main_process_that_was_killed(main_process):
     assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
+BLOCKED = """
+import multiprocessing.connection, os, time
+import numpy as np
+from data_pipeline.workers import items
+
+main, send = os.getpid(), multiprocessing.connection.Connection._send_bytes
+
+def never_in_a_worker(connection, message):
+    time.sleep(0 if os.getpid() == main else 1000)
+    send(connection, message)
+
+multiprocessing.connection.Connection._send_bytes = never_in_a_worker
+
+def read(worker, workers, received, at):
+    yield {"array": np.zeros(8)}, None
+    print(os.getpid(), flush=True)
+    yield {"array": np.zeros(8)}, None
+
+next(items(read, workers=2, timeout_s=60, held=1, array_bytes=64, quarantined={}, where="somewhere"))
+"""
+
+
+def test_not_even_when_what_they_have_sent_blocks_them():
+    """As where another worker was killed with the lock of their pipe."""
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        workers = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
+        process.kill()
+        assert psutil.wait_procs(workers, timeout=20)[1] == []
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=20)
+
+
 STUCK = """
 import time
 from torch.utils.data import DataLoader, IterableDataset
