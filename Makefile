@@ -37,8 +37,9 @@ else
 	$(BIN)/stpredict launch configs/pipelines/demo.yaml --cluster local $(ARGS)
 endif
 
+# A worker that dies, as one whose test hangs does after a while, ends the run: xdist would run that test again and again.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -1,6 +1,5 @@
 """Loading configs: what is merged, and what is said when something is wrong."""
 
-import subprocess
 import sys
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from data_pipeline.errors import UsageError
 from stpredict.config import as_yaml, load
 from stpredict.jobs.config import AnyJobConfig
+from tests.processes import bounded
 
 BASE = "kind: tokenizer\nrun: runs/x\ndata: {shards: a, clip: {frames: 9}}\ntraining: {steps: 10, batch_size: 4}\n"
 
@@ -113,5 +113,5 @@ def test_configs_help_and_status_import_no_torch(code, tmp_path):
     (tmp_path / "status.json").write_text('{"kind": "shard", "state": "done"}')
     check = "atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'FREE'))"
     script = f"import sys, atexit; {check}; {code.format(run=str(tmp_path))}"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = bounded([sys.executable, "-c", script])
     assert result.stdout.splitlines()[-1] == "FREE", result.stderr

@@ -109,7 +109,7 @@ def serving(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, byte
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     name = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*new, *name], check=True, capture_output=True)
+    subprocess.run([*new, *name], check=True, capture_output=True, timeout=60)
 
     import fsspec
 
@@ -121,4 +121,4 @@ def serving(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, byte
     server.released.set()
     server.shutdown()
     server.server_close()
-    thread.join()
+    thread.join(20)

@@ -158,7 +158,7 @@ def test_many_processes_in_a_small_cache_read_right_and_never_exceed_it(server, 
             most = max(most, sum(sizes))
 
     folder.mkdir()
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     with fork.Pool(4) as pool:
         orders = [random.Random(seed).choices(range(5), k=12) for seed in range(4)]
@@ -256,7 +256,7 @@ def test_a_killed_download_is_tidied_by_the_next_whichever_it_fetches(server, fo
     process.start()
     until(lambda: server.gets)
     os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.join(20)
     assert [size for name, size in held(folder).items() if name.endswith(".tmp")] == [SIZE]
     began = time.monotonic()
     assert read_all(server.url, cache, [next_one])

@@ -12,6 +12,7 @@ from data_pipeline.verify import verify
 from stpredict.jobs import shard
 from stpredict.jobs.config import ShardConfig
 from stpredict.run import Run
+from tests.processes import succeeding
 
 SCRIPT = """
 import sys
@@ -82,7 +83,11 @@ def test_a_part_of_two_processes_and_a_part_of_one_write_what_one_job_writes(tmp
         )
         for rank in "01"
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     steps = [Run(config.home).status().step for config in (one, two)]
     assert sum(steps) == 20
     assert min(steps) > 0
@@ -95,4 +100,4 @@ def test_a_part_of_two_processes_and_a_part_of_one_write_what_one_job_writes(tmp
 def test_planning_and_reading_manifests_need_no_torch():
     modules = "stpredict.jobs.shard, data_pipeline.verify, data_pipeline.latents, data_pipeline.sources.moving_digits"
     check = f"import sys, {modules}; assert not {{'torch', 'webdataset', 'av'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True)
+    succeeding([sys.executable, "-c", check])

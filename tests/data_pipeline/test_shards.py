@@ -126,7 +126,7 @@ def test_a_killed_writer_leaves_no_half_shard_and_a_rerun_mends_the_set(few, tmp
     folder, plans = tmp_path / "out", plans_of(few, 2)
     process = multiprocessing.get_context("spawn").Process(target=write_and_die, args=(folder, plans))
     process.start()
-    process.join()
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert [path.suffix for path in folder.iterdir()] == [".tmp"]
     write_shards(folder, plans)

@@ -14,6 +14,7 @@ from https_server import Server, cut, ignore_range, refuse, serving, stall
 from data_pipeline import storage
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.storage import check, child, expand, read_range, read_text, scheme, size
+from tests.processes import bounded
 
 DATA = random.Random(0).randbytes(100_000)
 
@@ -154,7 +155,7 @@ def test_a_server_without_ranges_is_told_from_a_right_answer(server):
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    return bounded(command, timeout_s=60, env=os.environ | environment)
 
 
 def test_certificates_are_checked_against_those_of_the_environment(server):
@@ -207,7 +208,7 @@ def test_a_fork_while_another_thread_is_reading_harms_neither(server):
     tar, context = f"{server.url}/set/a.tar", multiprocessing.get_context("fork")
     server.behave = [stall]
     result = []
-    thread = threading.Thread(target=lambda: result.append(_read(tar, [3])))
+    thread = threading.Thread(daemon=True, target=lambda: result.append(_read(tar, [3])))
     thread.start()
     while not server.gets:
         time.sleep(0.01)

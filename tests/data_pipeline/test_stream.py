@@ -300,7 +300,7 @@ def main_process(clip_set):
     yield process, workers
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -309,7 +309,7 @@ def test_a_stop_signal_to_the_whole_group_leaves_the_workers_to_the_main_process
     os.killpg(process.pid, number)
     time.sleep(0.3)
     began = time.monotonic()
-    out, _ = process.communicate("go on\n")
+    out, _ = process.communicate("go on\n", timeout=60)
     assert (process.returncode, out) == (0, "80\n")
     assert time.monotonic() - began < 10
     assert psutil.wait_procs(workers, timeout=1)[1] == []

@@ -4,7 +4,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from data_pipeline.order import Share
 from data_pipeline.slots import Slots
 from data_pipeline.stream import clip_batches, clip_evaluation_batches
 from data_pipeline.workers import MOST_RESTARTS, items
+from tests.processes import bounded
 
 PLAIN = {"held": 1, "array_bytes": 64, "where": "somewhere"}
 CLIP = ClipConfig(frames=3, size=(16, 16))
@@ -230,7 +230,7 @@ stream.close()
 def test_a_worker_may_be_killed_while_it_asks_whether_all_is_over():
     """torch's way to ask takes a lock, for a few microseconds a message: ending a stream hung now and then."""
     command = [sys.executable, "-c", KILLED_AS_IT_ASKS]
-    assert subprocess.run(command, stdout=subprocess.PIPE, timeout=60).stdout == b"2\n"
+    assert bounded(command, timeout_s=60).stdout == "2\n"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

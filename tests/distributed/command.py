@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.processes import bounded
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -12,7 +14,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 def stpredict(*arguments: str | Path, timeout_s: float = 300) -> subprocess.CompletedProcess:
     """The finished command, whatever its exit status; stdout and stderr as text."""
     command = [sys.executable, "-m", "launcher", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s)
+    return bounded(command, timeout_s, cwd=ROOT, env=ENVIRONMENT)
 
 
 def started(*arguments: str | Path) -> subprocess.Popen:

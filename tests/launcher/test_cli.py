@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from launcher import cli, local
 from launcher.jobs import load_job
 from launcher.rundir import locked, prepare
 from stpredict.run import Run
+from tests.processes import bounded
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["shard", "inspect", "train", "encode", "generate", "evaluate", "report", "launch", "status", "logs"]
@@ -168,7 +168,7 @@ def test_ranks_found_leave_the_run_of_a_living_job_alone(tmp_path):
         before = run.status_path.read_bytes()
         for rank, code in (("0", 2), ("1", 1)):
             command = [sys.executable, "-m", "launcher", "shard", str(path)]
-            ended = subprocess.run(command, env={**refused, "RANK": rank}, capture_output=True, text=True)
+            ended = bounded(command, env={**refused, "RANK": rank})
             assert ended.returncode == code, ended.stderr
         assert run.status_path.read_bytes() == before
     assert "nowhere" in run.error_path(1).read_text()

@@ -16,6 +16,7 @@ from launcher import local
 from launcher.local import exit_status
 from stpredict.jobs.config import Resources
 from stpredict.run import Run
+from tests.processes import bounded
 
 
 def wait_for(condition, seconds=15.0):
@@ -238,7 +239,7 @@ def test_kill_9_of_the_launcher_leaves_no_rank_and_frees_the_directory(job, fake
     launcher = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     wait_for(lambda: has_started(run, 2))
     launcher.kill()
-    launcher.wait()
+    launcher.wait(timeout=20)
     wait_for(lambda: not any(psutil.pid_exists(pid(run, rank)) for rank in range(2)))
     assert fake("ok", "ok")(job(2)) == 0
 
@@ -249,7 +250,7 @@ def test_ranks_keep_the_lock_while_they_outlive_the_launcher(job, fake, tmp_path
     launcher = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     wait_for(lambda: has_started(run, 2))
     launcher.kill()
-    launcher.wait()
+    launcher.wait(timeout=20)
     try:
         with pytest.raises(UsageError, match="in use"):
             fake("ok", "ok")(job(2))
@@ -260,6 +261,6 @@ def test_ranks_keep_the_lock_while_they_outlive_the_launcher(job, fake, tmp_path
 
 def test_a_rank_whose_launcher_died_before_it_could_tell_ends_at_once():
     code = "from launcher.rank import end_with; end_with(1 << 22)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = bounded([sys.executable, "-c", code])
     assert result.returncode == 1
     assert "is gone" in result.stderr

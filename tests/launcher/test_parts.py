@@ -19,6 +19,7 @@ from launcher.status import rows
 from stpredict.jobs import shard
 from stpredict.jobs.config import ShardConfig
 from stpredict.run import Run, now
+from tests.processes import bounded, succeeding
 
 PARTS = 3
 
@@ -68,7 +69,7 @@ def times(folder) -> dict[str, int]:
 
 def test_parts_at_once_of_which_one_is_killed_and_run_again_leave_what_one_job_leaves(tmp_path):
     videos, run, alone = make_videos(tmp_path / "videos", 120), tmp_path / "run", tmp_path / "alone"
-    subprocess.run(command(videos, alone), check=True, capture_output=True)
+    succeeding(command(videos, alone))
     assert len(list(alone.glob("train/*.tar"))) == 24
     jobs = [
         subprocess.Popen(command(videos, run, f"part={number}", f"parts={PARTS}"), stderr=subprocess.PIPE)
@@ -86,15 +87,15 @@ def test_parts_at_once_of_which_one_is_killed_and_run_again_leave_what_one_job_l
     assert "shard-000022.tar" not in finished  # the last one of part 1
 
     merge = [sys.executable, "-m", "launcher", "merge", str(run)]
-    refused = subprocess.run(merge, capture_output=True, text=True)
+    refused = bounded(merge)
     assert refused.returncode == 1
     assert "run part 1 of 3 again" in refused.stderr
     assert [row.state for row in rows(run)] == ["done", "lost", "done"]
     assert not list(run.glob("*/manifest.json"))
 
-    subprocess.run(command(videos, run, "part=1", f"parts={PARTS}"), check=True, capture_output=True)
+    succeeding(command(videos, run, "part=1", f"parts={PARTS}"))
     assert finished.items() <= times(run / "train").items()
-    subprocess.run(merge, check=True, capture_output=True)
+    succeeding(merge)
     assert contents(run) == contents(alone)
     assert not list(run.rglob("*.tmp"))
 

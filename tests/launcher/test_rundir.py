@@ -30,12 +30,12 @@ def orphan(tmp_path):
     yield start
     for child in children:
         child.kill()
-        child.wait()
+        child.wait(timeout=20)
 
 
 def test_the_last_processes_of_a_dead_launcher_are_waited_for(tmp_path, orphan):
     dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    dead.wait(timeout=20)
     orphan(1.0)
     (tmp_path / ".lock").write_text(f"process {dead.pid} on {socket.gethostname()}\n")
     with locked(tmp_path):

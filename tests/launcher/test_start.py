@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from data_pipeline.errors import UsageError
 from stpredict.jobs import start as module
 from stpredict.jobs.start import start
 from stpredict.run import Run, write_atomically
+from tests.processes import bounded
 
 
 @pytest.fixture
@@ -114,5 +114,5 @@ atexit.register(os.abort)
 print("last words")
 leave(75)
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = bounded([sys.executable, "-c", code])
     assert (ended.returncode, ended.stdout) == (75, "last words\n")

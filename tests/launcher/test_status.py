@@ -21,7 +21,7 @@ def write(run, **fields):
 
 def test_a_running_job_whose_process_is_gone_is_lost(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
+    process.wait(timeout=20)
     run = Run(tmp_path / "r")
     write(run, state="running", pid=process.pid, started=ago(100), heartbeat=ago(40))
     row = rows(run.path)[0]
@@ -39,7 +39,7 @@ def test_a_process_that_ended_and_was_not_waited_for_is_gone_too(tmp_path):
     run = Run(tmp_path / "r")
     write(run, state="running", pid=process.pid, started=ago(9), heartbeat=ago(1))
     assert rows(run.path)[0].state == "lost"
-    process.wait()
+    process.wait(timeout=20)
 
 
 def test_a_job_of_another_host_is_never_called_lost(tmp_path):

@@ -1,5 +1,4 @@
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -11,6 +10,7 @@ from stpredict.evaluation.results import read_evaluation
 from stpredict.jobs import report as job
 from stpredict.jobs.config import ReportConfig
 from stpredict.run import Run
+from tests.processes import succeeding
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_the_job_writes_the_page_into_its_run(pipeline, tmp_path):
 
 def test_writing_a_report_needs_no_torch():
     check = "import sys, stpredict.jobs.report; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", check], check=True)
+    succeeding([sys.executable, "-c", check])
 
 
 class _References(HTMLParser):

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from data_pipeline.transforms import to_video
 from stpredict.exports import load_tokenizer
 from stpredict.jobs import encode
 from stpredict.tokenizers.clips import clip_tokens
+from tests.processes import bounded
 from tests.stpredict.tokenized import CLIP, GRID, TRAIN, VAL
 
 ONE = Share(0, 1, 1)
@@ -88,7 +88,7 @@ run = Run({str(killed)!r})
 run.update_status(kind="encode")
 encode.run(config, run)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert bounded([sys.executable, "-c", code]).returncode == 9
     finished = times(killed)
     assert len(finished) == 2 * 3  # of 6 shards of 7 or 8 clips; 28 were encoded
     assert any(path.name.startswith(".") for path in (killed / "train").iterdir())
