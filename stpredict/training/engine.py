@@ -3,11 +3,13 @@
 import hashlib
 import logging
 import math
+import random
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipeline.errors import UsageError, UserError
@@ -334,7 +336,10 @@ class Trainer:
     def _seed(self) -> None:
         """From here on each rank drops out its own units; not those of an earlier start."""
         place = (self.seed, self.step, self.ranks.size, self.ranks.rank)
-        torch.manual_seed(int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "little"))
+        seed = int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "little")
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self.ranks.device

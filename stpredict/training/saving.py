@@ -6,6 +6,7 @@ without its marker, and the one before as it was.
 """
 
 import hashlib
+import io
 import logging
 import random
 import shutil
@@ -151,8 +152,9 @@ class Saver:
         """An empty ``folder``, if there is room for what will be in it."""
         self._thread.submit(int).result()  # what it was told to remove is gone
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)  # left by an interrupted save, or damaged
+        if folder.exists():  # left by an interrupted save, or damaged
+            (folder / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder)
         free = shutil.disk_usage(self.checkpoints).free
         if self.bytes > free:
             raise UserError(
@@ -210,7 +212,9 @@ def _write(folder: Path, rank: int, tensors: dict[str, Tensor], states: dict) ->
     folder.mkdir(exist_ok=True)  # made by rank 0, which another node may not see yet
     pieces, states_file = folder / rank_file(rank), folder / random_file(rank)
     save_file(tensors, pieces)
-    torch.save(states, states_file)
+    packed = io.BytesIO()
+    torch.save(states, packed)  # to a file, it raises RuntimeError where the disk is full
+    states_file.write_bytes(packed.getvalue())
     files = {}
     for path in (pieces, states_file):
         flush(path)
