@@ -15,10 +15,10 @@ stage, and by one process without DeepSpeed.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,7 +27,7 @@ from stpredict.run import write_atomically
 from stpredict.training.config import CheckpointConfig
 
 FORMAT = 2
-MARKER = "COMPLETE"
+MARKER, LATEST = "COMPLETE", "latest"
 INDEX, STATE = "index.json", "state.json"
 
 
@@ -41,7 +41,7 @@ class CheckpointState(BaseModel):
     exporting needs nothing but the checkpoint.
     """
 
-    format: int = FORMAT
+    format: Literal[2] = FORMAT
     step: int
     samples_consumed: dict[str, int]
     quarantined: dict[str, str]
@@ -97,9 +97,15 @@ def piece_name(key: str, start: int) -> str:
     return f"{key}@{start}"
 
 
+def all_checkpoints(checkpoints: Path) -> list[Path]:
+    """Complete or not, oldest first. What is named otherwise, a copy that somebody made, is none."""
+    named = (folder for folder in checkpoints.glob("step_*") if folder.name.removeprefix("step_").isdecimal())
+    return sorted(named, key=step_of)
+
+
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Those with a marker, oldest first."""
-    return sorted(marker.parent for marker in checkpoints.glob(f"step_*/{MARKER}"))
+    return [folder for folder in all_checkpoints(checkpoints) if (folder / MARKER).exists()]
 
 
 def read_marker(folder: Path) -> dict[str, Written] | str:
@@ -109,6 +115,8 @@ def read_marker(folder: Path) -> dict[str, Written] | str:
         return {name: Written.model_validate(file) for name, file in files.items()}
     except FileNotFoundError:
         return f"has no {MARKER} marker (its save was interrupted)"
+    except OSError as error:
+        return f"has a marker, {MARKER}, that cannot be read ({error.strerror})"
     except (ValueError, AttributeError, ValidationError):
         return f"has a marker, {MARKER}, that is damaged or of another version"
 
@@ -185,6 +193,11 @@ def build_index(held: Iterable[Iterable[tuple[str, tuple[int, ...], str, int, in
     return index
 
 
+def has_completed(checkpoints: Path) -> bool:
+    """Whether any checkpoint has ever been completed there, as far as files still tell."""
+    return (checkpoints / LATEST).exists() or bool(complete_checkpoints(checkpoints))
+
+
 def write_complete(folder: Path, state: CheckpointState, index: Index, files: dict[str, Written]) -> None:
     """Finishes a checkpoint whose ranks have flushed ``files``: state and index, then the marker, then ``latest``."""
     texts = {
@@ -199,7 +212,7 @@ def write_complete(folder: Path, state: CheckpointState, index: Index, files: di
     write_atomically(folder / MARKER, json.dumps(marker, indent=1) + "\n")
     flush(folder / MARKER)
     flush(folder)
-    write_atomically(folder.parent / "latest", folder.name + "\n")
+    write_atomically(folder.parent / LATEST, folder.name + "\n")
     flush(folder.parent)
 
 
@@ -212,23 +225,34 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def surplus(checkpoints: Path, newest: int, config: CheckpointConfig) -> list[Path]:
+def surplus(
+    checkpoints: Path, newest: int, config: CheckpointConfig, given_up: Collection[Path] = ()
+) -> list[Path]:
     """Complete checkpoints that need not be kept once that of step ``newest`` is there: neither among the last
-    ``keep``, nor every ``keep_every``-th step, nor the best by ``best``.
+    ``keep``, nor every ``keep_every``-th step, nor the best by ``best`` (of equal ones, the latest).
 
-    Those of later steps belong to a history that was given up (they were damaged); they do not count and stay until
-    their step comes again.
+    Those ``given_up`` (they were damaged when the run continued from an earlier one) take no other's place and stay
+    until the run has come past their step again.
     """
-    known = [folder for folder in complete_checkpoints(checkpoints) if step_of(folder) <= newest]
+    past = [folder for folder in complete_checkpoints(checkpoints) if step_of(folder) <= newest]
+    known = [folder for folder in past if folder not in given_up]
     kept = set(known[-config.keep :])
     if config.keep_every:
         kept.update(folder for folder in known if step_of(folder) % config.keep_every == 0)
     if config.best:
         sign = 1 if config.best.mode == "max" else -1
-        values = {folder: read_state(folder).metrics.get(config.best.metric) for folder in known}
+        values = {folder: _metric(folder, config.best.metric) for folder in known}
         rated = sorted((sign * value, folder) for folder, value in values.items() if value is not None)
         kept.update(folder for _, folder in rated[-config.best.keep :])
-    return [folder for folder in known if folder not in kept]
+    return [folder for folder in past if folder not in kept]
+
+
+def _metric(folder: Path, name: str) -> float | None:
+    """None where the checkpoint was not validated, or cannot be read and so not be used."""
+    try:
+        return read_state(folder).metrics.get(name)
+    except UserError:
+        return None
 
 
 def bytes_of(folder: Path) -> int:

@@ -325,7 +325,7 @@ class Trainer:
         averages = self.ema.pieces if self.ema else []
         state = restore(checkpoint, self.held, averages, self.ranks)
         self.step = self.saved_step = state.step
-        self.saver.newest = checkpoint
+        self.saver.continue_from(checkpoint)
         self.consumed = state.samples_consumed
         self.task.quarantined.update(state.quarantined)
         log.info("continuing from %s", checkpoint)

@@ -8,11 +8,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import UsageError, UserError
 from stpredict.training.checkpoint import (
     CheckpointState,
     TensorEntry,
+    all_checkpoints,
     damage,
+    has_completed,
     piece_name,
     random_file,
     rank_file,
@@ -75,12 +77,15 @@ class CheckpointReader:
 
 
 def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks) -> Path | None:
-    """The newest checkpoint whose every byte is as it was written; logs which newer ones are skipped, and why.
+    """The newest checkpoint whose every byte is as it was written; logs which newer ones are skipped, and why. None
+    where none was ever completed; UserError where some were and none can be used, so that training does not begin anew
+    by itself.
 
     The ranks read a share of the files each.
     """
-    folders = sorted(checkpoints.glob("step_*"), reverse=True) if ranks.is_main else None
-    for folder in ranks.from_main(folders):
+    folders, begun = ranks.from_main((all_checkpoints(checkpoints)[::-1], has_completed(checkpoints)))
+    skipped = []
+    for folder in folders:
         files = ranks.from_main(read_marker(folder) if ranks.is_main else None)
         if isinstance(files, str):
             problems = files
@@ -90,8 +95,14 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks) -> Path | None:
             problems = f"is damaged ({problems})" if problems else None
         if problems is None:
             return folder
+        skipped.append(f"{folder.name} {problems}")
         if ranks.is_main:
             log.warning("%s %s: skipped", folder, problems)
+    if begun:
+        raise UserError(
+            f"{checkpoints}: none of its checkpoints can be used ({'; '.join(skipped) or 'they are gone'}); "
+            "to train from the start, remove this folder"
+        )
     return None
 
 

@@ -30,11 +30,13 @@ from stpredict.training.checkpoint import (
     build_index,
     bytes_of,
     complete_checkpoints,
+    all_checkpoints,
     flush,
     folder_of,
     piece_name,
     random_file,
     rank_file,
+    step_of,
     surplus,
     write_complete,
 )
@@ -78,6 +80,7 @@ class Saver:
         self.index: Index = build_index(ranks.gather(entries))
         self.bytes = sum(ranks.gather(sum(piece.tensor.nbytes for piece in now)))
         self.newest: Path | None = None  # the last one completed, or continued from
+        self._given_up: set[Path] = set()
         self._copies: list[Tensor] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Files] | None = None
@@ -93,6 +96,12 @@ class Saver:
     def is_written(self) -> bool:
         """This rank's part of it is on disk, or has failed."""
         return self._writing is not None and self._writing.done()
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """The state is that of ``checkpoint``; what later ones hold is history that is given up."""
+        self.newest = checkpoint
+        later = (folder for folder in complete_checkpoints(self.checkpoints) if step_of(folder) > step_of(checkpoint))
+        self._given_up = set(later)
 
     def start(self, state: CheckpointState) -> None:
         """Begins to save; what it saves may change as soon as this returns. UserError where there is no room."""
@@ -150,11 +159,11 @@ class Saver:
 
     def _make(self, folder: Path) -> None:
         """An empty ``folder``, if there is room for what will be in it."""
-        self._thread.submit(int).result()  # what it was told to remove is gone
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if folder.exists():  # left by an interrupted save, or damaged
-            (folder / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+        (folder / MARKER).unlink(missing_ok=True)  # it was damaged, and its step has come again
+        self._given_up.discard(folder)
+        self._remove_unfinished()
+        self._thread.submit(int).result()  # that is done
         free = shutil.disk_usage(self.checkpoints).free
         if self.bytes > free:
             raise UserError(
@@ -191,10 +200,10 @@ class Saver:
         folder = folder_of(self.checkpoints, self._state.step)
         try:
             write_complete(folder, self._state, self.index, files)
+            for old in surplus(self.checkpoints, self._state.step, self.config, self._given_up):
+                (old / MARKER).unlink()
         except OSError as error:
             return f"{folder}: cannot be written: {_reason(error)}"
-        for old in surplus(self.checkpoints, self._state.step, self.config):
-            (old / MARKER).unlink()
         self._remove_unfinished()
         return None
 
@@ -203,7 +212,7 @@ class Saver:
         if not self.ranks.is_main:
             return
         complete = set(complete_checkpoints(self.checkpoints))
-        for folder in set(self.checkpoints.glob("step_*")) - complete:
+        for folder in set(all_checkpoints(self.checkpoints)) - complete:
             self._thread.submit(shutil.rmtree, folder, ignore_errors=True)
 
 
