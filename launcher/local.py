@@ -110,22 +110,23 @@ def supervise(ranks: Sequence[subprocess.Popen], stops: list[int], show: Callabl
     """Waits for all ranks; returns rank → exit status, in the order in which they ended.
 
     A rank that ends with anything but 0 takes the others with it: SIGTERM, and SIGKILL after a grace. ``stops`` are
-    the stop signals received meanwhile: the first is passed on as SIGTERM, on which ranks save and end with 75, and a
-    second Ctrl-C kills.
+    the stop signals received meanwhile: SIGUSR2 is passed on, others as SIGTERM; ranks save and end with 75, and under
+    SLURM SIGUSR2 has the job requeued. A second Ctrl-C kills.
     """
     ended: dict[int, int] = {}
     told, deadline = False, None
     while len(ended) < len(ranks):
         codes = {rank: code for rank, process in enumerate(ranks) if (code := process.poll()) is not None}
         for rank in sorted(codes.keys() - ended.keys(), key=codes.get):  # a death by signal explains the other errors
-            asked = codes[rank] in (-signal.SIGTERM, -signal.SIGKILL) and (stops or PREEMPTED in ended.values())
+            killed = codes[rank] in (-signal.SIGTERM, -signal.SIGUSR2, -signal.SIGKILL)
+            asked = killed and (stops or PREEMPTED in ended.values())
             ended[rank] = PREEMPTED if asked else codes[rank]
         bad = [code for code in ended.values() if code != 0]
         if not told and (bad or stops):
             told = True
             if stops:
                 _say("stopping: the job saves its state and ends; Ctrl-C again kills it")
-            _signal(ranks, signal.SIGTERM)
+            _signal(ranks, signal.SIGUSR2 if signal.SIGUSR2 in stops else signal.SIGTERM)
         if bad and deadline is None:
             deadline = time.monotonic() + (GRACE_PREEMPTED_S if bad[0] == PREEMPTED else GRACE_FAILED_S)
         if stops.count(signal.SIGINT) > 1 or (deadline and time.monotonic() > deadline):

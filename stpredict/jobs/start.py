@@ -6,11 +6,13 @@ import logging
 import os
 import socket
 import sys
+from signal import SIGUSR2
 
 from data_pipeline.errors import UserError
 from stpredict.jobs.config import JobConfig
+from stpredict.jobs.requeue import requeue
 from stpredict.run import Run, State, now, write_atomically
-from stpredict.training.signals import Preempted
+from stpredict.training.signals import AGAIN, Preempted, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,9 @@ MODULES = {
 }
 # The command for each kind of job that is not called like its command.
 COMMANDS = {"tokenizer": "train", "prior": "train"}
+# Jobs that save at a step boundary when they are asked to stop. The others are left wherever they are: what they have
+# finished is kept.
+SAVING = {"tokenizer", "prior"}
 EXIT_PREEMPTED = 75
 FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up"}
 
@@ -45,16 +50,45 @@ def start(config: JobConfig) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr, force=True
     )
-    try:
-        run.error_path(rank).unlink(missing_ok=True)
-        if rank == 0:
-            _begin(config, run)
-        importlib.import_module(MODULES[config.kind]).run(config, run)
-        if rank == 0:
-            run.update_status(state="done", finished=now(), phase="")
-    except Exception as error:
-        return _failed(run, rank, error)
+    with StopRequest() as stop:  # from here on: a signal while torch is imported would end the process
+        try:
+            run.error_path(rank).unlink(missing_ok=True)
+            if rank == 0:
+                _begin(config, run)
+            if config.kind in SAVING:
+                _work(config, run)
+            else:
+                _work_until(stop, config, run, rank)
+            if rank == 0:
+                run.update_status(state="done", finished=now(), phase="")
+        except Preempted as stopped:
+            log.warning("%s", stopped)
+            _leave_word(run, rank, "preempted", str(stopped))
+            return EXIT_PREEMPTED
+        except Exception as error:
+            return _failed(run, rank, error)
     return 0
+
+
+def _work(config: JobConfig, run: Run) -> None:
+    importlib.import_module(MODULES[config.kind]).run(config, run)
+
+
+def _work_until(stop: StopRequest, config: JobConfig, run: Run, rank: int) -> None:
+    """Does the job, or leaves it, without a word to the other ranks: they got the signal too."""
+    try:
+        with stop.raising():
+            return _work(config, run)
+    except (Preempted, Exception) as error:
+        if not stop:
+            raise
+        if run.first_error(range(int(os.environ.get("WORLD_SIZE", 1)))):
+            raise RuntimeError("ended, since another rank failed") from None  # srun's SIGTERM, or the launcher's
+        if not isinstance(error, Preempted):  # it went wrong by the signal: a peer left, a worker process died
+            log.warning("since the signal: %r", error)
+    _leave_word(run, rank, "preempted", f"stopped; {AGAIN}")
+    # A SIGTERM may also mean that another rank died.
+    raise Preempted(f"stopped; {requeue(stop.received) if rank == 0 and SIGUSR2 in stop.received else AGAIN}")
 
 
 def _begin(config: JobConfig, run: Run) -> None:
@@ -72,10 +106,6 @@ def _begin(config: JobConfig, run: Run) -> None:
 
 
 def _failed(run: Run, rank: int, error: Exception) -> int:
-    if isinstance(error, Preempted):
-        log.warning("%s", error)
-        _leave_word(run, rank, "preempted", str(error))
-        return EXIT_PREEMPTED
     full = _full_disk(run, error)
     mendable = full is not None or isinstance(error, UserError)
     text = (full or str(error)) if mendable else f"{type(error).__name__}: {error}"

@@ -7,11 +7,13 @@ import torch
 from stpredict.config import flat
 from stpredict.exports import export_checkpoint
 from stpredict.jobs.config import FORCE, PriorJobConfig, TokenizerJobConfig
+from stpredict.jobs.requeue import requeue
 from stpredict.priors.task import PriorTask
 from stpredict.run import Run
 from stpredict.tokenizers.task import TokenizerTask
 from stpredict.training.engine import Trainer
 from stpredict.training.ranks import join_ranks
+from stpredict.training.signals import stops_held_back
 from stpredict.training.task import Task
 
 TrainConfig = TokenizerJobConfig | PriorJobConfig
@@ -22,7 +24,9 @@ def run(config: TrainConfig, run: Run) -> None:
         torch.manual_seed(config.seed)
         identity = config.decisive(flat(config.model_dump(mode="json")))
         force = bool(os.environ.get(FORCE))
-        trainer = Trainer(build_task(config), config.training, run, ranks, identity, config.seed, force)
+        task = build_task(config)
+        with stops_held_back():  # DeepSpeed may have an op compiled
+            trainer = Trainer(task, config.training, run, ranks, identity, config.seed, force, after_stop=requeue)
         trainer.train()
         if ranks.is_main:
             export_checkpoint(trainer.saver.newest, run.export)

@@ -17,7 +17,8 @@ def main() -> int:
     what = plan[rank]
     stopped = []
     if what in ("save", "hurt", "fail", "ok"):
-        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, lambda *_: stopped.append(True))
     if what == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(f"pid {os.getpid()} threads {os.environ['OMP_NUM_THREADS']} world {os.environ['WORLD_SIZE']}", flush=True)

@@ -1,0 +1,150 @@
+#!/bin/bash
+# A real SLURM on this machine, on loopback alone, for trying and testing: one controller, two nodes.
+#
+#   slurm/single_machine.sh start        then:  export SLURM_CONF=DIR/slurm.conf   (start prints it)
+#   slurm/single_machine.sh status
+#   slurm/single_machine.sh stop         ends its jobs and daemons and removes DIR
+#
+# DIR, which holds all that it writes, is $STPREDICT_SLURM_DIR, by default /tmp/stpredict-slurm-USER; its three ports
+# follow $STPREDICT_SLURM_PORT (26817). Needs slurmctld, slurmd and munged (Debian: apt-get install slurm-wlm munge).
+# Root or not; but only root can have the node names resolve, which ranks on several nodes need: it adds a line to
+# /etc/hosts and takes it out again. Anybody else exports MASTER_ADDR=127.0.0.1 before submitting.
+set -euo pipefail
+
+user=$(id -un)
+dir=${STPREDICT_SLURM_DIR:-/tmp/stpredict-slurm-$user}
+port=${STPREDICT_SLURM_PORT:-26817}
+nodes=(one-a one-b)
+hosts_mark="# stpredict single_machine.sh"
+export SLURM_CONF=$dir/slurm.conf
+PATH=$PATH:/usr/sbin:/sbin
+
+main() {
+    case "${1:-}" in
+        start) start ;;
+        stop) stop ;;
+        status) sinfo && squeue ;;
+        *)
+            sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
+            exit 2
+            ;;
+    esac
+}
+
+start() {
+    local tool missing=()
+    for tool in munged slurmctld slurmd sinfo; do
+        command -v "$tool" >/dev/null || missing+=("$tool")
+    done
+    if ((${#missing[@]})); then
+        echo "error: not found: ${missing[*]}; install SLURM and munge (Debian: apt-get install slurm-wlm munge)" >&2
+        exit 1
+    fi
+    if [[ -e $dir ]]; then
+        echo "error: $dir is there; run $0 stop, or set STPREDICT_SLURM_DIR" >&2
+        exit 1
+    fi
+    mkdir -p "$dir"/{munge,state}
+    chmod 755 "$dir" "$dir/munge"
+    trap 'echo "error: no SLURM; the last lines of the logs in $dir:" >&2; tail -n 3 "$dir"/*.log >&2' ERR
+    # A key of its own: this SLURM and a cluster's do not know each other.
+    (umask 077 && head -c 1024 /dev/urandom >"$dir/munge/key")
+    # --force: its home is in /tmp, which others may write to.
+    munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/munge/pid" \
+        --seed-file="$dir/munge/seed" --log-file="$dir/munge.log" 2>>"$dir/munge.log"
+    write_config
+    resolve_nodes
+    slurmctld -f "$SLURM_CONF"
+    for node in "${nodes[@]}"; do
+        slurmd -f "$SLURM_CONF" -N "$node"
+    done
+    wait_until_idle
+    trap - ERR
+    echo "export SLURM_CONF=$SLURM_CONF"
+}
+
+write_config() {
+    local host node number=0
+    host=$(hostname -s)
+    cat >"$SLURM_CONF" <<CONF
+ClusterName=single
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$port
+SlurmctldPidFile=$dir/slurmctld.pid
+SlurmctldLogFile=$dir/slurmctld.log
+StateSaveLocation=$dir/state
+SlurmdPidFile=$dir/slurmd-%n.pid
+SlurmdLogFile=$dir/slurmd-%n.log
+SlurmdSpoolDir=$dir/spool-%n
+SlurmUser=$user
+SlurmdUser=$user
+AuthType=auth/munge
+AuthInfo=socket=$dir/munge/socket
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+JobRequeue=1
+ReturnToService=2
+KillWait=10
+# The nodes are said to have more cores than the machine.
+SlurmdParameters=config_overrides
+CONF
+    for node in "${nodes[@]}"; do
+        number=$((number + 1))
+        echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + number)) CPUs=8" >>"$SLURM_CONF"
+    done
+    echo "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP" >>"$SLURM_CONF"
+}
+
+resolve_nodes() {
+    local node
+    for node in "${nodes[@]}"; do
+        getent hosts "$node" >/dev/null && continue
+        if [[ -w /etc/hosts ]]; then
+            echo "127.0.0.1 $node $hosts_mark" >>/etc/hosts
+        else
+            echo "note: $node does not resolve; before submitting: export MASTER_ADDR=127.0.0.1" >&2
+        fi
+    done
+}
+
+wait_until_idle() {
+    local tries
+    for ((tries = 0; tries < 150; tries++)); do
+        [[ $(sinfo --noheader --states=idle --format=%D 2>/dev/null) == "${#nodes[@]}" ]] && return
+        sleep 0.2
+    done
+    return 1
+}
+
+stop() {
+    local file pid
+    if [[ -e $SLURM_CONF ]]; then
+        timeout 10 scancel --user="$user" 2>/dev/null || true
+        for _ in {1..50}; do # what has ended needs no daemon to end it
+            [[ -z $(timeout 10 squeue --noheader 2>/dev/null) ]] && break
+            sleep 0.2
+        done
+    fi
+    for file in "$dir"/slurmd-*.pid "$dir/slurmctld.pid" "$dir/munge/pid"; do
+        [[ -s $file ]] || continue
+        pid=$(<"$file")
+        kill "$pid" 2>/dev/null || continue
+        for _ in {1..50}; do
+            kill -0 "$pid" 2>/dev/null || break
+            sleep 0.2
+        done
+    done
+    if [[ -w /etc/hosts ]] && grep -q "$hosts_mark\$" /etc/hosts; then
+        local kept # not by `sed -i`: in a container /etc/hosts is a mount and cannot be replaced
+        kept=$(grep -v "$hosts_mark\$" /etc/hosts) && printf '%s\n' "$kept" >/etc/hosts
+    fi
+    rm -rf "$dir"
+}
+
+main "$@"
