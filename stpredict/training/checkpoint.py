@@ -225,9 +225,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def surplus(
-    checkpoints: Path, newest: int, config: CheckpointConfig, given_up: Collection[Path] = ()
-) -> list[Path]:
+def surplus(checkpoints: Path, newest: int, config: CheckpointConfig, given_up: Collection[Path] = ()) -> list[Path]:
     """Complete checkpoints that need not be kept once that of step ``newest`` is there: neither among the last
     ``keep``, nor every ``keep_every``-th step, nor the best by ``best`` (of equal ones, the latest).
 
