@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from getpass import getuser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-COMPILERS = {"ninja", "g++", "c++", "gcc", "cc1plus", "clang++", "nvcc", "cicc", "ld"}
 GB = 1e9
-STALE_S = 600.0  # no compilation of ours takes as long
 
 
 class Check(NamedTuple):
@@ -100,50 +97,16 @@ def _bf16() -> str:
 
 
 def _deepspeed() -> str:
-    removed, held = remove_stale_locks(extensions_folder())
-    note = f"; removed a lock left by a killed compiler: {', '.join(map(str, removed))}" if removed else ""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != "cpu":
-        return f"{deepspeed.__version__} on {get_accelerator().device_name()}{note}"
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+        return f"{deepspeed.__version__} on {get_accelerator().device_name()}"
+    from stpredict.training.compiled_op import load_compiled_op
 
-    builder = ShareMemCommBuilder()
-    for lock in held:
-        if lock.parent.name == builder.name:
-            raise RuntimeError(being_compiled(lock))
     began = time.monotonic()
-    builder.load(verbose=False)
-    return f"{deepspeed.__version__}, deepspeed_shm_comm loaded in {time.monotonic() - began:.1f} s{note}"
-
-
-def extensions_folder() -> Path:
-    """Where torch compiles extensions."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
-
-
-def remove_stale_locks(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Removes the lock files that a killed compilation left, on which every later start would wait for ever.
-
-    Returns those that it removed and those that it left: younger than STALE_S, since ``folder`` may be shared with
-    nodes whose compilers cannot be seen from here, or with a compiler at work here.
-    """
-    locks = {lock: time.time() - lock.stat().st_mtime for lock in folder.glob("**/lock")}
-    mine = (process.info for process in psutil.process_iter(["name", "username"]))
-    compiling = any(info["name"] in COMPILERS and info["username"] == getuser() for info in mine)
-    stale = [lock for lock, age in locks.items() if age > STALE_S and not compiling]
-    for lock in stale:
-        lock.unlink(missing_ok=True)
-    return stale, [lock for lock in locks if lock not in stale]
-
-
-def being_compiled(lock: Path) -> str:
-    return (
-        f"a compilation seems to be running, here or on another node with this home: {lock} exists. Wait for it; if "
-        f"there is none, remove that file (after {STALE_S / 60:.0f} minutes `stpredict doctor` does)"
-    )
+    load_compiled_op()
+    return f"{deepspeed.__version__}, deepspeed_shm_comm loaded in {time.monotonic() - began:.1f} s"
 
 
 def _av() -> str:

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import nn
 
+from stpredict.training.compiled_op import load_compiled_op
 from stpredict.training.config import OptimizerConfig, TrainingConfig
 
 # DeepSpeed 0.19 calls these two torch functions under their old names; nothing else is silenced.
@@ -51,7 +52,8 @@ def build_engine(model: nn.Module, training: TrainingConfig, dtype: torch.dtype,
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its first start on a machine compiles a shared-memory op (about 20 s; `stpredict doctor` does it ahead).
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        load_compiled_op()  # before DeepSpeed does, which could wait for ever
     deepspeed.init_distributed(torch.distributed.get_backend())
     engine, *_ = deepspeed.initialize(
         model=model,
