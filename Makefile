@@ -8,12 +8,13 @@ READY  := $(VENV)/.ready
 # What pip is asked for, so that a machine without a GPU may name a CPU build: make demo TORCH="torch==2.13.0 --index-url ..."
 TORCH  ?= torch==2.13.0
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow prove lint format clean
 help:
 	@echo "make demo                        the whole pipeline on two CPU cores, in minutes; ends with a report"
 	@echo "make demo VIDEOS=/some/folder    the same on your own videos (class = sub-folder), into runs/demo_FOLDER"
 	@echo "make demo ARGS=...               more for stpredict launch: ARGS=\"--rerun prior\", ARGS=run=runs/other"
 	@echo "make test                        the test suite   (make test-slow: the long proofs)"
+	@echo "make prove                       kills a training run 25 times; writes benchmarks/results/kills.md"
 	@echo "make install                     .venv with pinned dependencies and DeepSpeed's CPU op built"
 	@echo "make lint, make format           ruff"
 
@@ -43,6 +44,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+prove: $(READY)
+	$(BIN)/python -m tests.distributed.kills --kills 25 --log benchmarks/results/kills.md
 
 lint: $(READY)
 	$(BIN)/ruff check .
