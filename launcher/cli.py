@@ -3,7 +3,6 @@
 import os
 import sys
 import traceback
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -241,15 +240,26 @@ def inspect(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run of a training job")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run of a training job, or one of its checkpoints")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="directory to write")],
-    step: Annotated[int | None, typer.Option(help="step of the checkpoint (default: the newest)")] = None,
+    step: Annotated[int | None, typer.Option(help="step of the checkpoint (default: the newest sound one)")] = None,
+    best: Annotated[bool, typer.Option("--best", help="the checkpoint best by training.checkpoint.best")] = False,
+    ema: Annotated[
+        bool | None,
+        typer.Option("--ema/--no-ema", help="averages, or the weights themselves (default: averages if there are)"),
+    ] = None,
 ) -> None:
-    """Write a checkpoint as safetensors + config, loadable without DeepSpeed."""
-    with redirect_stdout(sys.stderr):  # DeepSpeed talks on stdout
-        from stpredict.jobs.export import export_run
+    """Write a checkpoint as safetensors + config, loadable without DeepSpeed; over 5 GB in several files.
 
-        export_run(run, out, step)
+    \b
+    stpredict export runs/tokenizer exported
+    stpredict export runs/tokenizer exported --step 1000 --no-ema
+    stpredict export runs/tokenizer/checkpoints/step_00001000 exported
+    """
+    from launcher.progress import bytes_bar
+    from stpredict.jobs.export import export_run
+
+    export_run(run, out, bytes_bar, step, best, ema)
     print(out)
 
 

@@ -1,16 +1,36 @@
-"""A job's progress, read from status.json: a bar on a terminal, elsewhere a line now and then."""
+"""A job's progress, read from status.json: a bar on a terminal, elsewhere a line now and then. And a bar for commands
+that read many bytes."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from stpredict.run import Run, Status
 
 EVERY_S = 10.0
 EVERY_SHARE = 0.1
+
+
+@contextmanager
+def bytes_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error; what it yields is told the bytes that are done, and all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class Watch:

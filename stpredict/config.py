@@ -6,7 +6,7 @@ overrides come last. Errors name the file, the key and the nearest valid key.
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -99,9 +99,9 @@ def as_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def canonical_json(config: BaseModel) -> str:
-    """A config as text that is the same whenever the config is: what fingerprints hash."""
-    return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+def canonical_json(config: BaseModel, but: Collection[str] = ()) -> str:
+    """A config, ``but`` those of its keys, as text that is the same whenever the config is: what fingerprints hash."""
+    return json.dumps(config.model_dump(mode="json", exclude=set(but)), sort_keys=True, separators=(",", ":"))
 
 
 def _explain(kind: Any, item: dict[str, Any], where: str | Path) -> str:

@@ -1,18 +1,19 @@
 """Exports: one trained model without DeepSpeed, as safetensors and a config. What later jobs read.
 
 export/config.yaml        what is needed to build the model
-export/model.safetensors  fp32 weights by name
+export/model.safetensors  fp32 weights by name, or several files and an index (stpredict/weight_files.py)
 """
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from data_pipeline.config import ClipConfig, Config
 from data_pipeline.disk import temporary_path
@@ -23,16 +24,18 @@ from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Run, write_atomically
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig
-from stpredict.training.checkpoint import read_state
-from stpredict.training.restoring import checkpoint_weights
+from stpredict.training.checkpoint import flush, read_state
+from stpredict.training.restoring import CheckpointWeights
+from stpredict.weight_files import INDEX, MAX_FILE_BYTES, WeightFiles, has_weights, index_text, is_weight_file, split
 
-FILES = {"config.yaml", "model.safetensors"}
+CONFIG = "config.yaml"
 
 
 class TokenizerExport(Config):
     kind: Literal["tokenizer"] = "tokenizer"
     format: Literal[1] = 1
     step: int = Field(0, description="training steps behind the weights")
+    ema: bool = Field(False, description="they are averages over the training (training.ema_decay)")
     clip: ClipConfig = Field(description="the clips it was trained on")
     model: CausalCnnConfig
 
@@ -41,6 +44,7 @@ class PriorExport(Config):
     kind: Literal["prior"] = "prior"
     format: Literal[1] = 1
     step: int = Field(0, description="training steps behind the weights")
+    ema: bool = Field(False, description="they are averages over the training (training.ema_decay)")
     codebook_size: int
     grid: tuple[int, int, int] = Field(description="token grid (T', H', W')")
     tokenizer_fingerprint: str = Field(description="of the tokenizer whose latents it models")
@@ -50,17 +54,37 @@ class PriorExport(Config):
 AnyExport = Annotated[TokenizerExport | PriorExport, Field(discriminator="kind")]
 
 
-def export_checkpoint(checkpoint: Path, out: Path) -> None:
-    """Writes the export of a complete checkpoint to ``out``, which is absent, empty, or an older export to replace."""
-    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= FILES):
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    ema: bool | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes the export of a complete checkpoint to ``out``, which is absent, empty, or an older export to replace.
+
+    The averages of the weights where the training kept such, unless ``ema`` says otherwise. Holds the tensors of one
+    file in memory. ``progress`` is told the bytes that are read, and all. UsageError where ``out`` holds other things
+    or there are no averages; UserError where there is no room.
+    """
+    if out.exists() and not (out.is_dir() and all(_is_ours(path.name) for path in out.iterdir())):
         raise UsageError(f"{out}: holds other things than an export; give a folder that is empty or does not exist")
     config = validate(AnyExport, read_state(checkpoint).export, checkpoint / "state.json")
-    weights = dict(checkpoint_weights(checkpoint))
+    weights = CheckpointWeights(checkpoint, ema)
+    config = config.model_copy(update={"ema": weights.ema})
     temporary, old = temporary_path(out), temporary_path(out)
     try:
         temporary.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "model.safetensors")
-        write_atomically(temporary / "config.yaml", as_yaml(config))
+        needed, free = sum(weights.sizes.values()), shutil.disk_usage(temporary).free
+        if needed > free:
+            raise UserError(
+                f"{out}: the export needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room, or give "
+                "another place"
+            )
+        _write_weights(weights, temporary, max_file_bytes, progress)
+        write_atomically(temporary / CONFIG, as_yaml(config))
+        for path in temporary.iterdir():
+            flush(path)
         if out.exists():
             out.rename(old)
         temporary.rename(out)
@@ -73,10 +97,32 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_ours(name: str) -> bool:
+    return name == CONFIG or is_weight_file(name)
+
+
+def _write_weights(
+    weights: CheckpointWeights, folder: Path, max_file_bytes: int, progress: Callable[[int, int], None]
+) -> None:
+    sizes = weights.sizes
+    files = split(sizes, max_file_bytes)
+    done, total = 0, sum(sizes.values())
+    for file, names in files.items():
+        tensors = {}
+        for name in names:
+            tensors[name] = weights.tensor(name)
+            done += sizes[name]
+            progress(done, total)
+        save_file(tensors, folder / file)
+        del tensors  # before the next file's are read
+    if len(files) > 1:
+        write_atomically(folder / INDEX, index_text(files, sizes))
+
+
 def find_export(path: Path) -> Path:
     """The export folder that ``path`` is or, being a run, holds. UsageError where there is none."""
     for folder in (path, Run(path).export):
-        if (folder / "model.safetensors").is_file() and (folder / "config.yaml").is_file():
+        if has_weights(folder) and (folder / CONFIG).is_file():
             return folder
     status = Run(path).status()
     if status is not None:
@@ -87,18 +133,20 @@ def find_export(path: Path) -> Path:
 
 
 def fingerprint(export: Path) -> str:
-    """Hash of an export's config and weights: equal exactly when the models are."""
-    config = load(AnyExport, export / "config.yaml").model_copy(update={"step": 0})
-    digest = hashlib.sha256(canonical_json(config).encode())
-    with (export / "model.safetensors").open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
+    """Hash of an export's config and weights: equal exactly when the models are, whatever they were trained like."""
+    config = load(AnyExport, export / CONFIG).model_copy(update={"step": 0})
+    # Exports that are older than `ema` keep their fingerprint, by which latents know their tokenizer.
+    digest = hashlib.sha256(canonical_json(config, but={"ema"}).encode())
+    for path in WeightFiles(export).paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
 def load_tokenizer(path: Path) -> tuple[CausalCnnTokenizer, TokenizerExport, str]:
     """The tokenizer of a run or an export, in evaluation mode, with its config and fingerprint."""
     folder = find_export(Path(path))
-    config = load(AnyExport, folder / "config.yaml")
+    config = load(AnyExport, folder / CONFIG)
     if not isinstance(config, TokenizerExport):
         raise UsageError(f"{folder}: holds a {config.kind}, a tokenizer is needed here")
     return _load(CausalCnnTokenizer(config.model), folder), config, fingerprint(folder)
@@ -107,17 +155,20 @@ def load_tokenizer(path: Path) -> tuple[CausalCnnTokenizer, TokenizerExport, str
 def load_prior(path: Path) -> tuple[NextBlockPrior, PriorExport]:
     """The prior of a run or an export, in evaluation mode, with its config."""
     folder = find_export(Path(path))
-    config = load(AnyExport, folder / "config.yaml")
+    config = load(AnyExport, folder / CONFIG)
     if not isinstance(config, PriorExport):
         raise UsageError(f"{folder}: holds a {config.kind}, a prior is needed here")
     return _load(NextBlockPrior(config.model, config.codebook_size, config.grid), folder), config
 
 
+@torch.no_grad()
 def _load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: the weights do not fit config.yaml or are damaged: {str(error).splitlines()[0]}"
-        ) from error
+    """Sets ``model`` tensor by tensor, so that the weights are in memory once. UserError where they do not fit."""
+    weights, state = WeightFiles(folder), model.state_dict()
+    wrong = [name for name in weights.shapes if name not in state]
+    wrong += [name for name, tensor in state.items() if weights.shapes.get(name) != tensor.shape]
+    if wrong:
+        raise UserError(f"{folder}: the weights do not fit config.yaml: {min(wrong)} is missing or of another shape")
+    for name, tensor in state.items():
+        weights.fill(name, 0, tensor.view(-1))
     return model.eval().requires_grad_(False)

@@ -10,7 +10,7 @@ from stpredict.losses.config import ReconstructionLossConfig
 from stpredict.priors.config import NextBlockConfig, PriorDataConfig
 from stpredict.sampling.config import SamplingConfig
 from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, TokenizedClipDataConfig
-from stpredict.training.config import TrainingConfig
+from stpredict.training.config import InitFrom, TrainingConfig
 
 PARTS = "parts"  # folder of a run
 FORCE = "STPREDICT_FORCE"  # environment variable: training continues under another config than it began with
@@ -105,16 +105,23 @@ class ShardConfig(PartedJobConfig):
     harmless: ClassVar[tuple[str, ...]] = (*PartedJobConfig.harmless, "workers")
 
 
-class TokenizerJobConfig(JobConfig):
+class TrainingJobConfig(JobConfig):
+    training: TrainingConfig
+    # Left out where there is none: runs that are older than the key are runs without.
+    init_from: InitFrom | None = Field(
+        None, exclude_if=lambda value: value is None, description="run, export or checkpoint to take weights from"
+    )
+
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING, *COMPUTING)
+
+
+class TokenizerJobConfig(TrainingJobConfig):
     """Trains a tokenizer on clips."""
 
     kind: Literal["tokenizer"] = "tokenizer"
     data: ClipDataConfig
     model: CausalCnnConfig = CausalCnnConfig()
     loss: ReconstructionLossConfig = ReconstructionLossConfig()
-    training: TrainingConfig
-
-    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING, *COMPUTING)
 
 
 class EncodeConfig(PartedJobConfig):
@@ -131,7 +138,7 @@ class EncodeConfig(PartedJobConfig):
     harmless: ClassVar[tuple[str, ...]] = (*PartedJobConfig.harmless, *LOADING)
 
 
-class PriorJobConfig(JobConfig):
+class PriorJobConfig(TrainingJobConfig):
     """Trains a prior on cached latents, or on clips that are tokenized on the fly."""
 
     kind: Literal["prior"] = "prior"
@@ -139,9 +146,6 @@ class PriorJobConfig(JobConfig):
     tokenizer: Path = Field(description="run or export of the tokenizer that made the latents and will decode samples")
     given_frames: int = Field(5, ge=1, description="frames given in the pictures of predictions")
     model: NextBlockConfig = NextBlockConfig()
-    training: TrainingConfig
-
-    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING, *COMPUTING)
 
 
 class GenerateConfig(JobConfig):

@@ -1,21 +1,91 @@
-"""Exports a trained model from any complete checkpoint of a run, in one process and without starting DeepSpeed."""
+"""Exports a trained model from any sound checkpoint, in one process and without starting DeepSpeed."""
 
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from data_pipeline.errors import UsageError
+import yaml
+
+from data_pipeline.errors import UsageError, UserError
 from stpredict.exports import export_checkpoint
 from stpredict.run import Run
-from stpredict.training.checkpoint import complete_checkpoints
+from stpredict.training.checkpoint import (
+    complete_checkpoints,
+    folder_of,
+    is_checkpoint,
+    read_state,
+    step_of,
+    why_unusable,
+)
+from stpredict.training.config import BestConfig
+
+log = logging.getLogger(__name__)
+#: Shows a description and what is done of so many bytes.
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
-def export_run(path: Path, out: Path, step: int | None = None) -> Path:
-    """Writes the export of checkpoint ``step`` (default: the newest complete one) to ``out``."""
-    complete = {
-        int(folder.name.removeprefix("step_")): folder for folder in complete_checkpoints(Run(path).checkpoints)
-    }
-    if not complete:
-        raise UsageError(f"{path}: no run with a complete checkpoint here")
-    if step is not None and step not in complete:
-        raise UsageError(f"{path}: no complete checkpoint of step {step}; there are {', '.join(map(str, complete))}")
-    export_checkpoint(complete[max(complete) if step is None else step], out)
-    return out
+def export_run(path: Path, out: Path, bar: Bar, step: int | None, best: bool, ema: bool | None) -> None:
+    """Writes the export of a checkpoint to ``out``. ``path`` is that checkpoint, or a run: then it is the one of
+    ``step``, the ``best``, or the newest sound one. UserError where a checkpoint that was asked for is damaged."""
+    checkpoint = _find(path, bar, step, best)
+    with bar(f"exporting {checkpoint.name}") as progress:
+        export_checkpoint(checkpoint, out, ema, progress=progress)
+
+
+def _find(path: Path, bar: Bar, step: int | None, best: bool) -> Path:
+    """The checkpoint to export; all of it has been read and is sound."""
+    if step is not None and best:
+        raise UsageError("give --step or --best, not both")
+    if is_checkpoint(path):
+        if step is not None or best:
+            raise UsageError(f"{path}: is a checkpoint; --step and --best go with a run")
+        wanted = path
+    elif step is not None:
+        wanted = _of_step(path, step)
+    elif best:
+        wanted = _best(path)
+    else:
+        return _newest_sound(path, bar)
+    if problem := _problem(wanted, bar):
+        raise UserError(f"{wanted} {problem}; export another checkpoint")
+    return wanted
+
+
+def _problem(checkpoint: Path, bar: Bar) -> str | None:
+    with bar(f"verifying {checkpoint.name}") as progress:
+        return why_unusable(checkpoint, progress)
+
+
+def _newest_sound(path: Path, bar: Bar) -> Path:
+    folders = sorted(Run(path).checkpoints.glob("step_*"), reverse=True)
+    for folder in folders:
+        if (problem := _problem(folder, bar)) is None:
+            return folder
+        log.warning("%s %s: skipped", folder, problem)
+    if folders:
+        raise UserError(f"{path}: none of its checkpoints can be used")
+    raise UsageError(f"{path}: no run with a complete checkpoint here")
+
+
+def _of_step(path: Path, step: int) -> Path:
+    folder = folder_of(Run(path).checkpoints, step)
+    if not folder.is_dir():
+        there = ", ".join(str(step_of(other)) for other in complete_checkpoints(folder.parent))
+        raise UsageError(f"{path}: no checkpoint of step {step}; there are {there or 'none'}")
+    return folder
+
+
+def _best(path: Path) -> Path:
+    """The complete checkpoint that was best by the run's training.checkpoint.best."""
+    run = Run(path)
+    try:
+        config = yaml.safe_load(run.config_path.read_text())
+        best = BestConfig.model_validate(config["training"]["checkpoint"]["best"])
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        raise UsageError(f"{path}: --best needs a run that was trained with training.checkpoint.best") from None
+    values = {folder: read_state(folder).metrics.get(best.metric) for folder in complete_checkpoints(run.checkpoints)}
+    rated = {folder: value for folder, value in values.items() if value is not None}
+    if not rated:
+        raise UsageError(f"{path}: no complete checkpoint here was saved with a validation's {best.metric}")
+    return (max if best.mode == "max" else min)(rated, key=rated.get)

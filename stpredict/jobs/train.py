@@ -26,7 +26,9 @@ def run(config: TrainConfig, run: Run) -> None:
         force = bool(os.environ.get(FORCE))
         task = build_task(config)
         with stops_held_back():  # DeepSpeed may have an op compiled
-            trainer = Trainer(task, config.training, run, ranks, identity, config.seed, force, after_stop=requeue)
+            trainer = Trainer(
+                task, config.training, run, ranks, identity, config.seed, force, config.init_from, requeue
+            )
         trainer.train()
         if ranks.is_main:
             export_checkpoint(trainer.saver.newest, run.export)

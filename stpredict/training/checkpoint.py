@@ -15,7 +15,8 @@ stage, and by one process without DeepSpeed.
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -108,8 +109,23 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return [folder for folder in all_checkpoints(checkpoints) if (folder / MARKER).exists()]
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is one, complete or not; it may have been moved out of its run."""
+    if not folder.is_dir():
+        return False
+    named = re.fullmatch(r"step_\d{8}", folder.name) and not (folder / "config.yaml").exists()  # an export has that
+    return bool(named) or (folder / STATE).is_file() or (folder / MARKER).is_file()
+
+
+def is_former(folder: Path) -> bool:
+    """Whether it is a checkpoint of stpredict's first version: DeepSpeed's own files."""
+    return next(folder.glob("*_model_states.pt"), None) is not None
+
+
 def read_marker(folder: Path) -> dict[str, Written] | str:
     """The files of a checkpoint as they were written, or why it cannot be used."""
+    if is_former(folder):
+        return "is of an earlier version, DeepSpeed's own files, which cannot be read any more"
     try:
         files = json.loads((folder / MARKER).read_text())
         return {name: Written.model_validate(file) for name, file in files.items()}
@@ -139,12 +155,18 @@ def damage(folder: Path, files: Iterable[tuple[str, Written]]) -> list[str]:
     return problems
 
 
-def why_unusable(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, after reading all of it; None where it is sound."""
+def why_unusable(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str | None:
+    """Why a checkpoint cannot be used, after reading all of it; None where it is sound. ``progress`` is told the bytes
+    that have been read, and all."""
     files = read_marker(folder)
     if isinstance(files, str):
         return files
-    problems = damage(folder, files.items())
+    done, total = 0, sum(file.bytes for file in files.values())
+    problems = []
+    for name, file in files.items():
+        problems += damage(folder, [(name, file)])
+        done += file.bytes
+        progress(done, total)
     return f"is damaged ({'; '.join(problems)})" if problems else None
 
 

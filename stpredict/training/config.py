@@ -1,8 +1,9 @@
 """Configs of the training engine."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.config import Config
 
@@ -84,3 +85,23 @@ class TrainingConfig(Config):
                 f"is no multiple of validate_every {self.validate_every}"
             )
         return self
+
+
+class InitFromConfig(Config):
+    """Weights and buffers that a training begins with; steps and optimizer begin anew."""
+
+    path: Path = Field(description="run (its export), export, or folder of a checkpoint")
+    only: tuple[str, ...] | None = Field(
+        None, min_length=1, description="patterns of parameter names, such as encoder.*; default: all, which must fit"
+    )
+    ema: bool | None = Field(
+        None, description="averages of the weights, or the weights themselves; default: averages where there are any"
+    )
+
+
+def _as_mapping(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str | Path) else value
+
+
+#: ``init_from: PATH`` is short for ``init_from: {path: PATH}``.
+InitFrom = Annotated[InitFromConfig, BeforeValidator(_as_mapping)]

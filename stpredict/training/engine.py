@@ -5,8 +5,9 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from signal import Signals
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from stpredict.config import differences
 from stpredict.run import Progress, Run, now
 from stpredict.training.adversary import Adversary
 from stpredict.training.checkpoint import CheckpointState, read_state
-from stpredict.training.config import TrainingConfig
+from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
+from stpredict.training.initial import initialise
 from stpredict.training.logger import MetricsLogger
 from stpredict.training.pieces import Ema, Held, Piece, owned
 from stpredict.training.precision import resolve_precision
@@ -26,7 +28,7 @@ from stpredict.training.ranks import Ranks
 from stpredict.training.restoring import newest_sound_checkpoint, restore
 from stpredict.training.saving import Saver
 from stpredict.training.schedule import learning_rate_factor
-from stpredict.training.signals import Preempted, StopRequest
+from stpredict.training.signals import AGAIN, Preempted, StopRequest
 from stpredict.training.task import Batch, Share, Task
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,9 @@ class Trainer:
     """Trains ``task`` to ``training.steps`` and leaves a complete checkpoint of the last step.
 
     ``identity`` holds the settings, by dotted keys, that decide the weights: a checkpoint saved under others is refused
-    unless ``force``.
+    unless ``force``. A run without a checkpoint begins at the weights of ``init_from``. ``after_stop`` is called where
+    signals asked for a stop, on rank 0, with those it got, when all is saved and before any rank leaves; it returns in
+    words what happens next.
     """
 
     def __init__(
@@ -67,8 +71,12 @@ class Trainer:
         identity: dict[str, Any],
         seed: int,
         force: bool = False,
+        init_from: InitFromConfig | None = None,
+        after_stop: Callable[[Collection[Signals]], str] = lambda _: AGAIN,
     ):
         self.task, self.training, self.run, self.ranks, self.force = task, training, run, ranks, force
+        self.after_stop = after_stop
+        self.init_from = init_from
         self.accumulation = accumulation_steps(training, ranks.size)
         self.dtype = resolve_precision(training.precision, ranks.device, training.zero_stage)
         self.share = Share(ranks.rank, ranks.size, training.batch_size // (ranks.size * self.accumulation))
@@ -112,7 +120,7 @@ class Trainer:
                     self._finish_save()
                 if stopping:
                     self._save(last=True)
-                    self._leave_preempted()
+                    self._leave_preempted(stop.received)
                 sums = self._optimizer_step(micro_batches, counts)
                 self.consumed = dict(batches.consumed)
                 clock.step_done()
@@ -203,13 +211,15 @@ class Trainer:
                 "last checkpoint"
             )
 
-    def _leave_preempted(self) -> None:
-        """Says so in status.json before any rank ends, since the first to end may take the others with it."""
-        message = f"stopped at step {self.step} of {self.training.steps}; run again to continue"
+    def _leave_preempted(self, received: Collection[Signals]) -> None:
+        """Says so in status.json, and has the job requeued, before any rank ends: the first may take the others with
+        it."""
+        stopped, then = f"stopped at step {self.step} of {self.training.steps}", AGAIN
         if self.ranks.is_main:
-            self.run.update_status(state="preempted", finished=now(), error=message)
+            self.run.update_status(state="preempted", step=self.step, finished=now(), error=f"{stopped}; {then}")
+            then = self.after_stop(received)
         self.ranks.barrier()
-        raise Preempted(message)
+        raise Preempted(f"{stopped}; {then}")
 
     def _validate(self, logger: MetricsLogger | None, progress: Progress | None) -> None:
         totals: dict[str, torch.Tensor] = {}
@@ -311,6 +321,8 @@ class Trainer:
         """Continues from the newest sound checkpoint; starts anew where there is none."""
         checkpoint = newest_sound_checkpoint(self.run.checkpoints, self.ranks)
         if checkpoint is None:
+            if self.init_from:
+                initialise(self.held[0], self.init_from, self.ranks)
             self._seed()
             if self.ema:
                 self.ema.start()

@@ -15,6 +15,7 @@ from stpredict.training.checkpoint import (
     all_checkpoints,
     damage,
     has_completed,
+    is_former,
     piece_name,
     random_file,
     rank_file,
@@ -27,21 +28,51 @@ from stpredict.training.ranks import Ranks
 from stpredict.training.saving import restore_random_states
 
 log = logging.getLogger(__name__)
+MAPPED_BYTES = 64 * 2**20
+# As exported: floats in fp32, others as they are.
+_EXPORTED_BYTES = {"F64": 4, "F32": 4, "F16": 4, "BF16": 4, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 def checkpoint_weights(folder: Path, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Name and whole tensor of every weight (fp32) and buffer of a checkpoint's model, one at a time; the averages in
     place of the weights that have one, if ``ema``. UsageError where there are none."""
-    reader = CheckpointReader(folder)
-    averages = {key.split("/", 2)[2] for key in reader.index if key.startswith("model/ema/")}
-    if ema and not averages:
-        raise UsageError(f"{folder}: was trained without training.ema_decay: there are no averages to export")
-    for key in sorted(reader.index):
-        module, kind, name = key.split("/", 2)
-        if module == "model" and kind in ("weight", "buffer"):
-            averaged = ema and kind == "weight" and name in averages
-            tensor = reader.tensor(f"model/ema/{name}" if averaged else key)
-            yield name, tensor.float() if tensor.is_floating_point() else tensor
+    weights = CheckpointWeights(folder, ema)
+    return ((name, weights.tensor(name)) for name in weights.shapes)
+
+
+class CheckpointWeights:
+    """The weights (fp32) and buffers of a checkpoint's model, by name; the averages in place of the weights that have
+    one, if ``ema`` (default: where there are averages). UsageError where they are asked for and there are none."""
+
+    def __init__(self, folder: Path, ema: bool | None = None):
+        self.folder, self._reader = folder, CheckpointReader(folder)
+        index = self._reader.index
+        averages = {key.split("/", 2)[2] for key in index if key.startswith("model/ema/")}
+        if ema and not averages:
+            raise UsageError(f"{folder}: was trained without training.ema_decay: it has no averages of its weights")
+        self.ema = bool(averages) if ema is None else ema
+        self._keys = {}
+        for key in sorted(index):
+            module, kind, name = key.split("/", 2)
+            if module == "model" and kind in ("weight", "buffer"):
+                averaged = self.ema and kind == "weight" and name in averages
+                self._keys[name] = f"model/ema/{name}" if averaged else key
+        self.shapes = {name: index[key].shape for name, key in self._keys.items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor as ``tensor`` gives it."""
+        entries = {name: self._reader.index[key] for name, key in self._keys.items()}
+        return {name: entry.elements * _EXPORTED_BYTES[entry.dtype] for name, entry in entries.items()}
+
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """Sets ``out``, 1-D, to elements ``start`` and following of the flattened tensor ``name``."""
+        self._reader.fill(self._keys[name], start, out)
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self._reader.tensor(self._keys[name])
+        self._reader.release()
+        return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class CheckpointReader:
@@ -51,6 +82,7 @@ class CheckpointReader:
         self.folder = folder
         self.index = read_index(folder)
         self._files: dict[int, safe_open] = {}
+        self._mapped = 0
 
     def fill(self, key: str, start: int, out: Tensor) -> None:
         """Sets ``out``, 1-D, to elements ``start`` and following of the flattened tensor ``key``."""
@@ -60,6 +92,7 @@ class CheckpointReader:
             if low < high:
                 part = self._file(rank).get_slice(piece_name(key, first))[low - first : high - first]
                 out[low - start : high - start].copy_(part)
+                self._mapped += part.nbytes
 
     def tensor(self, key: str) -> Tensor:
         """The whole tensor ``key``, in the type it was saved in."""
@@ -69,6 +102,13 @@ class CheckpointReader:
         whole = torch.empty(entry.elements, dtype=dtype)
         self.fill(key, 0, whole)
         return whole.view(entry.shape)
+
+    def release(self) -> None:
+        """Gives back what has been read, now and then: files are mapped, and what was read of them counts as this
+        process's memory for as long as they are open."""
+        if self._mapped > MAPPED_BYTES:
+            self._files.clear()
+            self._mapped = 0
 
     def _file(self, rank: int) -> safe_open:
         if rank not in self._files:
@@ -81,29 +121,35 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks) -> Path | None:
     where none was ever completed; UserError where some were and none can be used, so that training does not begin anew
     by itself.
 
-    The ranks read a share of the files each.
+    UsageError where the run has been trained by an earlier version: to begin anew would replace its checkpoints.
     """
     folders, begun = ranks.from_main((all_checkpoints(checkpoints)[::-1], has_completed(checkpoints)))
     skipped = []
     for folder in folders:
-        files = ranks.from_main(read_marker(folder) if ranks.is_main else None)
-        if isinstance(files, str):
-            problems = files
-        else:
-            found = ranks.gather(damage(folder, list(files.items())[ranks.rank :: ranks.size]))
-            problems = "; ".join(problem for part in found for problem in part)
-            problems = f"is damaged ({problems})" if problems else None
-        if problems is None:
+        problem = why_unusable_together(folder, ranks)
+        if problem is None:
             return folder
-        skipped.append(f"{folder.name} {problems}")
+        if ranks.from_main(is_former(folder)):
+            raise UsageError(f"{folder} {problem}; use another `run` (init_from takes the export of this one)")
+        skipped.append(f"{folder.name} {problem}")
         if ranks.is_main:
-            log.warning("%s %s: skipped", folder, problems)
+            log.warning("%s %s: skipped", folder, problem)
     if begun:
         raise UserError(
             f"{checkpoints}: none of its checkpoints can be used ({'; '.join(skipped) or 'they are gone'}); "
             "to train from the start, remove this folder"
         )
     return None
+
+
+def why_unusable_together(folder: Path, ranks: Ranks) -> str | None:
+    """Why a checkpoint cannot be used; None where it is sound. The ranks read a share of the files each."""
+    files = ranks.from_main(read_marker(folder) if ranks.is_main else None)
+    if isinstance(files, str):
+        return files
+    found = ranks.gather(damage(folder, list(files.items())[ranks.rank :: ranks.size]))
+    problems = "; ".join(problem for part in found for problem in part)
+    return f"is damaged ({problems})" if problems else None
 
 
 def restore(folder: Path, held: Sequence[Held], averages: Iterable[Piece], ranks: Ranks) -> CheckpointState:
@@ -137,9 +183,9 @@ def refuse_other_model(folder: Path, pieces: Iterable[Piece], index: dict[str, T
         here.update(part)
     there = {key: entry.shape for key, entry in index.items() if key.split("/")[1] != "ema"}
     lines = [
-        *_named("it lacks", here.keys() - there.keys()),
-        *_named("it has besides", there.keys() - here.keys()),
-        *_named(
+        *named("it lacks", here.keys() - there.keys()),
+        *named("it has besides", there.keys() - here.keys()),
+        *named(
             "shapes differ",
             [f"{key} {there[key]} → {here[key]}" for key in here.keys() & there.keys() if here[key] != there[key]],
         ),
@@ -148,7 +194,7 @@ def refuse_other_model(folder: Path, pieces: Iterable[Piece], index: dict[str, T
         raise UsageError(f"{folder}: a checkpoint of another model: {'; '.join(lines)}; use another `run`")
 
 
-def _named(what: str, keys: Iterable[str]) -> list[str]:
+def named(what: str, keys: Iterable[str]) -> list[str]:
     keys = sorted(keys)
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return [f"{what} {', '.join(keys[:3])}{more}"] if keys else []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data_pipeline.config import Config
 from launcher.rank import leave
 from stpredict.run import Run
-from stpredict.training.config import TrainingConfig
+from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.engine import Trainer
 from stpredict.training.ranks import join_ranks
 from stpredict.training.signals import Preempted
@@ -162,7 +162,8 @@ def main(out: Path) -> None:
                     shutil.copytree(Run(out / trial["copy_of"]).checkpoints, run.checkpoints)
             ranks.barrier()
             identity = {"training.optimizer.lr": training.optimizer.lr, **trial.get("identity", {})}
-            trainer = Trainer(task, training, run, ranks, identity, 1, trial.get("force", False))
+            init_from = InitFromConfig(**trial["init_from"]) if "init_from" in trial else None
+            trainer = Trainer(task, training, run, ranks, identity, 1, trial.get("force", False), init_from)
             if trial.get("resave"):  # what was loaded, as it stands
                 trainer.saver.checkpoints, trainer.saved_step = run.path / "resaved", -1
                 trainer._save(last=True)

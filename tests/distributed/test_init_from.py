@@ -1,0 +1,162 @@
+"""A training that begins at the weights of another one, in two processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from data_pipeline.errors import UsageError, UserError
+from stpredict.training.config import InitFromConfig
+from stpredict.training.initial import chosen, open_source
+from stpredict.training.restoring import CheckpointReader, checkpoint_weights
+from stpredict.weight_files import index_text, split
+from tests.distributed.test_engine import trial
+from tests.distributed.toy import ToyModel, run_ranks
+
+ENGINES = [("fp32", 0), ("bf16", 1), ("fp32", 3), ("bf16", 3)]
+TENSORS = {name: tensor for name, tensor in ToyModel(0.0, rich=True).state_dict().items() if name != "steps"}
+
+
+def write_export(folder: Path, config: str = "kind: toy\n") -> dict[str, torch.Tensor]:
+    """An export in several files, as another tool could have made it; returns its weights."""
+    folder.mkdir()
+    weights = {name: torch.randn(tensor.shape) for name, tensor in TENSORS.items()}
+    weights["steps"] = torch.tensor([7])
+    sizes = {name: tensor.nbytes for name, tensor in weights.items()}
+    files = split(sizes, 600)
+    for file, names in files.items():
+        save_file({name: weights[name] for name in names}, folder / file)
+    assert len(files) > 1
+    (folder / "model.safetensors.index.json").write_text(index_text(files, sizes))
+    (folder / "config.yaml").write_text(config)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Trainings that have begun and done no step yet: their folder, and the weights of their sources."""
+    out = tmp_path_factory.mktemp("begun")
+    source = out / "source" / "checkpoints" / "step_00000003"
+    exported = write_export(out / "exported")
+    trials = [trial("source", rich=True, training={"steps": 3, "ema_decay": 0.9, "zero_stage": 2})]
+
+    def begin(name: str, **changes) -> None:
+        trials.append(trial(name, rich=True, resave=True, **changes))
+
+    for precision, stage in ENGINES:
+        settings = {"precision": precision, "zero_stage": stage, "ema_decay": 0.9}
+        begin(f"averages_{precision}_{stage}", training=settings, init_from={"path": str(source)})
+        begin(f"weights_{precision}_{stage}", training=settings, init_from={"path": str(source), "ema": False})
+        begin(f"exported_{precision}_{stage}", training=settings, init_from={"path": str(out / "exported")})
+        only = ["second.*", "mar?"]
+        begin(f"part_{precision}_{stage}", training=settings, init_from={"path": str(source), "only": only})
+    resumed = {"rich": True, "training": {"steps": 3, "zero_stage": 1}}
+    trials.append(trial("resumed", until=1, init_from={"path": str(source)}, **resumed))
+    trials.append(trial("resumed", init_from={"path": "/gone"}, **resumed))
+    results = run_ranks(trials, out, 2)
+    sources = {
+        "averages": dict(checkpoint_weights(source, ema=True)),
+        "weights": dict(checkpoint_weights(source)),
+        "exported": exported,
+    }
+    assert not torch.equal(sources["averages"]["first.weight"], sources["weights"]["first.weight"])
+    return out, sources, results
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(run / "resaved" / "step_00000000")
+    return {key.removeprefix("model/"): reader.tensor(key) for key in reader.index if key.startswith("model/")}
+
+
+@pytest.mark.parametrize(("precision", "stage"), ENGINES)
+@pytest.mark.parametrize("kind", ["averages", "weights", "exported"])
+def test_masters_buffers_and_averages_begin_at_the_sources_to_the_bit(begun, kind, precision, stage):
+    out, sources, _ = begun
+    state = state_of(out / f"{kind}_{precision}_{stage}")
+    for name, expected in sources[kind].items():
+        kinds = ["buffer"] if name in ("mark", "level", "steps") else ["weight"]
+        if kinds == ["weight"] and not name.startswith("frozen"):
+            kinds.append("ema")
+            assert not state[f"exp_avg/{name}"].any()
+            assert not state[f"exp_avg_sq/{name}"].any()
+        if name.startswith("frozen"):
+            expected = expected.to(torch.float32 if precision == "fp32" else torch.bfloat16)
+        for key in kinds:
+            assert torch.equal(state[f"{key}/{name}"], expected), (key, name)
+
+
+@pytest.mark.parametrize(("precision", "stage"), ENGINES)
+def test_of_a_part_the_rest_keeps_its_initialisation(begun, precision, stage):
+    out, sources, _ = begun
+    state = state_of(out / f"part_{precision}_{stage}")
+    torch.manual_seed(0)
+    initial = ToyModel(0.0, rich=True).state_dict()
+    for name in ("second.weight", "second.bias"):
+        assert torch.equal(state[f"weight/{name}"], sources["averages"][name])
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16  # to which DeepSpeed rounds what it is given
+    for name in ("first.weight", "first.bias"):
+        assert torch.equal(state[f"weight/{name}"].to(dtype), initial[name].to(dtype))
+    assert torch.equal(state["buffer/level"], initial["level"])
+
+
+def test_a_resumed_run_does_not_begin_at_them_again(begun):
+    *_, results = begun
+    stopped, resumed = (result for result in results[-2:])
+    assert (stopped["step"], resumed["step"]) == (1, 3)
+
+
+HERE = {"encoder.a": (2, 3), "encoder.b": (3,), "decoder.a": (3, 2)}
+
+
+def take(there, *only):
+    config = InitFromConfig(path="x", only=only or None)
+    return chosen(config, Path("runs/x"), HERE, there)
+
+
+def test_without_patterns_all_must_fit_and_what_does_is_named():
+    assert take(HERE) == set(HERE)
+    there = {"encoder.a": (2, 3), "encoder.b": (3,), "decoder.a": (3, 4), "head": (1,)}
+    with pytest.raises(UsageError) as error:
+        take(there)
+    assert str(error.value) == (
+        "init_from runs/x: does not fit this model: it has besides head; shapes differ: decoder.a (3, 4) → (3, 2); "
+        "a part of it does: init_from.only=[encoder.*]"
+    )
+    with pytest.raises(UsageError, match=r"it lacks encoder.b"):
+        take({name: shape for name, shape in HERE.items() if name != "encoder.b"})
+
+
+def test_what_patterns_ask_for_must_be_in_both():
+    there = {"encoder.a": (2, 3), "encoder.b": (3,), "head.a": (1,)}
+    assert take(there, "encoder.*") == {"encoder.a", "encoder.b"}
+    assert take(there, "*.b", "encoder.a") == {"encoder.a", "encoder.b"}
+    with pytest.raises(
+        UsageError, match=r"only 'tail.\*' matches no parameter; there are decoder.\*, encoder.\*, head.\*"
+    ):
+        take(there, "encoder.*", "tail.*")
+    with pytest.raises(UsageError, match=r"it lacks decoder.a"):
+        take(there, "decoder.*")
+    with pytest.raises(UsageError, match=r"it has besides head.a"):
+        take(there, "head.*")
+
+
+def test_sources_that_are_none_are_named(tmp_path):
+    def opened(path, **settings):
+        return open_source(InitFromConfig(path=path, **settings), None)
+
+    with pytest.raises(UsageError, match=f"init_from {tmp_path}: neither an export, nor a checkpoint, nor a run"):
+        opened(tmp_path)
+    unfinished = tmp_path / "run" / "checkpoints" / "step_00000003"
+    unfinished.mkdir(parents=True)
+    (unfinished / "COMPLETE").touch()
+    with pytest.raises(UsageError, match=f"this run has no export yet; finish it, or give a checkpoint: {unfinished}"):
+        opened(tmp_path / "run")
+    write_export(tmp_path / "averages", "kind: toy\nema: true\n")
+    assert opened(tmp_path / "averages", ema=True).shapes["mark"] == (3,)
+    with pytest.raises(UsageError, match=r"holds averages of the weights, and init_from\.ema is false"):
+        opened(tmp_path / "averages", ema=False)
+    first = min((tmp_path / "averages").glob("*.safetensors"))
+    first.write_bytes(b"\0" * 9)
+    with pytest.raises(UserError, match=f"{first}: damaged, or missing"):
+        opened(tmp_path / "averages")
