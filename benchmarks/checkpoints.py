@@ -39,6 +39,7 @@ from stpredict.exports import PriorExport, export_checkpoint, load_prior
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.training.checkpoint import CheckpointState
+from stpredict.training.compiled_op import load_compiled_op
 from stpredict.training.config import CheckpointConfig, TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
 from stpredict.training.pieces import Held, owned
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where checkpoints go (default: a temporary folder)")
     parser.add_argument("--parameters", type=float, default=60e6, help="of the model of `stall`")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=24, help="of the model of `large`")
     parser.add_argument("--phase", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part == "rank":
@@ -163,7 +165,7 @@ def newest(checkpoints: Path) -> Path:
 
 def save_rank(arguments: argparse.Namespace) -> None:
     with join_ranks() as ranks, clock(ranks, "built under zero.Init") as lap:
-        engine, held, saver = nbp_xl(ranks, arguments.folder)
+        engine, held, saver = nbp_xl(ranks, arguments)
         lap("two steps")
         losses = [step(engine, ranks, number) for number in range(2)]
         lap("saved, blocking")
@@ -176,7 +178,7 @@ def save_rank(arguments: argparse.Namespace) -> None:
 
 def resume_rank(arguments: argparse.Namespace) -> None:
     with join_ranks() as ranks, clock(ranks, "built under zero.Init again") as lap:
-        engine, held, saver = nbp_xl(ranks, arguments.folder)
+        engine, held, saver = nbp_xl(ranks, arguments)
         lap("every byte of the checkpoint verified")
         folder = newest_sound_checkpoint(saver.checkpoints, ranks)
         lap("resumed")
@@ -199,11 +201,12 @@ def load_rank(arguments: argparse.Namespace) -> None:
         lap()
 
 
-def nbp_xl(ranks: Ranks, folder: Path):
+def nbp_xl(ranks: Ranks, arguments: argparse.Namespace):
     """The engine, what it holds, and a saver that blocks: a second copy of the state would not fit."""
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    load_compiled_op()
     deepspeed.init_distributed(torch.distributed.get_backend())
     small = 20_000_000
     config = {
@@ -224,14 +227,14 @@ def nbp_xl(ranks: Ranks, folder: Path):
     }
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16):
-        model = NextBlockPrior(NextBlockConfig(dropout=0), CODEBOOK, GRID)
+        model = NextBlockPrior(NextBlockConfig(layers=arguments.layers, dropout=0), CODEBOOK, GRID)
     for layer in model.layers:
         layer.forward = recomputed(layer.forward)
     optimizer = DeepSpeedCPUAdam(model.parameters(), lr=1e-4)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     held = Held("model", model, engine.basic_optimizer, engine)
     mine = lambda: owned(held.pieces(), ranks.rank, ranks.size)  # noqa: E731
-    return engine, held, Saver(folder / "checkpoints", mine, CheckpointConfig(background=False), ranks)
+    return engine, held, Saver(arguments.folder / "checkpoints", mine, CheckpointConfig(background=False), ranks)
 
 
 def recomputed(forward: Callable) -> Callable:
@@ -350,7 +353,7 @@ def in_ranks(phase: str, arguments: argparse.Namespace, ranks: int = RANKS) -> l
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "benchmarks.checkpoints", "rank", "--phase", phase]
     command += ["--folder", str(arguments.folder), "--parameters", str(arguments.parameters)]
-    command += ["--rounds", str(arguments.rounds)]
+    command += ["--rounds", str(arguments.rounds), "--layers", str(arguments.layers)]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(ranks):
