@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Collection, Mapping
 
-from stpredict.training.signals import AGAIN
+from stpredict.training.signals import AGAIN, sparing_children
 
 TRIES = 3  # a busy controller answers late or not at all
 PAUSE_S = 5.0
@@ -36,15 +36,9 @@ def requeue(received: Collection[signal.Signals]) -> str:
         if attempt:
             time.sleep(PAUSE_S)
         try:
-            # SLURM would requeue a cancelled job too, as long as its processes are ending.
-            about = _scontrol("--oneliner", "show", "job", job)
-            state = re.search(r"\bJobState=(\w+)", about)
-            if state and state[1] != "RUNNING":
-                return f"SLURM job {job} is not requeued, since it was cancelled or is over ({state[1]}): {AGAIN}"
-            if re.search(r"\bBatchFlag=0\b", about):
-                return f"SLURM job {job} is not requeued, since it is interactive: {AGAIN}"
-            if re.search(r"\bRequeue=0\b", about):
-                return f"SLURM job {job} is not requeued, since it was submitted with --no-requeue: {AGAIN}"
+            about = dict(re.findall(r"\b(\w+)=(\S+)", _scontrol("--oneliner", "show", "job", job)))
+            if why := _why_not(about, received):
+                return f"SLURM job {job} is not requeued, since {why}: {AGAIN}"
             _scontrol("requeue", job)
             return f"SLURM job {job} is requeued and continues by itself"
         except subprocess.CalledProcessError as error:
@@ -62,6 +56,21 @@ def job_id(environment: Mapping[str, str]) -> str | None:
     return environment.get("SLURM_JOB_ID")
 
 
+def _why_not(about: Mapping[str, str], received: Collection[signal.Signals]) -> str | None:
+    """What speaks against requeueing a job that scontrol tells this of. SLURM itself would requeue a cancelled one, as
+    long as its processes are ending."""
+    if about.get("BatchFlag") == "0":
+        return "it is interactive"
+    if about.get("Requeue") == "0":
+        return "it was submitted with --no-requeue"
+    if about.get("JobState") == "RUNNING":
+        return None
+    if about.get("Reason") == "TimeLimit":  # after a SIGUSR2 the save took too long; otherwise nobody asked for more
+        return None if signal.SIGUSR2 in received else "its time is over (sbatch --signal=USR2@… requeues it)"
+    return f"it was cancelled ({about.get('JobState')})"
+
+
 def _scontrol(*arguments: str) -> str:
     command = ["scontrol", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout
+    with sparing_children():  # once requeued, the job gets a SIGTERM, and so does the scontrol that asked for it
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout

@@ -13,7 +13,7 @@ from stpredict.run import Run
 from stpredict.tokenizers.task import TokenizerTask
 from stpredict.training.engine import Trainer
 from stpredict.training.ranks import join_ranks
-from stpredict.training.signals import stops_held_back
+from stpredict.training.signals import sparing_children
 from stpredict.training.task import Task
 
 TrainConfig = TokenizerJobConfig | PriorJobConfig
@@ -25,7 +25,7 @@ def run(config: TrainConfig, run: Run) -> None:
         identity = config.decisive(flat(config.model_dump(mode="json")))
         force = bool(os.environ.get(FORCE))
         task = build_task(config)
-        with stops_held_back():  # DeepSpeed may have an op compiled
+        with sparing_children():  # DeepSpeed may have an op compiled
             trainer = Trainer(
                 task, config.training, run, ranks, identity, config.seed, force, config.init_from, requeue
             )

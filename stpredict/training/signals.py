@@ -61,9 +61,9 @@ class StopRequest:
 
 
 @contextmanager
-def stops_held_back() -> Iterator[None]:
-    """Stop signals wait until the end of this context, for processes started in it too: SLURM signals every process of
-    a step, and a compiler that dies of that would make the job fail."""
+def sparing_children() -> Iterator[None]:
+    """Processes started inside outlive stop signals, which this one heeds at the end at the latest: SLURM signals every
+    process of a step, and a compiler that dies of it would make the job fail."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
         yield

@@ -3,7 +3,9 @@
 import errno
 import logging
 import os
+import signal
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -11,15 +13,21 @@ from data_pipeline.errors import UsageError
 from stpredict.jobs import start as module
 from stpredict.jobs.start import start
 from stpredict.run import Run, write_atomically
+from stpredict.training.signals import StopRequest
 from tests.processes import bounded
 
 
 @pytest.fixture
 def rank(job, tmp_path, monkeypatch):
-    """``rank(1, error)`` is the exit status of a rank 1 of 2 whose job raises ``error``, and its run."""
+    """``rank(1, error)`` is the exit status of a rank 1 of 2 whose job raises ``error``, and its run. The job gets
+    ``signals`` before, and does ``then`` if it goes on."""
 
-    def call(number, error=None):
+    def call(number, error=None, signals=(), then=None):
         def work(config, run):
+            for one in signals:
+                os.kill(os.getpid(), one)
+            if then:
+                then()
             if error:
                 raise error
 
@@ -116,3 +124,50 @@ leave(75)
 """
     ended = bounded([sys.executable, "-c", code])
     assert (ended.returncode, ended.stdout) == (75, "last words\n")
+
+
+@pytest.fixture
+def requeued(monkeypatch):
+    """The stop signals with which SLURM was asked to requeue the job."""
+    asked = []
+    monkeypatch.setattr(module, "requeue", lambda received: asked.append(set(received)) or "requeued")
+    return asked
+
+
+def test_a_job_that_does_not_train_is_left_with_75_where_it_is(rank, requeued):
+    for number, then in ((signal.SIGTERM, "run again to continue"), (signal.SIGUSR2, "requeued")):
+        code, run = rank(0, signals=[number])
+        assert code == 75
+        assert (run.status().state, run.status().error) == ("preempted", f"stopped; {then}")
+    assert requeued == [{signal.SIGUSR2}]
+
+
+def test_only_rank_0_has_the_job_requeued(rank, requeued):
+    code, run = rank(1, signals=[signal.SIGUSR2])
+    assert (code, run.status(), requeued) == (75, None, [])
+
+
+def test_what_goes_wrong_by_the_signal_is_no_failure(rank, requeued, monkeypatch):
+    monkeypatch.setattr(module.StopRequest, "raising", nullcontext)  # as in a collective, which heeds no signals
+    code, run = rank(0, RuntimeError("connection closed by peer"), signals=[signal.SIGUSR2])
+    assert (code, run.status().state, len(requeued)) == (75, "preempted", 1)
+
+
+def test_a_sigterm_because_another_rank_failed_is_a_failure(rank, requeued):
+    rank(1, UsageError("no videos in /nowhere"))
+    code, run = rank(0, signals=[signal.SIGTERM])
+    assert code == 1
+    assert (run.status().state, run.status().error) == ("failed", "no videos in /nowhere")
+
+
+def test_training_goes_on_to_its_boundary_and_knows_of_a_signal_before(rank, requeued, monkeypatch):
+    monkeypatch.setattr(module, "SAVING", {"evaluate"})
+    seen = []
+
+    def loop():
+        with StopRequest() as stop:
+            seen.append(set(stop.received))
+
+    code, run = rank(0, signals=[signal.SIGUSR2, signal.SIGTERM], then=loop)
+    assert (code, run.status().state, requeued) == (0, "done", [])
+    assert seen == [{signal.SIGUSR2, signal.SIGTERM}]
