@@ -107,16 +107,25 @@ def _write_weights(
     sizes = weights.sizes
     files = split(sizes, max_file_bytes)
     done, total = 0, sum(sizes.values())
+    # One piece of memory for all files: what is allocated for each tensor anew need not be given back in between.
+    memory = torch.empty(max(sum(map(_aligned, map(sizes.get, names))) for names in files.values()), dtype=torch.uint8)
     for file, names in files.items():
-        tensors = {}
+        tensors, start = {}, 0
         for name in names:
-            tensors[name] = weights.tensor(name)
+            tensor = memory[start : start + sizes[name]].view(weights.types[name])
+            weights.fill(name, 0, tensor)
+            tensors[name] = tensor.view(weights.shapes[name])
+            start += _aligned(sizes[name])
             done += sizes[name]
             progress(done, total)
         save_file(tensors, folder / file)
-        del tensors  # before the next file's are read
     if len(files) > 1:
         write_atomically(folder / INDEX, index_text(files, sizes))
+
+
+def _aligned(size: int) -> int:
+    """``size`` rounded up to where a tensor of any type may begin."""
+    return -(-size // 8) * 8
 
 
 def find_export(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -25,24 +26,27 @@ from stpredict.training.checkpoint import (
 )
 from stpredict.training.pieces import Held, Piece
 from stpredict.training.ranks import Ranks
-from stpredict.training.saving import restore_random_states
+from stpredict.training.saving import SAFETENSORS_TYPES, restore_random_states
 
 log = logging.getLogger(__name__)
 MAPPED_BYTES = 64 * 2**20
-# As exported: floats in fp32, others as they are.
-_EXPORTED_BYTES = {"F64": 4, "F32": 4, "F16": 4, "BF16": 4, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_TYPES = {name: dtype for dtype, name in SAFETENSORS_TYPES.items()}
 
 
 def checkpoint_weights(folder: Path, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Name and whole tensor of every weight (fp32) and buffer of a checkpoint's model, one at a time; the averages in
     place of the weights that have one, if ``ema``. UsageError where there are none."""
     weights = CheckpointWeights(folder, ema)
-    return ((name, weights.tensor(name)) for name in weights.shapes)
+    for name, shape in weights.shapes.items():
+        tensor = torch.empty(shape, dtype=weights.types[name])
+        weights.fill(name, 0, tensor.view(-1))
+        yield name, tensor
 
 
 class CheckpointWeights:
-    """The weights (fp32) and buffers of a checkpoint's model, by name; the averages in place of the weights that have
-    one, if ``ema`` (default: where there are averages). UsageError where they are asked for and there are none."""
+    """The weights and buffers of a checkpoint's model, by name, floats in fp32; the averages in place of the weights
+    that have one, if ``ema`` (default: where there are averages). UsageError where they are asked for and there are
+    none."""
 
     def __init__(self, folder: Path, ema: bool | None = None):
         self.folder, self._reader = folder, CheckpointReader(folder)
@@ -58,21 +62,17 @@ class CheckpointWeights:
                 averaged = self.ema and kind == "weight" and name in averages
                 self._keys[name] = f"model/ema/{name}" if averaged else key
         self.shapes = {name: index[key].shape for name, key in self._keys.items()}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each tensor as ``tensor`` gives it."""
-        entries = {name: self._reader.index[key] for name, key in self._keys.items()}
-        return {name: entry.elements * _EXPORTED_BYTES[entry.dtype] for name, entry in entries.items()}
+        self.types = {name: _as_exported(index[key].dtype) for name, key in self._keys.items()}
+        self.sizes = {name: prod(shape) * self.types[name].itemsize for name, shape in self.shapes.items()}  # bytes
 
     def fill(self, name: str, start: int, out: Tensor) -> None:
         """Sets ``out``, 1-D, to elements ``start`` and following of the flattened tensor ``name``."""
         self._reader.fill(self._keys[name], start, out)
 
-    def tensor(self, name: str) -> Tensor:
-        tensor = self._reader.tensor(self._keys[name])
-        self._reader.release()
-        return tensor.float() if tensor.is_floating_point() else tensor
+
+def _as_exported(dtype: str) -> torch.dtype:
+    dtype = _TYPES[dtype]
+    return torch.float32 if dtype.is_floating_point else dtype
 
 
 class CheckpointReader:
@@ -93,6 +93,10 @@ class CheckpointReader:
                 part = self._file(rank).get_slice(piece_name(key, first))[low - first : high - first]
                 out[low - start : high - start].copy_(part)
                 self._mapped += part.nbytes
+        if self._mapped > MAPPED_BYTES:
+            # What has been read of a mapped file counts as this process's memory for as long as the file is open.
+            self._files.clear()
+            self._mapped = 0
 
     def tensor(self, key: str) -> Tensor:
         """The whole tensor ``key``, in the type it was saved in."""
@@ -102,13 +106,6 @@ class CheckpointReader:
         whole = torch.empty(entry.elements, dtype=dtype)
         self.fill(key, 0, whole)
         return whole.view(entry.shape)
-
-    def release(self) -> None:
-        """Gives back what has been read, now and then: files are mapped, and what was read of them counts as this
-        process's memory for as long as they are open."""
-        if self._mapped > MAPPED_BYTES:
-            self._files.clear()
-            self._mapped = 0
 
     def _file(self, rank: int) -> safe_open:
         if rank not in self._files:
