@@ -8,12 +8,13 @@ READY  := $(VENV)/.ready
 # What pip is asked for, so that a machine without a GPU may name a CPU build: make demo TORCH="torch==2.13.0 --index-url ..."
 TORCH  ?= torch==2.13.0
 
-.PHONY: help install demo test test-slow prove lint format clean
+.PHONY: help install demo test test-slow test-slurm prove lint format clean
 help:
 	@echo "make demo                        the whole pipeline on two CPU cores, in minutes; ends with a report"
 	@echo "make demo VIDEOS=/some/folder    the same on your own videos (class = sub-folder), into runs/demo_FOLDER"
 	@echo "make demo ARGS=...               more for stpredict launch: ARGS=\"--rerun prior\", ARGS=run=runs/other"
 	@echo "make test                        the test suite   (make test-slow: the long proofs)"
+	@echo "make test-slurm                  jobs of a real SLURM, started on this machine where it is installed"
 	@echo "make prove                       kills a training run 25 times; writes benchmarks/results/kills.md"
 	@echo "make install                     .venv with pinned dependencies and DeepSpeed's CPU op built"
 	@echo "make lint, make format           ruff"
@@ -40,10 +41,13 @@ endif
 
 # A worker that dies, as one whose test hangs does after a while, ends the run: xdist would run that test again and again.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow and not slurm"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-slurm: $(READY)
+	$(BIN)/python -m pytest -m slurm
 
 prove: $(READY)
 	$(BIN)/python -m tests.distributed.kills --kills 25 --log benchmarks/results/kills.md
