@@ -22,6 +22,7 @@ COMPUTING = (
     "resources.processes",
     "training.zero_stage",
     "training.micro_batch_size",
+    "training.deterministic",
     "training.log_every",
     "training.validate_every",
     "training.picture_every",

@@ -11,6 +11,7 @@ from stpredict.jobs.requeue import requeue
 from stpredict.priors.task import PriorTask
 from stpredict.run import Run
 from stpredict.tokenizers.task import TokenizerTask
+from stpredict.training.determinism import make_deterministic
 from stpredict.training.engine import Trainer
 from stpredict.training.ranks import join_ranks
 from stpredict.training.signals import sparing_children
@@ -20,6 +21,8 @@ TrainConfig = TokenizerJobConfig | PriorJobConfig
 
 
 def run(config: TrainConfig, run: Run) -> None:
+    if config.training.deterministic:
+        make_deterministic()
     with join_ranks() as ranks:
         torch.manual_seed(config.seed)
         identity = config.decisive(flat(config.model_dump(mode="json")))

@@ -61,6 +61,7 @@ class TrainingConfig(Config):
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 2
+    deterministic: bool = Field(False, description="on CUDA: kernels that give the same bits every time, slower")
     clip_norm: float | None = Field(1.0, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     discriminator_optimizer: OptimizerConfig = Field(OptimizerConfig(), description="of models that train one")

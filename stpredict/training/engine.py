@@ -98,6 +98,7 @@ class Trainer:
         self.saved_step = -1
         self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation's step and metrics
         self.consumed: dict[str, int] = {}  # samples behind the weights, of each set
+        self.unequal_buffers: set[str] = set()
         # Counted where the loss is and read when values are logged, so that no step waits for a GPU.
         self.non_finite = torch.zeros((), device=ranks.device)
         self._begin()
@@ -205,6 +206,7 @@ class Trainer:
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         bad = self.non_finite.double().cpu() + (not math.isfinite(norm))
         if self.ranks.sum(bad).item():
+            self._finish_save()  # what is being written is of an earlier, finite step
             raise UserError(
                 f"{self.run.path}: the loss or its gradient is not finite, at step {self.step} or since the last one "
                 "logged; lower training.optimizer.lr or lengthen the warm-up, in another `run`, or run again from the "
@@ -293,6 +295,7 @@ class Trainer:
         if self.step == self.saved_step:
             return
         self._check_finite()
+        self._check_buffers()
         for found in self.ranks.gather(self.task.quarantined):
             self.task.quarantined.update(found)
         with self._failing_as_configured(must=last):
@@ -300,6 +303,16 @@ class Trainer:
             self.saved_step = self.step
             if last:
                 self.saver.finish()
+
+    def _check_buffers(self) -> None:
+        """Says, once, which buffers differ between ranks: a checkpoint holds one rank's, so that a continued training
+        would not equal an uninterrupted one."""
+        pieces = [piece for part in self.held for piece in part.pieces() if piece.kind == "buffer"]
+        sums = self.ranks.gather({piece.key: float(piece.tensor.double().sum()) for piece in pieces})
+        unequal = {key for key in sums[0] if len({repr(of_rank[key]) for of_rank in sums}) > 1} - self.unequal_buffers
+        if unequal:
+            log.warning("buffers that differ between ranks, of which one is saved: %s", ", ".join(sorted(unequal)))
+            self.unequal_buffers |= unequal
 
     def _finish_save(self, must: bool = False) -> None:
         with self._failing_as_configured(must):

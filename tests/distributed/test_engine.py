@@ -158,8 +158,9 @@ def test_checkpoint_folder_holds_what_design_says(runs):
 
 
 def test_what_any_rank_quarantined_is_known_to_a_resumed_run(tmp_path):
-    trials = [trial("run", until=4, quarantine=True), trial("run")]
-    _, resumed = run_ranks(trials, tmp_path, 2)
+    trials = [trial("run", until=4, quarantine=True), trial("run"), trial("unequal", unequal=True)]
+    _, resumed, unequal = run_ranks(trials, tmp_path, 2)
+    assert (resumed["unequal"], unequal["unequal"]) == ([], ["model/buffer/mark"])
     both = {"met by rank 0": "its worker died", "met by rank 1": "its worker died"}
     assert resumed["quarantined"] == both
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json").read_text())

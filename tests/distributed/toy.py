@@ -168,6 +168,8 @@ def main(out: Path) -> None:
                 trainer.saver.checkpoints, trainer.saved_step = run.path / "resaved", -1
                 trainer._save(last=True)
                 continue
+            if trial.get("unequal"):
+                task.model.mark.fill_(ranks.rank)
             until, error = trial.get("until"), None
             if until is not None and ranks.rank == ranks.size - 1:
                 _signal_after(trainer, until)
@@ -179,6 +181,7 @@ def main(out: Path) -> None:
             torch.distributed.all_gather(marks, task.model.mark)
             if ranks.is_main:
                 found = {"step": trainer.step, "stopped": error, "marks": [m.tolist() for m in marks]}
+                found["unequal"] = sorted(trainer.unequal_buffers)
                 print(json.dumps(found | {"quarantined": task.quarantined}))
 
 
