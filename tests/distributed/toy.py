@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,12 @@ def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 240)
         process.stdin.write(text)
         process.stdin.close()
         process.stdin = None
-    results = [process.communicate(timeout=timeout_s) for process in processes]
+    try:
+        with ThreadPoolExecutor(ranks) as readers:  # all at once: a rank whose pipe is full would stop the others
+            results = list(readers.map(lambda process: process.communicate(timeout=timeout_s), processes))
+    finally:
+        for process in processes:
+            process.kill()  # those that are left, where one took too long
     for process, (_, errors) in zip(processes, results, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return [json.loads(line) for line in results[0][0].splitlines() if line.startswith("{")]
