@@ -149,6 +149,7 @@ class Saver:
             failure = self._complete({name: file for _, part in found for name, file in part.items()})
         if failure := self.ranks.from_main(failure):
             self._remove_unfinished()
+            self._thread.submit(int).result()  # that is done: its room is free again before anything is logged
             kept = f"; {self.newest} is untouched" if self.newest else ""
             raise UserError(f"{failure}{kept}; make room and run again: it continues from the last checkpoint")
         self.newest = folder_of(self.checkpoints, self._state.step)
