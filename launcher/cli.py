@@ -222,7 +222,8 @@ def inspect(
     ],
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="write a contact sheet, .png or .jpg")] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="read and decode every sample, and compare with the manifest")
+        bool,
+        typer.Option("--verify", help="decode every sample, and compare with the manifest; read checkpoints whole"),
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="processes that verify (default: one per core)")] = None,
     json: Json = False,
@@ -232,6 +233,8 @@ def inspect(
     \b
     stpredict inspect runs/shards --picture sheet.png   a row of frames a sample
     stpredict inspect runs/shards --verify              exit status 1 if damaged
+    stpredict inspect runs/tokenizer                    its checkpoints, also those that are not complete
+    stpredict inspect runs/tokenizer/checkpoints/step_00001000
     """
     from launcher import inspection
 

@@ -1,25 +1,41 @@
 """What ``stpredict inspect`` shows: the facts of a shard set, latent set, run, pipeline run, checkpoint or export."""
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterable
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifest import Manifest, find_manifest
 from data_pipeline.storage import child, expand, is_local
 from launcher.parts import SPLITS, part_runs
+from launcher.progress import bytes_bar
 from launcher.status import rows
+from stpredict.config import differences, flat, load
+from stpredict.jobs.config import AnyJobConfig
 from stpredict.run import Run
+from stpredict.training.checkpoint import (
+    MARKER,
+    CheckpointState,
+    TensorEntry,
+    bytes_of,
+    is_checkpoint,
+    read_index,
+    read_marker,
+    read_state,
+    why_unusable,
+    wrong_size,
+)
+from stpredict.weight_files import WeightFiles, has_weights
 
 Facts = dict[str, Any]
 
@@ -35,9 +51,9 @@ def describe(location: str) -> list[Facts]:
     if not is_local(location):
         raise UsageError(f"{location}: no shard set there: neither it nor train/ or val/ in it has a manifest.json")
     path = Path(location)
-    if path.name.startswith("step_") or (path / "COMPLETE").is_file():
+    if is_checkpoint(path):
         return [_checkpoint(path)]
-    if (path / "model.safetensors").is_file():
+    if has_weights(path):
         return [_export(path)]
     if (path / "pipeline.yaml").is_file():
         return [_pipeline(path)]
@@ -57,16 +73,23 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def inspect(location: str, picture: Path | None, check: bool, workers: int | None, as_json: bool) -> int:
-    """Prints the facts; exit status 1 if ``check`` finds a shard that is not what the manifest says."""
+    """Prints the facts; exit status 1 if ``check`` finds a shard that is not what the manifest says, or a checkpoint
+    that is not what was written."""
     if picture and picture.suffix.lower() not in PICTURES:
         raise UsageError(f"{picture}: give the picture a name that ends in {' or '.join(PICTURES)}")
     found = describe(location)
     sets = [facts["path"] for facts in found if facts["what"] in ("shard set", "latent set")]
-    if (picture or check) and not sets:
-        raise UsageError(f"{location}: {'--picture' if picture else '--verify'} needs a shard set")
-    if (picture or check) and not is_local(sets[0]):
+    checkpoints = [folder for facts in found for folder in _to_verify(facts)]
+    if picture and not sets:
+        raise UsageError(f"{location}: --picture needs a shard set")
+    if check and not sets and not checkpoints:
+        raise UsageError(f"{location}: --verify needs a shard set or a checkpoint")
+    if (picture or check) and sets and not is_local(sets[0]):
         raise UsageError(f"{sets[0]}: {'--picture' if picture else '--verify'} needs a shard set on this machine")
-    problems = [problem for folder in sets for problem in _verify(folder, workers)] if check else []
+    problems = []
+    if check:
+        problems = [problem for folder in sets for problem in _verify(folder, workers)]
+        problems += [problem for folder in checkpoints for problem in _verify_checkpoint(folder)]
     if as_json:
         print(json.dumps({"found": found, "problems": problems} if check else {"found": found}, indent=1))
     else:
@@ -76,7 +99,9 @@ def inspect(location: str, picture: Path | None, check: bool, workers: int | Non
         for problem in problems:
             print(": ".join(filter(None, problem.values())), file=sys.stderr)
         if check and not problems:
-            print("all shards and samples are as their manifest says")
+            checked = ["all shards and samples are as their manifest says"] if sets else []
+            checked += ["all checkpoints are as they were written"] if checkpoints else []
+            print("\n".join(checked))
     if picture:
         from data_pipeline.contact_sheet import contact_sheet
 
@@ -139,52 +164,126 @@ def _verify(location: str, workers: int | None) -> list[dict[str, str | None]]:
     """The problems of a set, with a bar over the bytes read."""
     from data_pipeline.verify import verify
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"verifying {location}", total=None)
-        problems = verify(
-            location,
-            workers=workers or len(os.sched_getaffinity(0)),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with bytes_bar(f"verifying {location}") as progress:
+        problems = verify(location, workers=workers or len(os.sched_getaffinity(0)), progress=progress)
     return [{"set": location, **problem._asdict()} for problem in problems]
 
 
+def _to_verify(facts: Facts) -> list[Path]:
+    """A checkpoint that was asked for, or those of a run that have been completed: one that is being saved is no
+    damage."""
+    if facts["what"] == "checkpoint":
+        return [Path(facts["path"])]
+    folders = [Run(facts["path"]).checkpoints / one["name"] for one in facts.get("checkpoints", [])]
+    return [folder for folder in folders if (folder / MARKER).is_file()]
+
+
+def _verify_checkpoint(folder: Path) -> list[dict[str, str | None]]:
+    """Why a checkpoint cannot be used, with a bar over the bytes read."""
+    with bytes_bar(f"verifying {folder.name}") as progress:
+        problem = why_unusable(folder, progress)
+    return [{"checkpoint": str(folder), "reason": problem}] if problem else []
+
+
 def _checkpoint(folder: Path) -> Facts:
-    try:
-        state = json.loads((folder / "state.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        state = {}
-    keys = ("step", "samples_consumed", "world_size", "zero_stage", "precision")
+    """What can be said of a checkpoint without reading its tensors, of whatever is left of it."""
+    problem = _why_incomplete(folder)
+    facts: Facts = {}
+    for read in (_state_facts, _index_facts):
+        try:
+            facts |= read(folder)
+        except UserError as error:
+            problem = problem or str(error)
     return {
         "what": "checkpoint",
         "path": str(folder),
-        "complete": (folder / "COMPLETE").is_file(),
-        **{key: state[key] for key in keys if key in state},
-        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "complete": problem is None,
+        **({"problem": problem} if problem else {}),
+        "bytes": bytes_of(folder),
+        "files": sum(path.is_file() for path in folder.iterdir()),
+        **facts,
     }
+
+
+def _why_incomplete(folder: Path) -> str | None:
+    """What is missing of a checkpoint, by its marker and the sizes of its files."""
+    files = read_marker(folder)
+    if isinstance(files, str):
+        return files
+    return "; ".join(filter(None, (wrong_size(folder, *file) for file in files.items()))) or None
+
+
+def _state_facts(folder: Path) -> Facts:
+    state = read_state(folder)
+    facts = {
+        "step": state.step,
+        "world_size": state.world_size,
+        "zero_stage": state.zero_stage,
+        "precision": state.precision,
+        "samples_consumed": state.samples_consumed,
+        "quarantined": len(state.quarantined),
+        "optimizer_steps": {name: steps for name, steps in state.optimizer_steps.items() if "/" not in name},
+        "metrics": state.metrics,
+        "config": hashlib.sha256(repr(sorted(state.config.items())).encode()).hexdigest()[:12],
+    }
+    if changes := _changes(folder, state):
+        facts["changed since"] = changes
+    return facts
+
+
+def _changes(folder: Path, state: CheckpointState) -> list[str]:
+    """What the config of the run that a checkpoint lies in says otherwise: such a checkpoint is not continued."""
+    run = Run(folder.absolute().parent.parent)
+    try:
+        config = load(AnyJobConfig, run.config_path)
+    except UserError:
+        return []  # it has been moved out of its run
+    now = config.decisive(flat(config.model_dump(mode="json")))
+    if now.get("training.precision") == "auto":
+        now["training.precision"] = state.precision
+    return differences(state.config, now)
+
+
+def _index_facts(folder: Path) -> Facts:
+    index = read_index(folder)
+    modules = sorted({key.split("/")[0] for key in index})
+    return {
+        **{module: _module(index, module) for module in modules},
+        "ema": any(key.split("/")[1] == "ema" for key in index),
+    }
+
+
+def _module(index: dict[str, TensorEntry], module: str) -> dict[str, int]:
+    """Elements of a module's parameters, those that are trained and those that are not, and of its buffers."""
+    kinds: dict[str, dict[str, int]] = {}
+    for key, entry in index.items():
+        owner, kind, name = key.split("/", 2)
+        if owner == module:
+            kinds.setdefault(kind, {})[name] = entry.elements
+    weights = kinds.pop("weight", {})
+    buffers = kinds.pop("buffer", {})
+    kinds.pop("ema", None)
+    moving = {name for names in kinds.values() for name in names}  # the optimizer keeps moments of them
+    trained = sum(elements for name, elements in weights.items() if name in moving)
+    return {"trained": trained, "frozen": sum(weights.values()) - trained, "in buffers": sum(buffers.values())}
 
 
 def _export(folder: Path) -> Facts:
-    from math import prod
-
-    from safetensors import safe_open
-
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (not a mapping)
-        sizes = [prod(part.get_shape()) for part in slices]
-        types = sorted({part.get_dtype() for part in slices})
-    return {
+    weights = WeightFiles(folder)
+    facts = {
         "what": f"export of a {config.get('kind', 'model')}",
         "path": str(folder),
         "step": config.get("step"),
-        "parameters": sum(sizes),
-        "tensors": len(sizes),
-        "types": ", ".join(types),
-        "bytes": (folder / "model.safetensors").stat().st_size,
+        "ema": bool(config.get("ema")),
+        "parameters": sum(prod(shape) for shape in weights.shapes.values()),
+        "tensors": len(weights.shapes),
+        "types": ", ".join(sorted(set(weights.types.values()))),
+        "files": len(weights.paths),
+        "bytes": weights.bytes,
         "model": json.dumps(config.get("model")),
     }
+    return facts
 
 
 def _run(run: Run) -> Facts:
@@ -197,12 +296,18 @@ def _run(run: Run) -> Facts:
         "started": status.started,
         "finished": status.finished,
         "error": status.error,
-        "checkpoints": ", ".join(sorted(marker.parent.name for marker in run.checkpoints.glob("step_*/COMPLETE"))),
+        "checkpoints": [_listed(folder) for folder in sorted(run.checkpoints.glob("step_*"))],
         "export": str(run.export) if run.export.is_dir() else None,
     }
     last = {row.get("split", "train"): row for row in run.metrics()}
     metrics = {f"last {split}": _values(row) for split, row in last.items()}
-    return {key: value for key, value in (facts | metrics).items() if value not in (None, "")}
+    return {key: value for key, value in (facts | metrics).items() if value not in (None, "", [])}
+
+
+def _listed(folder: Path) -> Facts:
+    problem = _why_incomplete(folder)
+    about = {"name": folder.name, "complete": problem is None, "bytes": bytes_of(folder)}
+    return about | ({"problem": problem} if problem else {})
 
 
 def _pipeline(path: Path) -> Facts:
@@ -219,6 +324,24 @@ def _values(row: dict[str, Any]) -> str:
 def _table(facts: Facts) -> Table:
     table = Table(show_header=False, box=box.SIMPLE)
     for key, value in facts.items():
-        if key not in ("what", "path"):
-            table.add_row(key.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
+        if key == "checkpoints":
+            for one in value:
+                table.add_row(one["name"], f"{one['bytes']:,} bytes" + (f"; {p}" if (p := one.get("problem")) else ""))
+        elif key not in ("what", "path"):
+            table.add_row(key.replace("_", " "), _text(value))
     return table
+
+
+def _text(value: Any) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.5g}"
+        case dict():
+            return "\n".join(f"{key}: {_text(item)}" for key, item in value.items())
+        case list():
+            return "\n".join(map(_text, value))
+    return str(value)

@@ -137,19 +137,28 @@ def read_marker(folder: Path) -> dict[str, Written] | str:
         return f"has a marker, {MARKER}, that is damaged or of another version"
 
 
+def wrong_size(folder: Path, name: str, written: Written) -> str | None:
+    """What is wrong with a file of a checkpoint that can be seen without reading it."""
+    try:
+        size = (folder / name).stat().st_size
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return f"{name} has {size:,} bytes of {written.bytes:,}" if size != written.bytes else None
+
+
 def damage(folder: Path, files: Iterable[tuple[str, Written]]) -> list[str]:
     """What is wrong with ``files`` of a checkpoint, after reading all their bytes."""
     problems = []
     for name, written in files:
+        if problem := wrong_size(folder, name, written):
+            problems.append(problem)
+            continue
         try:
             with (folder / name).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != written.bytes:
-                    problems.append(f"{name} has {size:,} bytes of {written.bytes:,}")
-                elif hashlib.file_digest(file, "sha256").hexdigest() != written.sha256:
+                if hashlib.file_digest(file, "sha256").hexdigest() != written.sha256:
                     problems.append(f"{name} differs from what was written")
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
     return problems

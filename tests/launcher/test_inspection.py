@@ -1,15 +1,29 @@
 import json
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import Manifest, Moments, Shard, file_sha256, write_manifest
 from launcher.inspection import describe, inspect
+from stpredict.config import as_yaml, flat
+from stpredict.jobs.config import TokenizerJobConfig
 from stpredict.run import Run
+from stpredict.training.config import TrainingConfig
+from stpredict.weight_files import index_text
+from tests.stpredict.training.made_checkpoint import flip_a_bit, make_checkpoint
 
+TENSORS = {
+    **{f"model/{kind}/a": torch.ones(2, 3) for kind in ("weight", "exp_avg", "exp_avg_sq", "ema")},
+    "model/weight/frozen": torch.ones(5),
+    "model/buffer/mean": torch.ones(1),
+    **{f"discriminator/{kind}/a": torch.ones(4) for kind in ("weight", "exp_avg", "exp_avg_sq")},
+}
 FIELD = {"channels": ["t2m", "u10"], "units": ["K", "m/s"], "dtype": "float32"}
 
 
@@ -75,31 +89,132 @@ def test_a_url_without_a_set_is_said_so(monkeypatch):
         describe("s3://bucket/x")
 
 
-def test_a_run_shows_its_last_metrics_and_only_complete_checkpoints(tmp_path):
+def test_a_run_shows_its_last_metrics_and_its_checkpoints(tmp_path, capsys):
     run = Run(tmp_path)
     run.update_status(kind="tokenizer", state="failed", error="no room", step=20, steps=30)
     rows = [{"step": 10, "split": "train", "loss": 2}, {"step": 20, "split": "train", "loss": 1.5}]
     run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for step, marker in ((10, "COMPLETE"), (20, "state.json")):
-        folder = run.checkpoints / f"step_{step:08d}"
-        folder.mkdir(parents=True)
-        (folder / marker).touch()
+    make_checkpoint(run.checkpoints, TENSORS, 10)
+    (run.checkpoints / "step_00000020").mkdir()
     (facts,) = describe(str(tmp_path))
-    assert facts["checkpoints"] == "step_00000010"
+    complete, saving = facts["checkpoints"]
+    assert (complete["name"], complete["complete"]) == ("step_00000010", True)
+    assert complete["bytes"] == sum(file.stat().st_size for file in (run.checkpoints / "step_00000010").iterdir())
+    problem = "has no COMPLETE marker (its save was interrupted)"
+    assert saving == {"name": "step_00000020", "complete": False, "bytes": 0, "problem": problem}
     assert facts["error"] == "no room"
     assert "loss 1.5" in facts["last train"]
+    assert inspect(str(tmp_path), None, False, None, False) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"step_00000010 {complete['bytes']:,} bytes step_00000020 0 bytes; has no COMPLETE marker" in printed
 
 
-def test_a_checkpoint_shows_whether_it_is_complete(tmp_path):
-    folder = tmp_path / "step_00000010"
-    folder.mkdir()
-    state = {"step": 10, "samples_consumed": 160, "world_size": 2, "zero_stage": 3, "export": {}}
-    (folder / "state.json").write_text(json.dumps(state))
+def test_a_checkpoint_shows_what_was_saved_of_what(tmp_path, capsys):
+    state = {
+        "samples_consumed": {"main": 160, "other": 40},
+        "quarantined": {"a": "died"},
+        "optimizer_steps": {"model": 10, "discriminator": 9, "model/late": 3},
+        "metrics": {"psnr": 21.5},
+    }
+    folder = make_checkpoint(tmp_path, TENSORS, 10, **state)
+    (facts,) = describe(str(folder))
+    assert facts["complete"]
+    assert "problem" not in facts
+    expected = {"step": 10, "world_size": 2, "zero_stage": 3, "precision": "bf16", "files": 7, "quarantined": 1}
+    assert {key: facts[key] for key in expected} == expected
+    assert facts["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert facts["model"] == {"trained": 6, "frozen": 5, "in buffers": 1}
+    assert facts["discriminator"] == {"trained": 4, "frozen": 0, "in buffers": 0}
+    assert facts["ema"]
+    assert facts["samples_consumed"] == state["samples_consumed"]
+    assert facts["optimizer_steps"] == {"model": 10, "discriminator": 9}
+    assert facts["metrics"] == {"psnr": 21.5}
+    assert inspect(str(folder), None, False, None, False) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "complete yes" in printed
+    assert "samples consumed main: 160 other: 40" in printed
+    assert "model trained: 6 frozen: 5 in buffers: 1" in printed
+
+
+def test_a_checkpoint_without_averages_says_so(tmp_path):
+    tensors = {key: tensor for key, tensor in TENSORS.items() if "/ema/" not in key}
+    assert describe(str(make_checkpoint(tmp_path, tensors)))[0]["ema"] is False
+
+
+def test_a_checkpoint_says_what_its_run_has_changed_since(tmp_path):
+    run = Run(tmp_path / "run")
+    training = TrainingConfig(steps=30, batch_size=4)
+    config = TokenizerJobConfig(run=run.path, data={"shards": "x"}, training=training)
+    identity = config.decisive(flat(config.model_dump(mode="json"))) | {"training.precision": "bf16"}
+    folder = make_checkpoint(run.checkpoints, TENSORS, 10, config=identity)
+    run.write_config(as_yaml(config))
+    (facts,) = describe(str(folder))
+    assert "changed since" not in facts
+    run.write_config(as_yaml(config.model_copy(update={"training": training.model_copy(update={"steps": 40})})))
+    (changed,) = describe(str(folder))
+    assert changed.pop("changed since") == ["training.steps: 30 → 40"]
+    assert changed == facts
+
+
+def test_verify_reads_a_checkpoint_and_names_what_is_damaged(tmp_path, capsys):
+    run = Run(tmp_path)
+    run.update_status(kind="tokenizer", state="running")
+    folders = [make_checkpoint(run.checkpoints, TENSORS, step) for step in (10, 20)]
+    (run.checkpoints / "step_00000030").mkdir()
+    for place in (run.path, *folders):
+        assert inspect(str(place), None, True, None, False) == 0
+        assert capsys.readouterr().out.endswith("all checkpoints are as they were written\n")
+    flip_a_bit(folders[1] / "rank_00000.safetensors")
+    assert describe(str(folders[1]))[0]["complete"]  # nothing to be seen without reading it
+    problem = f"{folders[1]}: is damaged (rank_00000.safetensors differs from what was written)"
+    for place in (run.path, folders[1]):
+        assert inspect(str(place), None, True, None, False) == 1
+        assert problem in capsys.readouterr().err
+    assert inspect(str(folders[1]), None, True, None, True) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == [
+        {"checkpoint": str(folders[1]), "reason": problem.partition(": ")[2]}
+    ]
+    truncate(folders[0])
+    assert inspect(str(run.path), None, True, None, False) == 1
+    assert f"{folders[0]}: is damaged (rank_00001.safetensors has 3 bytes of " in capsys.readouterr().err
+
+
+def truncate(folder):
+    (folder / "rank_00001.safetensors").write_bytes(b"abc")
+
+
+def former(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "mp_rank_00_model_states.pt").touch()
+    (folder / "COMPLETE").touch()
+    (folder / "state.json").write_text(json.dumps({"step": 10, "samples_consumed": 160, "export": {}}))
+
+
+WRECKS = {
+    "unmarked": (lambda f: (f / "COMPLETE").unlink(), "has no COMPLETE marker"),
+    "empty": (lambda f: [file.unlink() for file in f.iterdir()], "has no COMPLETE marker"),
+    "half a marker": (lambda f: (f / "COMPLETE").write_text('{"a"'), "has a marker, COMPLETE, that is damaged"),
+    "truncated": (truncate, "rank_00001.safetensors has 3 bytes of "),
+    "a file gone": (lambda f: (f / "random_00000.pt").unlink(), "random_00000.pt is missing"),
+    "no index": (lambda f: (f / "index.json").unlink(), "index.json is missing"),
+    "a state of others": (lambda f: (f / "state.json").write_text("[1]"), "state.json has 3 bytes of "),
+    "former": (former, "is of an earlier version, DeepSpeed's own files"),
+}
+
+
+@pytest.mark.parametrize("wreck", WRECKS)
+def test_a_checkpoint_that_is_not_whole_says_why(tmp_path, wreck, capsys):
+    destroy, problem = WRECKS[wreck]
+    folder = make_checkpoint(tmp_path, TENSORS)
+    destroy(folder)
     (facts,) = describe(str(folder))
     assert not facts["complete"]
-    assert (facts["samples_consumed"], facts["world_size"], facts["zero_stage"]) == (160, 2, 3)
-    (folder / "COMPLETE").touch()
-    assert describe(str(folder))[0]["complete"]
+    assert problem in facts["problem"]
+    assert inspect(str(folder), None, True, None, False) == 1
+    output = capsys.readouterr()
+    assert problem in output.err
+    assert "complete no" in " ".join(output.out.split())
 
 
 def test_an_export_shows_its_size_from_the_header_alone(tmp_path):
@@ -108,6 +223,30 @@ def test_an_export_shows_its_size_from_the_header_alone(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     (facts,) = describe(str(tmp_path))
     assert (facts["what"], facts["parameters"], facts["tensors"], facts["types"]) == ("export of a prior", 10, 2, "F32")
+    assert (facts["files"], facts["bytes"]) == (1, (tmp_path / "model.safetensors").stat().st_size)
+    (tmp_path / "model.safetensors").unlink()
+    files = {"model-00001-of-00002.safetensors": ["a"], "model-00002-of-00002.safetensors": ["b"]}
+    for file, names in files.items():
+        save_file({name: tensors[name] for name in names}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(index_text(files, {"a": 24, "b": 16}))
+    (split,) = describe(str(tmp_path))
+    assert {key: split[key] for key in ("parameters", "tensors", "files")} == {
+        "parameters": 10,
+        "tensors": 2,
+        "files": 2,
+    }
+    assert split["bytes"] == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+
+
+def test_checkpoints_and_exports_are_described_without_torch(tmp_path):
+    folder = make_checkpoint(tmp_path, TENSORS)
+    (tmp_path / "config.yaml").write_text("kind: prior\n")
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    code = (
+        "import sys; from launcher.inspection import describe; "
+        "[describe(path) for path in sys.argv[1:]]; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, folder, tmp_path], timeout=60, check=False).returncode == 0
 
 
 def test_a_pipeline_run_shows_the_state_of_each_job(tmp_path):
@@ -123,5 +262,5 @@ def test_what_is_none_of_ours_is_said_so(tmp_path):
     with pytest.raises(UsageError, match="no such file or folder"):
         describe(str(tmp_path / "x"))
     Run(tmp_path).update_status(kind="prior")
-    with pytest.raises(UsageError, match="--verify needs a shard set"):
+    with pytest.raises(UsageError, match="--verify needs a shard set or a checkpoint"):
         inspect(str(tmp_path), None, True, None, False)
