@@ -114,7 +114,7 @@ POINTS = [
     Point("between the marker and latest", CHECKPOINT, "write_atomically", named="latest", count=3),
     Point("between latest and retention", SAVING, "surplus", count=3),
     Point("retention: the marker gone, files there", "shutil", "rmtree", named="step_"),
-    Point("retention: half removed", "shutil", "rmtree", named="step_", count=2, partly=_one_file_of),
+    Point("retention: half removed", "shutil", "rmtree", named="step_", partly=_one_file_of),
     Point("in a resume, before it looks for a checkpoint", ENGINE, "newest_sound_checkpoint", **RESUMES),
     Point("in a resume, half of the state set", f"{RESTORING}:CheckpointReader", "fill", count=9, **RESUMES),
     Point("in a resume, half of metrics.jsonl", LOGGER, "write_atomically", partly=_half_a_text, **MAIN_RESUMES),
@@ -168,12 +168,16 @@ class Nursery:
         self.process.stdin.close()
         self.process.wait(timeout=TIMEOUT_S)
 
-    def start(self, trial: dict[str, Any], out: Path, log: Path, ranks: int = RANKS, **kill: Any) -> dict[str, Any]:
-        """Runs ``trial`` in ``ranks`` processes until all have ended. ``signals`` has each rank's exit status (minus
-        the signal), ``training_s`` the time between the first step and the end, ``during`` what a rank was at when
-        it was killed from outside."""
+    def start(self, trials: list[dict], out: Path, log: Path, **how: Any) -> dict[str, Any]:
+        """Runs ``trials`` of the toy in RANKS processes until all have ended. ``signals`` has each rank's exit status
+        (minus the signal), ``training_s`` the time between the first step and the end, ``during`` what a rank was at
+        when it was killed from outside.
+
+        ``how``: ``victim`` is killed at ``point`` (a place in POINTS), or ``after_s`` seconds of training; ``fault``,
+        a function of tests/distributed/faults.py, is called with the rank before all else.
+        """
         log.mkdir(parents=True)
-        start = {"trial": trial, "out": str(out), "log": str(log), "ranks": ranks, **kill}
+        start = {"trials": trials, "out": str(out), "log": str(log), **how}
         self.process.stdin.write(json.dumps(start) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -191,7 +195,7 @@ def serve() -> None:
 
 
 def _ranks(start: dict[str, Any]) -> dict[str, Any]:
-    log, size = Path(start["log"]), start["ranks"]
+    log, size = Path(start["log"]), RANKS
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -244,17 +248,19 @@ def _rank(start: dict[str, Any], rank: int, port: int) -> None:
     output = os.open(log / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdin = io.StringIO(json.dumps([start["trial"]]))
+    sys.stdin = io.StringIO(json.dumps(start["trials"]))
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(start["ranks"]),
+        "WORLD_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
     try:
         _trace(log, rank)
+        if fault := start.get("fault"):
+            getattr(importlib.import_module("tests.distributed.faults"), fault)(rank)
         if (point := start.get("point")) is not None:
             _arm(POINTS[point], start["victim"], rank, log)
         toy.main(Path(start["out"]))
@@ -367,7 +373,7 @@ class Proof:
         """The uninterrupted run, and the seconds that its training took."""
         if config not in self.references:
             out = self.folder / f"whole_{len(self.references)}"
-            ended = self.nursery.start(trial(config), out, out / "log")
+            ended = self.nursery.start([trial(config)], out, out / "log")
             if any(ended["signals"]):
                 raise RuntimeError(last_lines(out / "log"))
             self.references[config] = out / "run", ended["training_s"]
@@ -384,8 +390,8 @@ class Proof:
             settings["point"] = POINTS.index(kill.point)
         if kill.point and kill.point.resuming:  # something to resume: a run killed half-way
             half = POINTS.index(next(point for point in POINTS if point.text == "in a step, after the forward"))
-            self.nursery.start(trial(kill.config), out, out / "log_half", victim="all", point=half)
-        ended = self.nursery.start(trial(kill.config), out, out / "log_killed", **settings)
+            self.nursery.start([trial(kill.config)], out, out / "log_half", victim="all", point=half)
+        ended = self.nursery.start([trial(kill.config)], out, out / "log_killed", **settings)
         if kill.point:
             struck = out / "log_killed" / "struck"
             where = struck.read_text() if struck.exists() else "never came there"
@@ -393,7 +399,7 @@ class Proof:
             during = "; ".join(f"rank {rank}: {at}" for rank, at in enumerate(ended["during"] or ["ended before"]))
             where = f"{1000 * settings['after_s']:.0f} ms into training ({during})"
         before = survivors(out / "run")
-        again = self.nursery.start(trial(kill.config), out, out / "log_again")
+        again = self.nursery.start([trial(kill.config)], out, out / "log_again")
         log = (out / "log_again" / "rank_0.log").read_text()
         found = re.search(r"continuing from .*/(step_\d+)", log)
         skipped = re.findall(r"/(step_\d+) (?:has|is) [^\n]*: skipped", log)

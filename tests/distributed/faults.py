@@ -1,0 +1,78 @@
+"""What goes wrong in the toy's ranks by order of a test: each of these is called with the rank before training."""
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from stpredict.training import saving
+from stpredict.training.checkpoint import folder_of
+from tests.distributed import toy
+
+BALLAST = "ballast"
+LEFT = 4096  # bytes: less than a checkpoint, and a page of memory
+
+
+def fill(folder: Path, leave: int) -> None:
+    """Takes what is free where ``folder`` is, but for ``leave`` bytes."""
+    with (folder / BALLAST).open("wb") as file:
+        file.write(b"x" * (os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize - leave))
+
+
+def at_save(step: int, action) -> None:
+    """Has rank 0 call ``action(checkpoints)`` before it looks whether there is room for the checkpoint of ``step``."""
+    start = saving.Saver.start
+
+    def acting(saver, state):
+        if saver.ranks.is_main and state.step == step:
+            action(saver.checkpoints)
+        return start(saver, state)
+
+    saving.Saver.start = acting
+
+
+def while_writing(step: int, action) -> None:
+    """Calls ``action(folder)`` when this rank begins to write the checkpoint of ``step``, the look for room passed."""
+    write = saving._write
+
+    def acting(folder, *arguments):
+        if folder == folder_of(folder.parent, step):
+            action(folder)
+        return write(folder, *arguments)
+
+    saving._write = acting
+
+
+def full_before(rank: int) -> None:
+    at_save(4, lambda checkpoints: fill(checkpoints, LEFT))
+
+
+def full_while_writing(rank: int) -> None:
+    if rank == 0:
+        while_writing(4, lambda folder: fill(folder.parent, 2 * LEFT))
+
+
+def full_and_room_again(rank: int) -> None:
+    full_while_writing(rank)
+    at_save(6, lambda checkpoints: (checkpoints / BALLAST).unlink())
+
+
+def full_at_the_end(rank: int) -> None:
+    if rank == 0:
+        while_writing(8, lambda folder: fill(folder.parent, 2 * LEFT))
+
+
+def full_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        while_writing(4, lambda folder: (folder / "random_00001.pt").symlink_to("/dev/full"))
+
+
+def narrower(_rank: int) -> None:
+    """The toy's hidden layer gets 12 units."""
+
+    class Narrower(toy.ToyModel):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.first, self.second = nn.Linear(toy.WIDTH, 12), nn.Linear(12, toy.WIDTH)
+
+    toy.ToyModel = Narrower
