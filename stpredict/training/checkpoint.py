@@ -140,7 +140,8 @@ def read_marker(folder: Path) -> dict[str, Written] | str:
 def wrong_size(folder: Path, name: str, written: Written) -> str | None:
     """What is wrong with a file of a checkpoint that can be seen without reading it."""
     try:
-        size = (folder / name).stat().st_size
+        with (folder / name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
