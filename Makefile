@@ -47,7 +47,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 test-slurm: $(READY)
-	$(BIN)/python -m pytest -m slurm
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 prove: $(READY)
 	$(BIN)/python -m tests.distributed.kills --kills 25 --log benchmarks/results/kills.md

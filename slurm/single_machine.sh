@@ -15,7 +15,7 @@ user=$(id -un)
 dir=${STPREDICT_SLURM_DIR:-/tmp/stpredict-slurm-$user}
 port=${STPREDICT_SLURM_PORT:-26817}
 nodes=(one-a one-b)
-hosts_mark="# stpredict single_machine.sh"
+hosts_mark="# single_machine.sh in $dir"
 export SLURM_CONF=$dir/slurm.conf
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -104,10 +104,9 @@ CONF
 resolve_nodes() {
     local node
     for node in "${nodes[@]}"; do
-        getent hosts "$node" >/dev/null && continue
         if [[ -w /etc/hosts ]]; then
             echo "127.0.0.1 $node $hosts_mark" >>/etc/hosts
-        else
+        elif ! getent hosts "$node" >/dev/null; then
             echo "note: $node does not resolve; before submitting: export MASTER_ADDR=127.0.0.1" >&2
         fi
     done
@@ -140,9 +139,9 @@ stop() {
             sleep 0.2
         done
     done
-    if [[ -w /etc/hosts ]] && grep -q "$hosts_mark\$" /etc/hosts; then
+    if [[ -w /etc/hosts ]] && grep -q -F "$hosts_mark" /etc/hosts; then
         local kept # not by `sed -i`: in a container /etc/hosts is a mount and cannot be replaced
-        kept=$(grep -v "$hosts_mark\$" /etc/hosts) && printf '%s\n' "$kept" >/etc/hosts
+        kept=$(grep -v -F "$hosts_mark" /etc/hosts) && printf '%s\n' "$kept" >/etc/hosts
     fi
     rm -rf "$dir"
 }

@@ -67,7 +67,7 @@ def _why_not(about: Mapping[str, str], received: Collection[signal.Signals]) -> 
         return None
     if about.get("Reason") == "TimeLimit":  # after a SIGUSR2 the save took too long; otherwise nobody asked for more
         return None if signal.SIGUSR2 in received else "its time is over (sbatch --signal=USR2@… requeues it)"
-    return f"it was cancelled ({about.get('JobState')})"
+    return f"SLURM is ending it already, as after scancel ({about.get('JobState')})"
 
 
 def _scontrol(*arguments: str) -> str:

@@ -75,8 +75,14 @@ def test_a_task_of_an_array_requeues_itself_and_not_the_array(slurm):
 @pytest.mark.parametrize(
     ("about", "why"),
     [
-        ("JobState=COMPLETING Reason=None Requeue=1 BatchFlag=1", "since it was cancelled (COMPLETING)"),
-        ("JobState=CANCELLED Reason=None Requeue=1 BatchFlag=1", "since it was cancelled (CANCELLED)"),
+        (
+            "JobState=COMPLETING Reason=None Requeue=1 BatchFlag=1",
+            "since SLURM is ending it already, as after scancel (COMPLETING)",
+        ),
+        (
+            "JobState=CANCELLED Reason=None Requeue=1 BatchFlag=1",
+            "since SLURM is ending it already, as after scancel (CANCELLED)",
+        ),
         ("JobState=RUNNING Requeue=1 BatchFlag=0", "since it is interactive"),
         ("JobState=RUNNING Requeue=0 BatchFlag=1", "since it was submitted with --no-requeue"),
     ],

@@ -1,0 +1,80 @@
+"""A real SLURM with two nodes on this machine; skips where none is installed."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.processes import succeeding
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "single_machine.sh"
+SBIN = f"{os.environ['PATH']}:/usr/sbin"  # where the daemons are
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+class Slurm:
+    """Its commands, in an environment in which `stpredict` is this one and each rank takes one thread."""
+
+    def __init__(self, folder: Path):
+        path = f"{Path(sys.executable).parent}:{SBIN}"
+        mine = {"PATH": path, "STPREDICT_SLURM_DIR": str(folder), "STPREDICT_SLURM_PORT": str(_free_ports(3))}
+        ranks = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"} if os.getuid() else {"OMP_NUM_THREADS": "1"}
+        around = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self.environment = {**around, **mine, **ranks, "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def run(self, *command: str | Path) -> str:
+        command = [str(word) for word in command]
+        return succeeding(command, timeout_s=60, cwd=ROOT, env=self.environment).stdout
+
+    def submit(self, *arguments: str | Path) -> str:
+        return self.run("sbatch", "--parsable", *arguments).strip()
+
+    def about(self, job: str) -> dict[str, str]:
+        """What SLURM says of a job: JobState, Restarts, Reason, ..."""
+        return dict(re.findall(r"\b(\w+)=(\S+)", self.run("scontrol", "--oneliner", "show", "job", job)))
+
+    def wait(self, job: str, state: str, timeout_s: float = 120) -> dict[str, str]:
+        """Until the job is in ``state``; what SLURM then says of it. Fails where it ends in another."""
+        self.wait_for(lambda: self.about(job)["JobState"] in (state, *OVER), timeout_s)
+        about = self.about(job)
+        assert about["JobState"] == state, about
+        return about
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+        end = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < end, self.run("squeue")
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory) -> Iterator[Slurm]:
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name, path=SBIN)]
+    if missing:
+        pytest.skip(f"needs SLURM, here is no {', '.join(missing)} (Debian: apt-get install slurm-wlm munge)")
+    slurm = Slurm(tmp_path_factory.mktemp("slurm") / "s")
+    # Its daemons keep the pipe open for ever, and so do not get one.
+    subprocess.run([SCRIPT, "start"], env=slurm.environment, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    yield slurm
+    subprocess.run([SCRIPT, "stop"], env=slurm.environment, check=True, timeout=120)
+
+
+def _free_ports(count: int) -> int:
+    """The first of ``count`` ports in a row that nobody has."""
+    for first in range(20_000, 30_000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return first
+        except OSError:
+            continue
+    raise RuntimeError("no free ports")
