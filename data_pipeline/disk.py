@@ -29,9 +29,6 @@ def renamed(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a write that failed does not know its file
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 

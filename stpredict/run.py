@@ -160,8 +160,12 @@ def now() -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never half of one."""
-    with renamed(path) as temporary:
-        temporary.write_text(text)
+    try:
+        with renamed(path) as temporary:
+            temporary.write_text(text)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that failed does not know its file
+        raise
 
 
 def _output(*command: str) -> str | None:
