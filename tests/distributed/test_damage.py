@@ -12,7 +12,7 @@ import pytest
 from stpredict.run import Run
 from stpredict.training import saving
 from stpredict.training.checkpoint import MARKER, bytes_of, read_index, read_state, why_unusable
-from tests.distributed.faults import BALLAST, LEFT
+from tests.distributed.faults import BALLAST, LEFT, fill
 from tests.distributed.kills import CONFIGS, Nursery, compare, files, last_lines
 from tests.distributed.kills import trial as kill_trial
 
@@ -294,3 +294,14 @@ def test_the_toys_checkpoint_fits_the_small_disk_and_is_larger_than_what_is_left
     index = read_index(base / "whole" / "checkpoints" / NAMES[STEPS])
     assert sum(entry.elements * TYPE_BYTES[entry.dtype] for entry in index.values()) > 4096
     assert 4 * bytes_of(base / "whole" / "checkpoints" / NAMES[STEPS]) < DISK_BYTES
+
+
+def test_a_status_for_which_there_is_no_room_names_its_file_and_leaves_the_one_before(disk):
+    run = Run(disk)
+    run.update_status(kind="toy", step=3)
+    fill(disk, 0)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        run.update_status(step=4)
+    assert error.value.filename == str(run.status_path)
+    assert run.status().step == 3
+    assert files(disk) == {"status.json", BALLAST}
