@@ -14,6 +14,7 @@ from stpredict.training.checkpoint import (
     complete_checkpoints,
     folder_of,
     is_checkpoint,
+    read_marker,
     read_state,
     step_of,
     why_unusable,
@@ -53,18 +54,22 @@ def _find(path: Path, bar: Bar, step: int | None, best: bool) -> Path:
 
 
 def _problem(checkpoint: Path, bar: Bar) -> str | None:
+    if isinstance(problem := read_marker(checkpoint), str):
+        return problem
     with bar(f"verifying {checkpoint.name}") as progress:
         return why_unusable(checkpoint, progress)
 
 
 def _newest_sound(path: Path, bar: Bar) -> Path:
-    folders = sorted(Run(path).checkpoints.glob("step_*"), reverse=True)
-    for folder in folders:
+    problems = {}
+    for folder in sorted(Run(path).checkpoints.glob("step_*"), reverse=True):
         if (problem := _problem(folder, bar)) is None:
+            for other, why in problems.items():
+                log.warning("%s %s: skipped", other, why)
             return folder
-        log.warning("%s %s: skipped", folder, problem)
-    if folders:
-        raise UserError(f"{path}: none of its checkpoints can be used")
+        problems[folder] = problem
+    if problems:
+        raise UserError("; ".join(f"{folder} {problem}" for folder, problem in problems.items()))
     raise UsageError(f"{path}: no run with a complete checkpoint here")
 
 

@@ -4,7 +4,7 @@ They are put into what each rank holds once the engine is built, in fp32, so tha
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ from stpredict.training.restoring import CheckpointWeights, named, why_unusable_
 from stpredict.weight_files import WeightFiles, has_weights
 
 log = logging.getLogger(__name__)
+ADVISED = 8  # patterns
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -114,10 +115,23 @@ def chosen(config: InitFromConfig, source: Path, here: Shapes, there: Shapes) ->
 def _advice(here: Shapes, there: Shapes) -> str:
     """What of the source could be taken."""
     fitting = {name for name in here if here[name] == there.get(name)}
-    whole = [part for part in _parts(here) if all(name in fitting for name in here if fnmatchcase(name, part))]
-    if not whole:
-        return "; init_from.only takes a part, by patterns of names"
-    return f"; a part of it does: init_from.only=[{', '.join(whole)}]"
+    patterns = list(_whole(here.keys() | there.keys(), fitting))
+    if not patterns:
+        return "; nothing of it does"
+    more = f", and {len(patterns) - ADVISED} more" if len(patterns) > ADVISED else ""
+    return f"; a part of it does: init_from.only=[{', '.join(patterns[:ADVISED])}]{more}"
+
+
+def _whole(names: Set[str], fitting: Set[str], prefix: str = "") -> Iterator[str]:
+    """Patterns, as few as there can be, of those of ``names`` that are ``fitting``."""
+    for part in sorted({name.removeprefix(prefix).split(".")[0] for name in names}):
+        below = {name for name in names if name.startswith(f"{prefix}{part}.")}
+        if f"{prefix}{part}" in fitting:
+            yield f"{prefix}{part}"
+        if below and below <= fitting:
+            yield f"{prefix}{part}.*"
+        elif below & fitting:
+            yield from _whole(below, fitting, f"{prefix}{part}.")
 
 
 def _parts(names: Iterable[str]) -> list[str]:

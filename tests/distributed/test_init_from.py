@@ -4,15 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from data_pipeline.errors import UsageError, UserError
+from stpredict.exports import load_tokenizer
+from stpredict.run import Run
 from stpredict.training.config import InitFromConfig
 from stpredict.training.initial import chosen, open_source
 from stpredict.training.restoring import CheckpointReader, checkpoint_weights
 from stpredict.weight_files import index_text, split
+from tests.distributed.command import stpredict
 from tests.distributed.test_engine import trial
 from tests.distributed.toy import ToyModel, run_ranks
+from tests.stpredict.tokenized import CLIP, make_shards, make_tokenizer
 
 ENGINES = [("fp32", 0), ("bf16", 1), ("fp32", 3), ("bf16", 3)]
 TENSORS = {name: tensor for name, tensor in ToyModel(0.0, rich=True).state_dict().items() if name != "steps"}
@@ -125,6 +130,10 @@ def test_without_patterns_all_must_fit_and_what_does_is_named():
     )
     with pytest.raises(UsageError, match=r"it lacks encoder.b"):
         take({name: shape for name, shape in HERE.items() if name != "encoder.b"})
+    with pytest.raises(UsageError, match=r"a part of it does: init_from\.only=\[decoder\.\*, encoder\.a\]$"):
+        take({**HERE, "encoder.b": (4,), "encoder.c": (1,)})
+    with pytest.raises(UsageError, match=r"nothing of it does$"):
+        take({"encoder.b": (4,)})
 
 
 def test_what_patterns_ask_for_must_be_in_both():
@@ -160,3 +169,28 @@ def test_sources_that_are_none_are_named(tmp_path):
     first.write_bytes(b"\0" * 9)
     with pytest.raises(UserError, match=f"{first}: damaged, or missing"):
         opened(tmp_path / "averages")
+
+
+def test_a_tokenizers_training_begins_at_an_export_on_the_command_line(tmp_path):
+    source = make_tokenizer(tmp_path / "source")
+    model = load_tokenizer(source)[1].model.model_dump(mode="json")
+    job = {
+        "kind": "tokenizer",
+        "run": str(tmp_path / "run"),
+        "data": {"shards": str(make_shards(tmp_path)), "clip": CLIP.model_dump(mode="json"), "workers": 0},
+        "model": model,
+        # A step too small to be seen, but where there is zero.
+        "training": {"steps": 1, "batch_size": 2, "precision": "fp32", "optimizer": {"lr": 1e-30}},
+        "init_from": str(source),
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    done = stpredict("train", tmp_path / "job.yaml")
+    assert done.returncode == 0, done.stderr
+    expected = load_tokenizer(source)[0].state_dict()
+    found = load_tokenizer(tmp_path / "run")[0].state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-29)
+    elements = f"{sum(tensor.numel() for tensor in expected.values()):,}"
+    assert f"init_from {source}: {elements} of {elements} parameters\n" in Run(tmp_path / "run").log_path(0).read_text()
+    changed = stpredict("train", tmp_path / "job.yaml", f"run={tmp_path / 'other'}", "model.channels=[16, 24]")
+    assert changed.returncode == 2
+    assert f"init_from {source}: does not fit this model: shapes differ: decoder." in changed.stderr

@@ -18,6 +18,9 @@ from stpredict.jobs.export import export_run
 from stpredict.run import Run
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig
+from stpredict.training.config import InitFromConfig
+from stpredict.training.initial import open_source
+from stpredict.training.restoring import newest_sound_checkpoint
 from stpredict.weight_files import WeightFiles
 from tests.stpredict.training.made_checkpoint import flip_a_bit, make_checkpoint
 
@@ -189,7 +192,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_by_default_the_one_before_i
     assert [text.split("/")[-1].split()[0] for text in skipped] == ["step_00000030", "step_00000020"]
     assert all(text.endswith(": skipped") for text in skipped)
     (older / "index.json").unlink()
-    with pytest.raises(UserError, match="none of its checkpoints can be used"):
+    with pytest.raises(
+        UserError, match=r"step_00000030 has no COMPLETE .*0020 is damaged .*0010 is damaged \(index.json"
+    ):
         export(run.path, out)
 
 
@@ -224,13 +229,40 @@ def test_a_checkpoint_is_chosen_by_path_by_step_or_as_the_best(tmp_path):
         export(tmp_path, out)
 
 
-def test_a_checkpoint_of_the_first_version_is_one_clear_line(tmp_path):
-    folder = tmp_path / "run" / "checkpoints" / "step_00000010"
+class Alone:
+    """The ranks of a job of one process."""
+
+    rank, size, is_main = 0, 1, True
+
+    def from_main(self, value):
+        return value
+
+    def gather(self, value):
+        return [value]
+
+
+def test_a_checkpoint_of_the_first_version_is_one_clear_line_wherever_it_is_read(tmp_path):
+    run = Run(tmp_path / "run")
+    folder = run.checkpoints / "step_00000010"
     folder.mkdir(parents=True)
     for name in ("COMPLETE", "mp_rank_00_model_states.pt", "state.json"):
         (folder / name).write_text("{}")
-    with pytest.raises(UserError, match=r"step_00000010 is of an earlier version, DeepSpeed's own files"):
-        export(folder, tmp_path / "out")
+    line = r"step_00000010:? is of an earlier version, DeepSpeed's own files, which cannot be read any more"
+    for path in (folder, run.path):
+        with pytest.raises(UserError, match=line):
+            export(path, tmp_path / "out")
+    with pytest.raises(UsageError, match=f"{line}; use another `run`"):
+        newest_sound_checkpoint(run.checkpoints, Alone())
+    with pytest.raises(UsageError, match=f"init_from .*{line}; give another"):
+        open_source(InitFromConfig(path=folder), Alone())
+
+
+def test_a_training_does_not_begin_at_a_damaged_checkpoint(tmp_path):
+    folder = make(tmp_path, 1)
+    assert open_source(InitFromConfig(path=folder), Alone()).shapes.keys() == weights_of(1).keys()
+    flip_a_bit(folder / "rank_00000.safetensors")
+    with pytest.raises(UsageError, match=r"step_00000010: is damaged \(rank_00000\.safetensors differs"):
+        open_source(InitFromConfig(path=folder), Alone())
 
 
 def test_weights_that_do_not_fit_their_config_or_are_damaged_are_named(tmp_path):
