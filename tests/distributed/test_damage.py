@@ -278,13 +278,17 @@ def test_a_budget_counts_what_is_kept_what_is_written_and_the_export(nursery, ba
     index = read_index(checkpoint)
     new = sum(entry.elements * TYPE_BYTES[entry.dtype] for entry in index.values())
     export = sum(4 * entry.elements for key, entry in index.items() if key.split("/")[1] in ("weight", "buffer"))
-    limit = bytes_of(checkpoint) + new + export + 1000  # ``latest``, and a digit more here and there
-    kept_one = trial("one", checkpoint={"keep": 1, "max_bytes": limit})
-    text = error_of(nursery, tmp_path, kept_one, trial("two", checkpoint={"keep": 2, "max_bytes": limit}))
-    assert names(tmp_path / "one") == [NAMES[STEPS]]
+    needed = bytes_of(checkpoint) + len(f"{NAMES[2]}\n") + new + export  # at step 4, with ``latest``
+    one = trial("one", checkpoint={"max_bytes": needed + 1000, "keep": 1})
+    two = trial("two", checkpoint={"max_bytes": needed + 1000, "keep": 2})
+    short = trial("short", checkpoint={"max_bytes": needed - 1, "keep": 1})
+    error_of(nursery, tmp_path, one, short, log="log_short")
+    assert (names(tmp_path / "one"), names(tmp_path / "short")) == ([NAMES[STEPS]], [NAMES[2]])
+    text = error_of(nursery, tmp_path, two)
     checkpoints = tmp_path / "two" / "checkpoints"
     assert text.startswith(f"{checkpoints / NAMES[6]}: a checkpoint of {saving._size(new)} beside the ")
-    assert f"export of {saving._size(export)} exceeds training.checkpoint.max_bytes {saving._size(limit)}; keep" in text
+    limit = saving._size(needed + 1000)
+    assert f"export of {saving._size(export)} exceeds training.checkpoint.max_bytes {limit}; keep fewer" in text
     assert names(tmp_path / "two") == [NAMES[2], NAMES[4]]
     assert (checkpoints / "latest").read_text() == f"{NAMES[4]}\n"
 
