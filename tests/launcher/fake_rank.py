@@ -18,7 +18,7 @@ def main() -> int:
     stopped = []
     if what in ("save", "hurt", "fail", "ok"):
         for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, lambda *_: stopped.append(True))
+            signal.signal(number, lambda number, _: stopped.append(signal.Signals(number).name))
     if what == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(f"pid {os.getpid()} threads {os.environ['OMP_NUM_THREADS']} world {os.environ['WORLD_SIZE']}", flush=True)
@@ -43,7 +43,7 @@ def main() -> int:
                     return fail(run, rank, "connection closed by peer")
                 if stopped:
                     if rank == 0:
-                        run.update_status(state="preempted", error="stopped at step 4")
+                        run.update_status(state="preempted", error=f"stopped by {stopped[0]}")
                     return 75
                 time.sleep(0.05)
             return 0

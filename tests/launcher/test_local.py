@@ -173,6 +173,8 @@ def test_stop_signals_reach_the_ranks_which_save_and_end_with_75(job, fake, tmp_
     signal_when_started(run, 2, number)
     assert fake("save", "save")(job(2)) == 75
     assert run.status().state == "preempted"
+    passed_on = signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGTERM  # SIGUSR2 has a SLURM job requeued
+    assert run.status().error == f"stopped by {passed_on.name}"
     assert signal.getsignal(number) is before
 
 
