@@ -16,7 +16,7 @@ from stpredict.training.restoring import CheckpointReader, checkpoint_weights
 from stpredict.weight_files import index_text, split
 from tests.distributed.command import stpredict
 from tests.distributed.test_engine import trial
-from tests.distributed.toy import ToyModel, run_ranks
+from tests.distributed.toy import ToyModel, run_ranks, stack
 from tests.stpredict.tokenized import CLIP, make_shards, make_tokenizer
 
 ENGINES = [("fp32", 0), ("bf16", 1), ("fp32", 3), ("bf16", 3)]
@@ -54,6 +54,9 @@ def begun(tmp_path_factory):
         begin(f"averages_{precision}_{stage}", training=settings, init_from={"path": str(source)})
         begin(f"weights_{precision}_{stage}", training=settings, init_from={"path": str(source), "ema": False})
         begin(f"exported_{precision}_{stage}", training=settings, init_from={"path": str(out / "exported")})
+        one_step = {**settings, "steps": 1}
+        begun_there = {"path": str(out / "exported")}
+        trials.append(trial(f"step_{precision}_{stage}", rich=True, training=one_step, init_from=begun_there))
         only = ["second.*", "mar?"]
         begin(f"part_{precision}_{stage}", training=settings, init_from={"path": str(source), "only": only})
     resumed = {"rich": True, "training": {"steps": 3, "zero_stage": 1}}
@@ -89,6 +92,18 @@ def test_masters_buffers_and_averages_begin_at_the_sources_to_the_bit(begun, kin
             expected = expected.to(torch.float32 if precision == "fp32" else torch.bfloat16)
         for key in kinds:
             assert torch.equal(state[f"{key}/{name}"], expected), (key, name)
+
+
+@pytest.mark.parametrize(("precision", "stage"), ENGINES)
+def test_the_first_step_computes_with_them(begun, precision, stage):
+    out, sources, _ = begun
+    model = ToyModel(0.0, rich=True)
+    model.load_state_dict(sources["exported"])
+    batch = stack(list(range(8)))
+    error = (model(batch["x"]) - batch["y"]) * batch["mask"]
+    loss = (error.square().sum() / batch["mask"].sum()).item()
+    (row,) = (row for row in Run(out / f"step_{precision}_{stage}").metrics() if row["split"] == "train")
+    assert row["l2"] == pytest.approx(loss, rel=1e-5 if precision == "fp32" else 0.02)
 
 
 @pytest.mark.parametrize(("precision", "stage"), ENGINES)
@@ -193,4 +208,4 @@ def test_a_tokenizers_training_begins_at_an_export_on_the_command_line(tmp_path)
     assert f"init_from {source}: {elements} of {elements} parameters\n" in Run(tmp_path / "run").log_path(0).read_text()
     changed = stpredict("train", tmp_path / "job.yaml", f"run={tmp_path / 'other'}", "model.channels=[16, 24]")
     assert changed.returncode == 2
-    assert f"init_from {source}: does not fit this model: it lacks decoder." in changed.stderr
+    assert f"init_from {source}: does not fit this model: " in changed.stderr
