@@ -16,6 +16,7 @@ from stpredict.config import apply_overrides, read_yaml, resolve, validate
 from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
 from stpredict.jobs.start import command_of, start
 from stpredict.run import Run
+from stpredict.training.signals import StopRequest
 
 
 def load_job(path: Path, overrides: Sequence[str], command: str) -> JobConfig:
@@ -34,7 +35,8 @@ def run(config: JobConfig) -> int:
     """Runs the job with the ranks that this process finds itself among; finding none, starts them here."""
     place = ranks.join()
     if place is not None:
-        leave(_join(config, place))
+        with StopRequest():  # while it waits for the directory, too
+            leave(_join(config, place))
     code = local.run_job(config)
     if code == 0:
         _print_result(config)
@@ -69,6 +71,7 @@ def _join(config: JobConfig, place: ranks.Ranks) -> int:
             stack.enter_context(locked(run.path))
         if is_done(run, config):
             return 0
+        config.check_ranks(place.world_size)
         if place.rank == 0:
             prepare(run, config)
         return start(config)

@@ -58,6 +58,7 @@ def run_job(
         if is_done(run, config):
             _say(f"{name}: already done; remove {run.path} to do it again")
             return 0
+        config.check_ranks(config.resources.processes)
         prepare(run, config, print_of)
         ranks = _start(run, config.resources.processes, config.resources.threads or threads, command(run), lock)
         with Watch(run, name, console) as watch:

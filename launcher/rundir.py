@@ -15,10 +15,9 @@ import yaml
 from data_pipeline.disk import is_temporary
 from data_pipeline.errors import UsageError, UserError
 from stpredict.config import as_yaml, differences, flat
-from stpredict.jobs.config import FORCE, JobConfig, PriorJobConfig, TokenizerJobConfig
+from stpredict.jobs.config import FORCE, JobConfig, TrainingJobConfig
 from stpredict.run import Run, now
 
-TRAINING_JOBS = (TokenizerJobConfig, PriorJobConfig)  # what they have made is continued, whatever is asked from now on
 ORPHANS_END_S = 15.0  # data workers notice within seconds that their rank is gone
 # What a start leaves behind before the job itself has made anything.
 OF_THE_START = {"config.yaml", "status.json", "environment.json", "logs", ".lock"}
@@ -74,7 +73,7 @@ def is_done(run: Run, config: JobConfig) -> bool:
     if changes := changed_keys(run, config):
         if os.environ.get(FORCE):
             return False
-        forced = ", or --force to continue with the new one" if isinstance(config, TRAINING_JOBS) else ""
+        forced = ", or --force to continue with the new one" if isinstance(config, TrainingJobConfig) else ""
         raise UsageError(
             f"{run.path} was made with another config ({', '.join(changes)}); give another `run`, "
             f"or remove that directory{forced}"

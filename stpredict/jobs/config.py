@@ -56,6 +56,9 @@ class JobConfig(Config):
         """The directory of this job's own config, status, logs and lock."""
         return self.run
 
+    def check_ranks(self, ranks: int) -> None:
+        """UsageError where so many cannot do the job. Asked before anything is written."""
+
     @classmethod
     def decisive(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Those of ``values``, by their dotted keys, that are not harmless."""
@@ -114,6 +117,9 @@ class TrainingJobConfig(JobConfig):
     )
 
     harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING, *COMPUTING)
+
+    def check_ranks(self, ranks: int) -> None:
+        self.training.accumulation_steps(ranks)
 
 
 class TokenizerJobConfig(TrainingJobConfig):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.config import Config
+from data_pipeline.errors import UsageError
 
 
 class OptimizerConfig(Config):
@@ -72,6 +73,24 @@ class TrainingConfig(Config):
     validate_every: int = Field(500, ge=1, description="steps between validations")
     picture_every: int = Field(500, ge=1, description="steps between TensorBoard pictures")
 
+    def accumulation_steps(self, ranks: int) -> int:
+        """Micro-batches per rank and step. UsageError where the batch does not divide, naming what does."""
+        per_rank = self.batch_size // ranks
+        if self.batch_size % ranks:
+            near = sorted({max(1, per_rank) * ranks, (per_rank + 1) * ranks})
+            those = [size for size in range(1, self.batch_size + 1) if self.batch_size % size == 0]
+            raise UsageError(
+                f"training.batch_size {self.batch_size} does not divide among {ranks} ranks: "
+                f"{_or(those)} would do; or a batch_size of {_or(near)}"
+            )
+        micro = self.micro_batch_size or per_rank
+        if per_rank % micro:
+            raise UsageError(
+                f"training.micro_batch_size {micro} does not divide the {per_rank} samples that each of {ranks} ranks "
+                f"gets of batch_size {self.batch_size}"
+            )
+        return per_rank // micro
+
     @model_validator(mode="after")
     def _master_weights(self):
         if self.zero_stage == 0 and self.precision == "bf16":
@@ -86,6 +105,12 @@ class TrainingConfig(Config):
                 f"is no multiple of validate_every {self.validate_every}"
             )
         return self
+
+
+def _or(numbers: list[int]) -> str:
+    """1, 2, 4 or 8."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 class InitFromConfig(Config):

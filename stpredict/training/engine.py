@@ -34,25 +34,6 @@ from stpredict.training.task import Batch, Share, Task
 log = logging.getLogger(__name__)
 
 
-def accumulation_steps(training: TrainingConfig, ranks: int) -> int:
-    """Micro-batches per rank and step. UsageError where the batch does not divide, naming sizes that do."""
-    per_rank = training.batch_size // ranks
-    if training.batch_size % ranks:
-        near = sorted({max(1, per_rank) * ranks, (per_rank + 1) * ranks})
-        those = [size for size in range(1, training.batch_size + 1) if training.batch_size % size == 0]
-        raise UsageError(
-            f"training.batch_size {training.batch_size} does not divide among {ranks} ranks: "
-            f"{_or(those)} would do; or a batch_size of {_or(near)}"
-        )
-    micro = training.micro_batch_size or per_rank
-    if per_rank % micro:
-        raise UsageError(
-            f"training.micro_batch_size {micro} does not divide the {per_rank} samples that each of {ranks} ranks "
-            f"gets of batch_size {training.batch_size}"
-        )
-    return per_rank // micro
-
-
 class Trainer:
     """Trains ``task`` to ``training.steps`` and leaves a complete checkpoint of the last step.
 
@@ -77,7 +58,7 @@ class Trainer:
         self.task, self.training, self.run, self.ranks, self.force = task, training, run, ranks, force
         self.after_stop = after_stop
         self.init_from = init_from
-        self.accumulation = accumulation_steps(training, ranks.size)
+        self.accumulation = training.accumulation_steps(ranks.size)
         self.dtype = resolve_precision(training.precision, ranks.device, training.zero_stage)
         self.share = Share(ranks.rank, ranks.size, training.batch_size // (ranks.size * self.accumulation))
         self.engine = build_engine(task.model, training, self.dtype, ranks.size, self.accumulation)
@@ -409,12 +390,6 @@ class StepClock:
         }
         self.restart()
         return values
-
-
-def _or(numbers: list[int]) -> str:
-    """1, 2, 4 or 8."""
-    *first, last = map(str, numbers)
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _as_text(values: dict[str, float]) -> str:

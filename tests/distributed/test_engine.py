@@ -11,7 +11,6 @@ from data_pipeline.errors import UsageError
 from stpredict.run import Run
 from stpredict.training.checkpoint import complete_checkpoints
 from stpredict.training.config import TrainingConfig
-from stpredict.training.engine import accumulation_steps
 from stpredict.training.restoring import CheckpointReader, checkpoint_weights
 from stpredict.training.schedule import learning_rate_factor
 from tests.distributed.toy import ToyModel, run_ranks, stack
@@ -184,7 +183,7 @@ def test_refusals_leave_the_run_as_it_was(tmp_path):
 
 def test_batches_that_do_not_divide_name_those_that_do():
     with pytest.raises(UsageError, match="among 3 ranks: 1, 2, 4 or 8 would do; or a batch_size of 6 or 9"):
-        accumulation_steps(TrainingConfig(steps=1, batch_size=8), 3)
+        TrainingConfig(steps=1, batch_size=8).accumulation_steps(3)
     with pytest.raises(UsageError, match="micro_batch_size 3 does not divide the 4 samples"):
-        accumulation_steps(TrainingConfig(steps=1, batch_size=8, micro_batch_size=3), 2)
-    assert accumulation_steps(TrainingConfig(steps=1, batch_size=8, micro_batch_size=2), 2) == 2
+        TrainingConfig(steps=1, batch_size=8, micro_batch_size=3).accumulation_steps(2)
+    assert TrainingConfig(steps=1, batch_size=8, micro_batch_size=2).accumulation_steps(2) == 2

@@ -12,6 +12,7 @@ from data_pipeline.video_files import write_mp4
 from launcher import cli, local
 from launcher.jobs import load_job
 from launcher.rundir import locked, prepare
+from stpredict.jobs.config import FORCE
 from stpredict.run import Run
 from tests.processes import bounded
 
@@ -172,6 +173,32 @@ def test_ranks_found_leave_the_run_of_a_living_job_alone(tmp_path):
             assert ended.returncode == code, ended.stderr
         assert run.status_path.read_bytes() == before
     assert "nowhere" in run.error_path(1).read_text()
+
+
+TRAIN = {"kind": "tokenizer", "data": {"shards": "s"}, "training": {"steps": 1, "batch_size": 4}}
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_before_anything_is_written(stpredict, tmp_path):
+    Path("train.yaml").write_text(yaml.safe_dump(TRAIN | {"run": "runs/a"}))
+    status, _, err = stpredict("train", "train.yaml", "resources.processes=3")
+    assert status == 2
+    assert "batch_size 4 does not divide among 3 ranks: 1, 2 or 4 would do" in err
+    assert [path.name for path in Path("runs/a").iterdir()] == [".lock"]
+
+
+def test_a_training_goes_on_under_another_config_only_if_forced(stpredict, fake, monkeypatch):
+    monkeypatch.setattr(local, "run_job", fake("ok"))
+    monkeypatch.setenv(FORCE, "")  # put back afterwards
+    Path("train.yaml").write_text(yaml.safe_dump(TRAIN | {"run": "runs/a"}))
+    assert stpredict("train", "train.yaml")[0] == 0
+    (Run("runs/a").checkpoints / "step_00000001").mkdir(parents=True)
+    status, _, err = stpredict("train", "train.yaml", "training.steps=2")
+    assert status == 2
+    assert "(training.steps: 1 → 2); give another `run`, or remove that directory, or --force to continue" in err
+    assert "already done" in stpredict("train", "train.yaml", "training.zero_stage=3")[2]
+    status, _, err = stpredict("train", "train.yaml", "training.steps=2", "--force")
+    assert (status, "already done" in err) == (0, False)
+    assert yaml.safe_load(Run("runs/a").config_path.read_text())["training"]["steps"] == 2
 
 
 def test_launch_dry_run_starts_nothing(stpredict, tmp_path):
