@@ -62,7 +62,7 @@ Files = dict[str, Written]
 
 class Saver:
     """Saves checkpoints of what ``pieces()`` gives, the pieces that this rank owns, into ``checkpoints``; on all ranks
-    alike. ``export`` is where the run's export is or will be, of ``export_bytes``.
+    alike.
 
     In the background (``config.background``) it keeps one copy of the pieces in host memory, made once and reused.
     """
