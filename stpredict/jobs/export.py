@@ -70,15 +70,21 @@ def _newest_sound(path: Path, bar: Bar) -> Path:
         problems[folder] = problem
     if problems:
         raise UserError("; ".join(f"{folder} {problem}" for folder, problem in problems.items()))
-    raise UsageError(f"{path}: no run with a complete checkpoint here")
+    raise _no_run(path)
+
+
+def _no_run(path: Path) -> UsageError:
+    return UsageError(f"{path}: no run with a complete checkpoint here")
 
 
 def _of_step(path: Path, step: int) -> Path:
     folder = folder_of(Run(path).checkpoints, step)
-    if not folder.is_dir():
-        there = ", ".join(str(step_of(other)) for other in complete_checkpoints(folder.parent))
-        raise UsageError(f"{path}: no checkpoint of step {step}; there are {there or 'none'}")
-    return folder
+    if folder.is_dir():
+        return folder
+    there = ", ".join(str(step_of(other)) for other in complete_checkpoints(folder.parent))
+    if not there:
+        raise _no_run(path)
+    raise UsageError(f"{path}: no complete checkpoint of step {step}; there are {there}")
 
 
 def _best(path: Path) -> Path:

@@ -34,6 +34,7 @@ def run(config: TrainConfig, run: Run) -> None:
             )
         trainer.train()
         if ranks.is_main:
+            run.update_status(phase="exporting")
             export_checkpoint(trainer.saver.newest, run.export)
         ranks.barrier()
 

@@ -219,14 +219,15 @@ def test_a_checkpoint_is_chosen_by_path_by_step_or_as_the_best(tmp_path):
     run.write_config("training: {checkpoint: {best: {metric: fvd}}}\n")
     with pytest.raises(UsageError, match="no complete checkpoint here was saved with a validation's fvd"):
         export(run.path, out, best=True)
-    with pytest.raises(UsageError, match="no checkpoint of step 15; there are 10, 20, 30"):
+    with pytest.raises(UsageError, match="no complete checkpoint of step 15; there are 10, 20, 30"):
         export(run.path, out, step=15)
     with pytest.raises(UsageError, match="not both"):
         export(run.path, out, step=10, best=True)
     with pytest.raises(UsageError, match="is a checkpoint; --step and --best go with a run"):
         export(run.checkpoints / "step_00000020", out, step=20)
-    with pytest.raises(UsageError, match="no run with a complete checkpoint here"):
-        export(tmp_path, out)
+    for choice in ({}, {"step": 10}):
+        with pytest.raises(UsageError, match="no run with a complete checkpoint here"):
+            export(tmp_path, out, **choice)
 
 
 class Alone:
