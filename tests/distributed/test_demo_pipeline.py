@@ -198,9 +198,13 @@ def test_killed_or_stopped_in_training_and_run_again_ends_with_the_same_weights(
     run, _ = demo
     config = [run / "tokenizer" / "config.yaml", f"run={tmp_path / 'again'}"]
     again = Run(tmp_path / "again")
-    for number, how in enumerate((signal.SIGKILL, signal.SIGTERM)):
+    moments = {  # a request to stop may come before the loop has begun
+        signal.SIGKILL: lambda: list(again.checkpoints.glob("step_00000002/COMPLETE")),
+        signal.SIGTERM: lambda: "continuing from" in again.log_path(0).read_text(),
+    }
+    for how, moment in moments.items():
         process = started("train", *config)
-        _wait_for(lambda step=2 * number + 2: list(again.checkpoints.glob(f"step_{step:08d}/COMPLETE")), process)
+        _wait_for(moment, process)
         pid = again.status().pid if how == signal.SIGKILL else process.pid
         os.kill(pid, how)  # SIGKILL hits rank 0, SIGTERM the launcher
         assert process.wait(timeout=120) == (1 if how == signal.SIGKILL else 75)
