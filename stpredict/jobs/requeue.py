@@ -63,7 +63,7 @@ def _why_not(about: Mapping[str, str], received: Collection[signal.Signals]) -> 
         return "it is interactive"
     if about.get("Requeue") == "0":
         return "it was submitted with --no-requeue"
-    if about.get("JobState") == "RUNNING":
+    if about.get("JobState") in ("RUNNING", "SIGNALING"):  # the signal is still on its way to other nodes
         return None
     if about.get("Reason") == "TimeLimit":  # after a SIGUSR2 the save took too long; otherwise nobody asked for more
         return None if signal.SIGUSR2 in received else "its time is over (sbatch --signal=USR2@… requeues it)"

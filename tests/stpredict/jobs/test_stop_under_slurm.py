@@ -57,6 +57,12 @@ def test_a_job_of_several_ranks_requeues_itself_on_either_signal_to_any_rank(slu
     assert requests() == ["requeue 12"]
 
 
+def test_a_job_whose_signal_is_still_on_its_way_requeues_itself(slurm):
+    requests = slurm("JobState=SIGNALING Reason=None Requeue=1 BatchFlag=1")
+    requeue(USR2)
+    assert requests() == ["requeue 12"]
+
+
 def test_elsewhere_nothing_is_asked(slurm, monkeypatch):
     requests = slurm()
     monkeypatch.delenv("SLURM_JOB_ID")
