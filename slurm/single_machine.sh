@@ -14,6 +14,7 @@ set -euo pipefail
 user=$(id -un)
 dir=${STPREDICT_SLURM_DIR:-/tmp/stpredict-slurm-$user}
 port=${STPREDICT_SLURM_PORT:-26817}
+ours=.made_by_single_machine # without it, nothing is removed
 nodes=(one-a one-b)
 hosts_mark="# single_machine.sh in $dir"
 export SLURM_CONF=$dir/slurm.conf
@@ -45,6 +46,7 @@ start() {
         exit 1
     fi
     mkdir -p "$dir"/{munge,state}
+    touch "$dir/$ours"
     chmod 755 "$dir" "$dir/munge"
     trap 'echo "error: no SLURM; the last lines of the logs in $dir:" >&2; tail -n 3 "$dir"/*.log >&2' ERR
     # A key of its own: this SLURM and a cluster's do not know each other.
@@ -123,6 +125,10 @@ wait_until_idle() {
 
 stop() {
     local file pid
+    if [[ ! -e $dir/$ours ]]; then
+        echo "error: $dir holds no SLURM that $0 started" >&2
+        exit 1
+    fi
     if [[ -e $SLURM_CONF ]]; then
         timeout 10 scancel --user="$user" 2>/dev/null || true
         for _ in {1..50}; do # what has ended needs no daemon to end it
