@@ -74,6 +74,13 @@ class Written(BaseModel):
     sha256: str
 
 
+class Marker(BaseModel):
+    """COMPLETE. ``sha256`` is of ``files``: a name with a flipped bit would go unchecked."""
+
+    files: dict[str, Written]
+    sha256: str
+
+
 Index = dict[str, TensorEntry]
 
 
@@ -126,15 +133,21 @@ def read_marker(folder: Path) -> dict[str, Written] | str:
     """The files of a checkpoint as they were written, or why it cannot be used."""
     if is_former(folder):
         return "is of an earlier version, DeepSpeed's own files, which cannot be read any more"
+    damaged = f"has a marker, {MARKER}, that is damaged or of another version"
     try:
-        files = json.loads((folder / MARKER).read_text())
-        return {name: Written.model_validate(file) for name, file in files.items()}
+        marker = Marker.model_validate_json((folder / MARKER).read_bytes())
+        return marker.files if marker.sha256 == digest_of(marker.files) else damaged
     except FileNotFoundError:
         return f"has no {MARKER} marker (its save was interrupted)"
     except OSError as error:
         return f"has a marker, {MARKER}, that cannot be read ({error.strerror})"
-    except (ValueError, AttributeError, ValidationError):
-        return f"has a marker, {MARKER}, that is damaged or of another version"
+    except ValueError:
+        return damaged
+
+
+def digest_of(files: dict[str, Written]) -> str:
+    text = json.dumps({name: file.model_dump() for name, file in files.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def wrong_size(folder: Path, name: str, written: Written) -> str | None:
@@ -240,8 +253,8 @@ def write_complete(folder: Path, state: CheckpointState, index: Index, files: di
         (folder / name).write_text(text)
         files = {**files, name: Written(bytes=len(text.encode()), sha256=hashlib.sha256(text.encode()).hexdigest())}
         flush(folder / name)
-    marker = {name: file.model_dump() for name, file in sorted(files.items())}
-    write_atomically(folder / MARKER, json.dumps(marker, indent=1) + "\n")
+    files = dict(sorted(files.items()))
+    write_atomically(folder / MARKER, Marker(files=files, sha256=digest_of(files)).model_dump_json(indent=1) + "\n")
     flush(folder / MARKER)
     flush(folder)
     write_atomically(folder.parent / LATEST, folder.name + "\n")

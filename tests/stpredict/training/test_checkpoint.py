@@ -71,7 +71,7 @@ def test_a_completed_checkpoint_is_sound_and_the_newest(tmp_path):
     assert (tmp_path / "latest").read_text() == "step_00000004\n"
     assert read_state(folder).metrics == {"psnr": 20.0}
     assert read_index(folder)["model/weight/w"].elements == 6
-    marker = json.loads((folder / MARKER).read_text())
+    marker = json.loads((folder / MARKER).read_text())["files"]
     assert marker.keys() == {"rank_00000.safetensors", INDEX, STATE}
     for name, written in marker.items():
         data = (folder / name).read_bytes()
@@ -182,6 +182,21 @@ def test_a_damaged_marker_is_said_to_be_so(tmp_path, text):
     folder = checkpoint(tmp_path, 4)
     (folder / MARKER).write_bytes(text.encode() if isinstance(text, str) else text)
     assert why_unusable(folder) == "has a marker, COMPLETE, that is damaged or of another version"
+
+
+def test_no_bit_of_a_marker_flips_unnoticed(tmp_path):
+    folder = checkpoint(tmp_path, 4)
+    text = (folder / MARKER).read_bytes()
+    for at in range(len(text) - 1):  # the last is the end of the line
+        for bit in range(8):
+            flipped = bytearray(text)
+            flipped[at] ^= 1 << bit
+            (folder / MARKER).write_bytes(flipped)
+            try:
+                same = json.loads(flipped) == json.loads(text)  # another kind of white space
+            except ValueError:
+                same = False
+            assert same or why_unusable(folder), (at, bit)
 
 
 def test_without_a_readable_marker_a_checkpoint_cannot_be_used(tmp_path):
