@@ -4,6 +4,7 @@ export/config.yaml        what is needed to build the model
 export/model.safetensors  fp32 weights by name, or several files and an index (stpredict/weight_files.py)
 """
 
+import glob
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -73,6 +74,8 @@ def export_checkpoint(
     weights = CheckpointWeights(checkpoint, ema)
     config = config.model_copy(update={"ema": weights.ema})
     temporary, old = temporary_path(out), temporary_path(out)
+    if out.exists():  # else the only export may be among them: one was killed in the middle of the swap
+        _remove_leftovers(out)
     try:
         temporary.mkdir(parents=True)
         needed, free = sum(weights.sizes.values()), shutil.disk_usage(temporary).free
@@ -88,13 +91,19 @@ def export_checkpoint(
         if out.exists():
             out.rename(old)
         temporary.rename(out)
+        _remove_leftovers(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot write the export: {error}") from error
     finally:
         if old.exists() and not out.exists():  # the swap broke off in the middle
             old.rename(out)
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """The export that was replaced, and those that were killed before they were whole."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_ours(name: str) -> bool:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,21 @@ def test_a_swap_that_breaks_off_in_the_middle_leaves_the_old_export(tmp_path, mo
         export_checkpoint(two, folder)
     assert fingerprint(folder) == first
     assert [path.name for path in folder.parent.iterdir()] == ["export"]
+
+
+def test_what_killed_exports_left_goes_but_never_before_there_is_a_whole_one(tmp_path, monkeypatch):
+    one = make(tmp_path / "1", 1)
+    out = tmp_path / "out" / "export"
+    left = [out.parent / f".export.{letter * 32}.tmp" for letter in "ab"]
+    export_checkpoint(one, left[0])  # killed in the middle of the swap: this was the only export
+    left[1].mkdir()
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        with pytest.raises(UserError, match="the export needs"):
+            export_checkpoint(one, out)
+    assert all(folder.is_dir() for folder in left)
+    export_checkpoint(one, out)
+    assert [path.name for path in out.parent.iterdir()] == ["export"]
 
 
 def test_several_files_are_hugging_faces_layout_and_load_as_one_does(tmp_path):
