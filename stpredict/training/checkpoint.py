@@ -17,11 +17,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
-from math import prod
+from contextlib import suppress
+from math import isnan, prod
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.errors import UserError
 from stpredict.run import write_atomically
@@ -41,6 +42,9 @@ class CheckpointState(BaseModel):
     validation at this step, if there was one. ``export`` is the config of an export of this checkpoint, so that
     exporting needs nothing but the checkpoint.
     """
+
+    # NaN and Infinity as such: a PSNR may be one, and null would be refused when it is read.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     format: Literal[2] = FORMAT
     step: int
@@ -284,20 +288,27 @@ def surplus(checkpoints: Path, newest: int, config: CheckpointConfig, given_up: 
         kept.update(folder for folder in known if step_of(folder) % config.keep_every == 0)
     if config.best:
         sign = 1 if config.best.mode == "max" else -1
-        values = {folder: _metric(folder, config.best.metric) for folder in known}
+        values = {folder: rating(folder, config.best.metric) for folder in known}
         rated = sorted((sign * value, folder) for folder, value in values.items() if value is not None)
         kept.update(folder for _, folder in rated[-config.best.keep :])
     return [folder for folder in past if folder not in kept]
 
 
-def _metric(folder: Path, name: str) -> float | None:
-    """None where the checkpoint was not validated, or cannot be read and so not be used."""
+def rating(folder: Path, name: str) -> float | None:
+    """The metric ``name`` of a checkpoint. None where it was not validated, where that gave no number, or where it
+    cannot be read and so not be used."""
     try:
-        return read_state(folder).metrics.get(name)
+        value = read_state(folder).metrics.get(name)
     except UserError:
         return None
+    return None if value is None or isnan(value) else value
 
 
 def bytes_of(folder: Path) -> int:
-    """Bytes of all files in ``folder``; 0 where there is none."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of all files in ``folder``; 0 where there is none. What somebody removes meanwhile does not count."""
+    count = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                count += Path(path, name).stat().st_size
+    return count

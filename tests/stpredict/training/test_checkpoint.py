@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+from math import inf, isnan, nan
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,37 @@ def test_a_checkpoint_whose_metrics_cannot_be_read_is_not_the_best_and_stops_not
     (tmp_path / "step_00000002" / STATE).write_text("{")
     gone = surplus(tmp_path, 6, CheckpointConfig(keep=1, best=BestConfig(metric="psnr")))
     assert steps(gone) == [2]
+
+
+def test_metrics_and_settings_that_are_no_finite_number_are_read_as_they_were_written(tmp_path):
+    state = CheckpointState.model_validate(
+        {**STATE_TEXT, "metrics": {"psnr": inf, "loss": nan}, "config": {"clip": inf}}
+    )
+    write_complete(checkpoint(tmp_path, 4), state, {}, {})
+    again = read_state(tmp_path / "step_00000004")
+    assert (again.metrics["psnr"], isnan(again.metrics["loss"]), again.config) == (inf, True, {"clip": inf})
+
+
+@pytest.mark.parametrize(("mode", "values"), [("max", (3.0, nan, 1.0)), ("min", (1.0, nan, 3.0))])
+def test_a_metric_that_is_no_number_is_not_the_best_and_hides_none(tmp_path, mode, values):
+    for step, value in enumerate(values, 1):
+        checkpoint(tmp_path, step, psnr=value)
+    checkpoint(tmp_path, 4)
+    assert steps(surplus(tmp_path, 4, CheckpointConfig(keep=1, best=BestConfig(metric="psnr", mode=mode)))) == [2, 3]
+
+
+def test_what_is_removed_while_bytes_are_counted_stops_nothing(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path, 4)
+    before, stat = bytes_of(tmp_path), Path.stat
+
+    def removing(path, **options):
+        result = stat(path, **options)
+        if path.parent == folder:
+            shutil.rmtree(folder)
+        return result
+
+    monkeypatch.setattr(Path, "stat", removing)
+    assert bytes_of(tmp_path) < before
 
 
 def test_damage_names_every_file_and_what_is_wrong_with_it(tmp_path):
