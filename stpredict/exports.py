@@ -68,8 +68,7 @@ def export_checkpoint(
     file in memory. ``progress`` is told the bytes that are read, and all. UsageError where ``out`` holds other things
     or there are no averages; UserError where there is no room.
     """
-    if out.exists() and not (out.is_dir() and all(_is_ours(path.name) for path in out.iterdir())):
-        raise UsageError(f"{out}: holds other things than an export; give a folder that is empty or does not exist")
+    refuse_other_things(out)
     config = validate(AnyExport, read_state(checkpoint).export, checkpoint / "state.json")
     weights = CheckpointWeights(checkpoint, ema)
     config = config.model_copy(update={"ema": weights.ema})
@@ -87,6 +86,7 @@ def export_checkpoint(
         _write_weights(weights, temporary, max_file_bytes, progress)
         write_atomically(temporary / CONFIG, as_yaml(config))
         for path in temporary.iterdir():
+            path.chmod((temporary / CONFIG).stat().st_mode)  # safetensors lets nobody else read what it writes
             flush(path)
         if out.exists():
             out.rename(old)
@@ -98,6 +98,12 @@ def export_checkpoint(
         if old.exists() and not out.exists():  # the swap broke off in the middle
             old.rename(out)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_other_things(out: Path) -> None:
+    """UsageError unless ``out`` is absent, empty, or an older export to replace."""
+    if out.exists() and not (out.is_dir() and all(_is_ours(path.name) for path in out.iterdir())):
+        raise UsageError(f"{out}: holds other things than an export; give a folder that is empty or does not exist")
 
 
 def _remove_leftovers(out: Path) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import yaml
 
 from data_pipeline.errors import UsageError, UserError
-from stpredict.exports import export_checkpoint
+from stpredict.exports import export_checkpoint, refuse_other_things
 from stpredict.run import Run
 from stpredict.training.checkpoint import (
     complete_checkpoints,
     folder_of,
     is_checkpoint,
+    rating,
     read_marker,
-    read_state,
     step_of,
     why_unusable,
 )
@@ -29,6 +29,7 @@ Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 def export_run(path: Path, out: Path, bar: Bar, step: int | None, best: bool, ema: bool | None) -> None:
     """Writes the export of a checkpoint to ``out``. ``path`` is that checkpoint, or a run: then it is the one of
     ``step``, the ``best``, or the newest sound one. UserError where a checkpoint that was asked for is damaged."""
+    refuse_other_things(out)  # before a checkpoint is read, which may take minutes
     checkpoint = _find(path, bar, step, best)
     with bar(f"exporting {checkpoint.name}") as progress:
         export_checkpoint(checkpoint, out, ema, progress=progress)
@@ -88,15 +89,15 @@ def _of_step(path: Path, step: int) -> Path:
 
 
 def _best(path: Path) -> Path:
-    """The complete checkpoint that was best by the run's training.checkpoint.best."""
+    """The complete checkpoint that was best by the run's training.checkpoint.best; of equal ones, the latest."""
     run = Run(path)
     try:
         config = yaml.safe_load(run.config_path.read_text())
         best = BestConfig.model_validate(config["training"]["checkpoint"]["best"])
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         raise UsageError(f"{path}: --best needs a run that was trained with training.checkpoint.best") from None
-    values = {folder: read_state(folder).metrics.get(best.metric) for folder in complete_checkpoints(run.checkpoints)}
+    values = {folder: rating(folder, best.metric) for folder in complete_checkpoints(run.checkpoints)}
     rated = {folder: value for folder, value in values.items() if value is not None}
     if not rated:
         raise UsageError(f"{path}: no complete checkpoint here was saved with a validation's {best.metric}")
-    return (max if best.mode == "max" else min)(rated, key=rated.get)
+    return (max if best.mode == "max" else min)(reversed(rated), key=rated.get)

@@ -225,6 +225,7 @@ def _write(folder: Path, rank: int, tensors: dict[str, Tensor], states: dict) ->
     packed = io.BytesIO()
     torch.save(states, packed)  # to a file, it raises RuntimeError where the disk is full
     states_file.write_bytes(packed.getvalue())
+    pieces.chmod(states_file.stat().st_mode)  # safetensors lets nobody else read what it writes
     files = {}
     for path in (pieces, states_file):
         flush(path)

@@ -147,6 +147,7 @@ def test_checkpoint_folder_holds_what_design_says(runs):
     kinds = {"rank": "safetensors", "random": "pt"}
     files = {f"{kind}_{rank:05d}.{ending}" for kind, ending in kinds.items() for rank in (0, 1)}
     assert names == {"COMPLETE", "state.json", "index.json"} | files
+    assert len({path.stat().st_mode for path in newest.iterdir()}) == 1  # whoever may read one may read all
     state = json.loads((newest / "state.json").read_text())
     assert (state["step"], state["samples_consumed"], state["world_size"], state["zero_stage"]) == (
         6,

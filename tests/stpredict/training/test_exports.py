@@ -190,6 +190,21 @@ def test_other_things_are_not_overwritten_and_room_is_asked_for_first(tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "out"]
 
 
+def test_where_to_is_asked_before_a_checkpoint_is_read(tmp_path):
+    flip_a_bit(make(tmp_path / "checkpoints", 1) / "rank_00001.safetensors")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UsageError, match="holds other things than an export"):
+        export(tmp_path, tmp_path)
+
+
+def test_whoever_may_read_a_file_of_ones_own_may_read_all_of_an_export(tmp_path):
+    out = tmp_path / "out"
+    export_checkpoint(make(tmp_path / "checkpoints", 1), out, max_file_bytes=1000)
+    (tmp_path / "own").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "own", *out.iterdir())}
+    assert len(modes) == 1
+
+
 def test_a_damaged_checkpoint_is_refused_by_name_and_by_default_the_one_before_is_taken(tmp_path, caplog):
     run, out = Run(tmp_path / "run"), tmp_path / "out"
     older, newer = (make(run.checkpoints, step, step) for step in (10, 20))
@@ -232,10 +247,16 @@ def test_a_checkpoint_is_chosen_by_path_by_step_or_as_the_best(tmp_path):
         run.write_config(f"training: {{checkpoint: {{best: {{metric: psnr, mode: {mode}}}}}}}\n")
         export(run.path, out, best=True)
         assert load_tokenizer(out)[1].step == expected
+    for step, psnr in ((40, 25.0), (50, float("nan")), (60, 99.0)):
+        make(run.checkpoints, step, step, metrics={"psnr": psnr})
+    (run.checkpoints / "step_00000060" / "state.json").write_text("{")
+    run.write_config("training: {checkpoint: {best: {metric: psnr}}}\n")
+    export(run.path, out, best=True)
+    assert load_tokenizer(out)[1].step == 40
     run.write_config("training: {checkpoint: {best: {metric: fvd}}}\n")
     with pytest.raises(UsageError, match="no complete checkpoint here was saved with a validation's fvd"):
         export(run.path, out, best=True)
-    with pytest.raises(UsageError, match="no complete checkpoint of step 15; there are 10, 20, 30"):
+    with pytest.raises(UsageError, match="no complete checkpoint of step 15; there are 10, 20, 30, 40, 50, 60"):
         export(run.path, out, step=15)
     with pytest.raises(UsageError, match="not both"):
         export(run.path, out, step=10, best=True)
