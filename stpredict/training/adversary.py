@@ -22,11 +22,15 @@ class Adversary:
     def __init__(self, task: Task, config: OptimizerConfig, ranks: Ranks):
         self.task, self.config, self.ranks = task, config, ranks
         self.module: nn.Module = task.discriminator.to(ranks.device)
+        self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(self.module, config)
         self.ddp = DistributedDataParallel(
             self.module,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
             forward_sync_buffers=False,
+            # Else DDP orders gradients anew after the first step, three ranks add them up in another order from then
+            # on, and a resumed training, whose first step is a later one, differs in the last bit.
+            find_unused_parameters=True,
         )
 
     def held(self) -> Held:
@@ -35,11 +39,13 @@ class Adversary:
     @contextmanager
     def judging(self):
         """While the model learns from its judgement, the discriminator's own gradients are not computed."""
-        self.module.requires_grad_(False)
+        for parameter in self.trained:  # not what is frozen for good
+            parameter.requires_grad_(False)
         try:
             yield
         finally:
-            self.module.requires_grad_(True)
+            for parameter in self.trained:
+                parameter.requires_grad_(True)
 
     def optimizer_step(self, micro_batches: list[Batch], counts: dict[str, float], factor: float) -> dict[str, Tensor]:
         """One update, its learning rate times ``factor``. Returns this rank's sums of every term."""

@@ -133,6 +133,13 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(runs, 
     assert rows == rows_again
 
 
+def test_so_does_one_of_three_ranks_whose_sums_depend_on_their_order(tmp_path):
+    settings = {"steps": 8, "batch_size": 12, "zero_stage": 2}
+    whole, resumed = (trial(name, training=settings, rich=True) for name in ("whole", "resumed"))
+    run_ranks([whole, {**resumed, "until": 4}, resumed], tmp_path, 3)
+    assert_same_bits(*(whole_state(Run(tmp_path / name)) for name in ("whole", "resumed")))
+
+
 def test_buffers_are_rank_0s_on_every_rank(runs):
     assert runs[2][1][0]["marks"] == [[0, 0, 0], [0, 0, 0]]
 

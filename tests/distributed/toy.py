@@ -97,13 +97,15 @@ class ToyBatches:
 
 
 class ToyTask(Task):
-    """With ``rich``, a discriminator learns to tell the output from the truth, and the model to deceive it."""
+    """With ``rich``, a discriminator, its last layer frozen, learns to tell the output from the truth, and the model to
+    deceive it."""
 
     def __init__(self, dropout: float = 0.0, poison: int | None = None, rich: bool = False):
         self.model = ToyModel(dropout, rich)
         self.weights = {"l2": 1.0}
         if rich:
-            self.discriminator = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1))
+            frozen = nn.Linear(1, 1).requires_grad_(False)
+            self.discriminator = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1), frozen)
             self.weights, self.discriminator_weights = {"l2": 1.0, "deceived": 0.5}, {"told": 1.0}
         self.poison = poison
         self.quarantined = {}
