@@ -272,7 +272,7 @@ class Trainer:
 
     def _save(self, last: bool = False) -> None:
         """Begins to save this step, in the background if so configured; if it is the ``last``, ends it too."""
-        self._finish_save(must=last and self.step == self.saved_step)
+        self._finish_save(must=last and self.step == self.saved_step, due=None if last else self.step)
         if self.step == self.saved_step:
             return
         self._check_finite()
@@ -295,9 +295,9 @@ class Trainer:
             log.warning("buffers that differ between ranks, of which one is saved: %s", ", ".join(sorted(unequal)))
             self.unequal_buffers |= unequal
 
-    def _finish_save(self, must: bool = False) -> None:
+    def _finish_save(self, must: bool = False, due: int | None = None) -> None:
         with self._failing_as_configured(must):
-            self.saver.finish()
+            self.saver.finish(due)
 
     @contextmanager
     def _failing_as_configured(self, must: bool) -> Iterator[None]:

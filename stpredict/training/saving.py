@@ -105,15 +105,7 @@ class Saver:
 
     def start(self, state: CheckpointState) -> None:
         """Begins to save; what it saves may change as soon as this returns. UserError where there is no room."""
-        if self._writing is not None:
-            log.warning(
-                "step %d: the checkpoint of step %d is still being written after %.0f s: training waits for it; "
-                "raise training.checkpoint.every, or use a faster disk",
-                state.step,
-                self._state.step,
-                time.monotonic() - self._since,
-            )
-            self.finish()
+        assert self._writing is None, "finish() first"
         folder = folder_of(self.checkpoints, state.step)
         problem = None
         if self.ranks.is_main:
@@ -133,20 +125,29 @@ class Saver:
         if not self.config.background:
             self.finish()
 
-    def finish(self) -> None:
-        """Waits until all ranks have written, and completes the checkpoint. UserError where a rank could not."""
+    def finish(self, due: int | None = None) -> None:
+        """Waits until all ranks have written, and completes the checkpoint. UserError where a rank could not. Says that
+        training waits, where the next checkpoint, of step ``due``, is the reason."""
         if self._writing is None:
             return
-        failure, files = None, {}
+        late, failure, files = not self._writing.done(), None, {}
         try:
             files = self._writing.result()
         except (OSError, SafetensorError) as error:
             failure = f"{folder_of(self.checkpoints, self._state.step)}: cannot be written: {_reason(error)}"
         self._writing = None
-        found: list[tuple[str | None, Files]] = self.ranks.gather((failure, files))
-        failure = next((failure for failure, _ in found if failure), None)
+        found: list[tuple[bool, str | None, Files]] = self.ranks.gather((late, failure, files))
+        if due is not None and any(late for late, *_ in found):
+            log.warning(
+                "step %d: training waited for the checkpoint of step %d, which took %.1f s to write; "
+                "raise training.checkpoint.every, or use a faster disk",
+                due,
+                self._state.step,
+                time.monotonic() - self._since,
+            )
+        failure = next((failure for _, failure, _ in found if failure), None)
         if failure is None and self.ranks.is_main:
-            failure = self._complete({name: file for _, part in found for name, file in part.items()})
+            failure = self._complete({name: file for *_, part in found for name, file in part.items()})
         if failure := self.ranks.from_main(failure):
             self._remove_unfinished()
             self._thread.submit(int).result()  # that is done: its room is free again before anything is logged
@@ -202,7 +203,7 @@ class Saver:
         try:
             write_complete(folder, self._state, self.index, files)
             for old in surplus(self.checkpoints, self._state.step, self.config, self._given_up):
-                (old / MARKER).unlink()
+                (old / MARKER).unlink(missing_ok=True)  # somebody may have removed it
         except OSError as error:
             return f"{folder}: cannot be written: {_reason(error)}"
         self._remove_unfinished()

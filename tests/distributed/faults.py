@@ -1,6 +1,8 @@
 """What goes wrong in the toy's ranks by order of a test: each of these is called with the rank before training."""
 
 import os
+import shutil
+import time
 from pathlib import Path
 
 from torch import nn
@@ -65,6 +67,24 @@ def full_at_the_end(rank: int) -> None:
 def full_on_rank_1(rank: int) -> None:
     if rank == 1:
         while_writing(4, lambda folder: (folder / "random_00001.pt").symlink_to("/dev/full"))
+
+
+def slow_disk(rank: int) -> None:
+    if rank == 1:
+        while_writing(4, lambda folder: time.sleep(2))
+
+
+def removed_by_hand(_rank: int) -> None:
+    """Somebody removes what retention is about to remove."""
+    surplus = saving.surplus
+
+    def removing(*arguments):
+        found = surplus(*arguments)
+        for folder in found:
+            shutil.rmtree(folder)
+        return found
+
+    saving.surplus = removing
 
 
 def narrower(_rank: int) -> None:

@@ -64,6 +64,22 @@ def test_retention_keeps_the_newest_every_nth_and_the_best(base):
     assert {read_state(run / "checkpoints" / NAMES[step]).metrics["l2"] for step in best} == {values[s] for s in best}
 
 
+def test_a_checkpoint_that_somebody_removes_before_retention_does_stops_nothing(nursery, base, tmp_path):
+    ended = nursery.start([trial("run")], tmp_path, tmp_path / "log", fault="removed_by_hand")
+    assert ended["signals"] == [0, 0], last_lines(tmp_path / "log")
+    assert compare(base / "whole", tmp_path / "run") == []
+
+
+def test_all_ranks_say_that_training_waited_for_the_slow_disk_of_one(nursery, base, tmp_path):
+    ended = nursery.start([trial("run")], tmp_path, tmp_path / "log", fault="slow_disk")
+    assert ended["signals"] == [0, 0], last_lines(tmp_path / "log")
+    for rank in (0, 1):
+        lines = (tmp_path / "log" / f"rank_{rank}.log").read_text().splitlines()
+        said = "WARNING step 6: training waited for the checkpoint of step 4, which took 2."
+        assert sum(line.startswith(said) for line in lines) == 1
+    assert compare(base / "whole", tmp_path / "run") == []
+
+
 # Damage
 
 
@@ -176,15 +192,16 @@ def test_a_checkpoint_of_another_model_is_refused_with_what_differs(nursery, bas
     rich, newest = tmp_path / "rich", tmp_path / "rich" / "checkpoints" / NAMES[6]
     before = content(rich / "checkpoints")
     text = error_of(nursery, tmp_path, trial("rich", rich=False))
-    assert text.startswith(f"{newest}: a checkpoint of another model: it has besides discriminator/exp_avg/0.bias, ")
+    assert text.startswith(f"{newest}: a checkpoint of another model: it has besides discriminator/weight/0.bias, ")
     text = error_of(nursery, tmp_path, trial("rich"), log="log_shapes", fault="narrower")
-    assert "shapes differ model/exp_avg/first.bias (16,) → (12,)" in text
+    assert "shapes differ: model/weight/first.bias (16,) → (12,)" in text
+    assert "exp_avg" not in text
     assert content(rich / "checkpoints") == before
 
 
 def test_a_checkpoint_without_a_discriminator_is_refused(nursery, tmp_path):
     text = error_of(nursery, tmp_path, trial("plain", rich=False, until=1), trial("plain"))
-    assert "a checkpoint of another model: it lacks discriminator/exp_avg/0.bias, " in text
+    assert "a checkpoint of another model: it lacks discriminator/weight/0.bias, " in text
 
 
 # Full disks
