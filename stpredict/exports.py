@@ -188,7 +188,9 @@ def load_prior(path: Path) -> tuple[NextBlockPrior, PriorExport]:
 @torch.no_grad()
 def _load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     """Sets ``model`` tensor by tensor, so that the weights are in memory once. UserError where they do not fit."""
-    weights, state = WeightFiles(folder), model.state_dict()
+    weights, tied = WeightFiles(folder), model.state_dict()
+    named = dict([*model.named_parameters(), *model.named_buffers()])  # a weight under several names has one there
+    state = {name: tensor for name, tensor in tied.items() if name in named}
     wrong = [name for name in weights.shapes if name not in state]
     wrong += [name for name, tensor in state.items() if weights.shapes.get(name) != tensor.shape]
     if wrong:

@@ -103,6 +103,19 @@ def test_what_killed_exports_left_goes_but_never_before_there_is_a_whole_one(tmp
     assert [path.name for path in out.parent.iterdir()] == ["export"]
 
 
+def test_a_weight_under_two_names_is_exported_and_loaded_once(tmp_path, monkeypatch):
+    class Tied(CausalCnnTokenizer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.twin = self.encoder
+
+    monkeypatch.setattr("stpredict.exports.CausalCnnTokenizer", Tied)
+    export_checkpoint(make(tmp_path / "checkpoints", 3), tmp_path / "export")
+    model, _, _ = load_tokenizer(tmp_path / "export")
+    assert same({name: tensor for name, tensor in model.state_dict().items() if "twin" not in name}, weights_of(3))
+    assert model.twin is model.encoder
+
+
 def test_several_files_are_hugging_faces_layout_and_load_as_one_does(tmp_path):
     checkpoint = make(tmp_path / "checkpoints", 3)
     expected = weights_of(3)
