@@ -179,16 +179,25 @@ def refuse_other_model(folder: Path, pieces: Iterable[Piece], index: dict[str, T
     for part in ranks.gather({piece.key: piece.shape for piece in pieces}):
         here.update(part)
     there = {key: entry.shape for key, entry in index.items() if key.split("/")[1] != "ema"}
-    lines = [
+    lines = _unlike(_without_moments(here), _without_moments(there)) or _unlike(here, there)
+    if lines:
+        raise UsageError(f"{folder}: a checkpoint of another model: {'; '.join(lines)}; use another `run`")
+
+
+def _without_moments(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The parameters and buffers themselves: each would be named three times."""
+    return {key: shape for key, shape in shapes.items() if key.split("/")[1] in ("weight", "buffer")}
+
+
+def _unlike(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> list[str]:
+    return [
         *named("it lacks", here.keys() - there.keys()),
         *named("it has besides", there.keys() - here.keys()),
         *named(
-            "shapes differ",
+            "shapes differ:",
             [f"{key} {there[key]} → {here[key]}" for key in here.keys() & there.keys() if here[key] != there[key]],
         ),
     ]
-    if lines:
-        raise UsageError(f"{folder}: a checkpoint of another model: {'; '.join(lines)}; use another `run`")
 
 
 def named(what: str, keys: Iterable[str]) -> list[str]:
