@@ -102,6 +102,8 @@ class Saver:
         self.newest = checkpoint
         later = (folder for folder in complete_checkpoints(self.checkpoints) if step_of(folder) > step_of(checkpoint))
         self._given_up = set(later)
+        if self.ranks.is_main:
+            self._forget_surplus(step_of(checkpoint))  # fewer to keep than before may be what makes room for the next
 
     def start(self, state: CheckpointState) -> None:
         """Begins to save; what it saves may change as soon as this returns. UserError where there is no room."""
@@ -202,12 +204,16 @@ class Saver:
         folder = folder_of(self.checkpoints, self._state.step)
         try:
             write_complete(folder, self._state, self.index, files)
-            for old in surplus(self.checkpoints, self._state.step, self.config, self._given_up):
-                (old / MARKER).unlink(missing_ok=True)  # somebody may have removed it
+            self._forget_surplus(self._state.step)
         except OSError as error:
             return f"{folder}: cannot be written: {_reason(error)}"
         self._remove_unfinished()
         return None
+
+    def _forget_surplus(self, newest: int) -> None:
+        """Takes the markers of what need not be kept beside that of step ``newest``; on rank 0."""
+        for old in surplus(self.checkpoints, newest, self.config, self._given_up):
+            (old / MARKER).unlink(missing_ok=True)  # somebody may have removed it
 
     def _remove_unfinished(self) -> None:
         """What has no marker, in the thread, since large files take their time. On rank 0."""

@@ -308,6 +308,10 @@ def test_a_budget_counts_what_is_kept_what_is_written_and_the_export(nursery, ba
     assert f"export of {saving._size(export)} exceeds training.checkpoint.max_bytes {limit}; keep fewer" in text
     assert names(tmp_path / "two") == [NAMES[2], NAMES[4]]
     assert (checkpoints / "latest").read_text() == f"{NAMES[4]}\n"
+    two["training"]["checkpoint"]["keep"] = 1  # as it says
+    ended = nursery.start([two], tmp_path, tmp_path / "log_fewer")
+    assert ended["signals"] == [0, 0], last_lines(tmp_path / "log_fewer")
+    assert names(tmp_path / "two") == [NAMES[STEPS]]
 
 
 def test_the_toys_checkpoint_fits_the_small_disk_and_is_larger_than_what_is_left(base):
