@@ -108,18 +108,20 @@ def chosen(config: InitFromConfig, source: Path, here: Shapes, there: Shapes) ->
         *named("shapes differ:", [f"{n} {there[n]} → {here[n]}" for n in both if here[n] != there[n]]),
     ]
     if lines:
-        raise UsageError(f"init_from {source}: does not fit this model: {'; '.join(lines)}{_advice(here, there)}")
+        raise UsageError(
+            f"init_from {source}: does not fit this model: {'; '.join(lines)}{_advice(config.path, here, there)}"
+        )
     return both
 
 
-def _advice(here: Shapes, there: Shapes) -> str:
-    """What of the source could be taken."""
+def _advice(path: Path, here: Shapes, there: Shapes) -> str:
+    """What of the source could be taken, as a command line says it."""
     fitting = {name for name in here if here[name] == there.get(name)}
     patterns = list(_whole(here.keys() | there.keys(), fitting))
     if not patterns:
         return "; nothing of it does"
     more = f", and {len(patterns) - ADVISED} more" if len(patterns) > ADVISED else ""
-    return f"; a part of it does: init_from.only=[{', '.join(patterns[:ADVISED])}]{more}"
+    return f"; a part of it does: init_from.path={path} 'init_from.only=[{', '.join(patterns[:ADVISED])}]'{more}"
 
 
 def _whole(names: Set[str], fitting: Set[str], prefix: str = "") -> Iterator[str]:

@@ -141,11 +141,11 @@ def test_without_patterns_all_must_fit_and_what_does_is_named():
         take(there)
     assert str(error.value) == (
         "init_from runs/x: does not fit this model: it has besides head; shapes differ: decoder.a (3, 4) → (3, 2); "
-        "a part of it does: init_from.only=[encoder.*]"
+        "a part of it does: init_from.path=x 'init_from.only=[encoder.*]'"
     )
     with pytest.raises(UsageError, match=r"it lacks encoder.b"):
         take({name: shape for name, shape in HERE.items() if name != "encoder.b"})
-    with pytest.raises(UsageError, match=r"a part of it does: init_from\.only=\[decoder\.\*, encoder\.a\]$"):
+    with pytest.raises(UsageError, match=r"a part of it does: .*'init_from\.only=\[decoder\.\*, encoder\.a\]'$"):
         take({**HERE, "encoder.b": (4,), "encoder.c": (1,)})
     with pytest.raises(UsageError, match=r"nothing of it does$"):
         take({"encoder.b": (4,)})
