@@ -166,7 +166,7 @@ def _conclude(run: Run, name: str, ended: dict[int, int]) -> int:
     if first and ended[culprit] > 0:  # a death by signal explains the errors of the others, which saw it as one
         culprit, error = first
     else:
-        error = f"rank {culprit} {_describe(ended[culprit])}: {_last_line(run.log_path(culprit))}"
+        error = f"rank {culprit} {_describe(ended[culprit])}; {_last_line(run.log_path(culprit))}"
     log = run.log_path(culprit)
     run.update_status(state="failed", finished=now(), error=error)
     _say(f"error: {name}: {error} (log: {log})", style="red")
@@ -184,7 +184,7 @@ def _describe(code: int) -> str:
 def _last_line(log: Path) -> str:
     with log.open(errors="replace") as file:
         lines = deque((line.strip() for line in file if line.strip()), maxlen=1)
-    return lines[0] if lines and not lines[0].startswith("===") else "its log is empty"
+    return f"last in its log: {lines[0]}" if lines and not lines[0].startswith("===") else "its log is empty"
 
 
 def _signal(ranks: Iterable[subprocess.Popen], number: signal.Signals) -> None:

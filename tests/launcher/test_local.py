@@ -73,7 +73,7 @@ def test_when_a_rank_dies_the_others_are_ended_and_its_last_line_is_the_error(jo
     run = Run(tmp_path / "run")
     assert not psutil.pid_exists(pid(run, 0))
     assert run.status().state == "failed"
-    assert "RuntimeError: the roof fell in" in run.status().error
+    assert run.status().error == "rank 1 ended with status 1; last in its log: RuntimeError: the roof fell in"
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert "rank_1.log" in lines[0]
