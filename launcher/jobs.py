@@ -11,7 +11,7 @@ from data_pipeline.errors import UsageError
 from launcher import local, ranks
 from launcher.parts import whole_is_done
 from launcher.rank import leave
-from launcher.rundir import is_done, locked, prepare, refuse_foreign
+from launcher.rundir import is_done, locked, prepare, put_back, refuse_foreign
 from stpredict.config import apply_overrides, read_yaml, resolve, validate
 from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
 from stpredict.jobs.start import command_of, start
@@ -72,9 +72,11 @@ def _join(config: JobConfig, place: ranks.Ranks) -> int:
         if is_done(run, config):
             return 0
         config.check_ranks(place.world_size)
-        if place.rank == 0:
-            prepare(run, config)
-        return start(config)
+        before = prepare(run, config) if place.rank == 0 else None
+        code = start(config)
+        if code == UsageError.exit_status:
+            put_back(run, before)
+        return code
 
 
 def load_shard_job(source: Path, out: str | None, overrides: Sequence[str]) -> JobConfig:

@@ -18,9 +18,10 @@ from typing import IO
 
 from rich.console import Console
 
+from data_pipeline.errors import UsageError
 from launcher.parts import whole_is_done
 from launcher.progress import Watch
-from launcher.rundir import is_done, locked, prepare, refuse_foreign
+from launcher.rundir import is_done, locked, prepare, put_back, refuse_foreign
 from stpredict.jobs.config import JobConfig
 from stpredict.run import Run, now
 
@@ -59,11 +60,13 @@ def run_job(
             _say(f"{name}: already done; remove {run.path} to do it again")
             return 0
         config.check_ranks(config.resources.processes)
-        prepare(run, config, print_of)
+        before = prepare(run, config, print_of)
         ranks = _start(run, config.resources.processes, config.resources.threads or threads, command(run), lock)
         with Watch(run, name, console) as watch:
             ended = supervise(ranks, stops, watch.show)
         code = _conclude(run, name, ended)
+        if code == UsageError.exit_status:
+            put_back(run, before)
     if code == 0 and config.kind == "shard":
         from stpredict.jobs.shard import left_out
 

@@ -82,8 +82,15 @@ def is_done(run: Run, config: JobConfig) -> bool:
     return status is not None and status.state == "done"
 
 
-def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> None:
-    """Writes what stands in a run directory before its ranks start."""
+def put_back(run: Run, before: str | None) -> None:
+    """What ``prepare`` returned is the run's config again: the one that replaced it has been refused."""
+    if before is not None:
+        run.write_config(before)
+
+
+def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> str | None:
+    """Writes what stands in a run directory before its ranks start. Returns the config that was there."""
+    before = run.config_path.read_text() if run.config_path.is_file() else None
     status = run.status()
     goes_on = not is_empty(run) and not changed_keys(run, config)  # otherwise an earlier fingerprint is another job's
     run.write_config(as_yaml(config))
@@ -97,6 +104,7 @@ def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> None:
         host=socket.gethostname(),
         pid=os.getpid(),
     )
+    return before
 
 
 def _lock(file: IO[str]) -> None:

@@ -11,6 +11,7 @@ from data_pipeline.errors import UsageError, UserError
 from stpredict.exports import export_checkpoint, refuse_other_things
 from stpredict.run import Run
 from stpredict.training.checkpoint import (
+    all_checkpoints,
     complete_checkpoints,
     folder_of,
     is_checkpoint,
@@ -63,7 +64,7 @@ def _problem(checkpoint: Path, bar: Bar) -> str | None:
 
 def _newest_sound(path: Path, bar: Bar) -> Path:
     problems = {}
-    for folder in sorted(Run(path).checkpoints.glob("step_*"), reverse=True):
+    for folder in reversed(all_checkpoints(Run(path).checkpoints)):
         if (problem := _problem(folder, bar)) is None:
             for other, why in problems.items():
                 log.warning("%s %s: skipped", other, why)

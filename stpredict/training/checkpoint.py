@@ -248,7 +248,7 @@ def has_completed(checkpoints: Path) -> bool:
 
 
 def write_complete(folder: Path, state: CheckpointState, index: Index, files: dict[str, Written]) -> None:
-    """Finishes a checkpoint whose ranks have flushed ``files``: state and index, then the marker, then ``latest``."""
+    """Finishes a checkpoint whose ranks have flushed ``files``: state and index, then the marker."""
     texts = {
         STATE: state.model_dump_json(indent=1) + "\n",
         INDEX: json.dumps({key: entry.model_dump(mode="json") for key, entry in index.items()}) + "\n",
@@ -261,6 +261,10 @@ def write_complete(folder: Path, state: CheckpointState, index: Index, files: di
     write_atomically(folder / MARKER, Marker(files=files, sha256=digest_of(files)).model_dump_json(indent=1) + "\n")
     flush(folder / MARKER)
     flush(folder)
+
+
+def point_to(folder: Path) -> None:
+    """``latest`` names ``folder``."""
     write_atomically(folder.parent / LATEST, folder.name + "\n")
     flush(folder.parent)
 

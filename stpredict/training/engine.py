@@ -93,7 +93,7 @@ class Trainer:
         log.info("%s", self._summary())
         self.engine.train()
         clock = StepClock()
-        with closing(batches), StopRequest() as stop:
+        with closing(batches), closing(logger) if logger else nullcontext(), StopRequest() as stop:
             while self.step < training.steps:
                 micro_batches = [self._to_device(batch) for batch in batches.draw(self.step, self.accumulation)]
                 clock.data_ready()
@@ -123,12 +123,12 @@ class Trainer:
                     self._picture(logger)
                     clock.restart()
                 if saving:
+                    if logger:
+                        logger.flush()  # a killed run begins again here and logs only what comes after
                     if last and progress:
                         progress.update(self.step, "saving")
                     self._save(last)
                     clock.restart()
-        if logger:
-            logger.close()
         self.saver.close()
 
     def _agree(self, micro_batches: list[Batch], stop: bool) -> tuple[dict[str, float], bool, bool]:

@@ -29,6 +29,9 @@ class MetricsLogger:
         strip = np.concatenate(list(np.pad(shown, ((0, 0), (0, 0), (0, 8), (0, 0)), constant_values=255)), axis=1)
         self.tensorboard.add_image(name, strip, step, dataformats="HWC")
 
+    def flush(self) -> None:
+        self.tensorboard.flush()
+
     def close(self) -> None:
         self.tensorboard.close()
         self.file.close()

@@ -1,7 +1,7 @@
 """Reading weights and checkpoints into whatever a rank holds, piece by piece."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -31,16 +31,6 @@ from stpredict.training.saving import SAFETENSORS_TYPES, restore_random_states
 log = logging.getLogger(__name__)
 MAPPED_BYTES = 64 * 2**20
 _TYPES = {name: dtype for dtype, name in SAFETENSORS_TYPES.items()}
-
-
-def checkpoint_weights(folder: Path, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of every weight (fp32) and buffer of a checkpoint's model, one at a time; the averages in
-    place of the weights that have one, if ``ema``. UsageError where there are none."""
-    weights = CheckpointWeights(folder, ema)
-    for name, shape in weights.shapes.items():
-        tensor = torch.empty(shape, dtype=weights.types[name])
-        weights.fill(name, 0, tensor.view(-1))
-        yield name, tensor
 
 
 class CheckpointWeights:

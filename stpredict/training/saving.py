@@ -34,6 +34,7 @@ from stpredict.training.checkpoint import (
     flush,
     folder_of,
     piece_name,
+    point_to,
     random_file,
     rank_file,
     step_of,
@@ -76,8 +77,8 @@ class Saver:
     ):
         self.checkpoints, self.pieces, self.config, self.ranks = checkpoints, pieces, config, ranks
         now = pieces()
-        entries = [(p.key, p.shape, SAFETENSORS_TYPES[p.tensor.dtype], p.start, p.stop) for p in now]
-        self.index: Index = build_index(ranks.gather(entries))
+        self._entries = _entries(now)
+        self.index: Index = build_index(ranks.gather(self._entries))
         self.bytes = sum(ranks.gather(sum(piece.tensor.nbytes for piece in now)))
         self.newest: Path | None = None  # the last one completed, or continued from
         self._given_up: set[Path] = set()
@@ -121,6 +122,8 @@ class Saver:
             raise UserError(problem)
         self._state, self._since = state, time.monotonic()
         pieces = self.pieces()
+        if _entries(pieces) != self._entries:
+            raise ValueError("a tensor of the model has changed its shape or type since the training began")
         tensors = self._snapshot(pieces) if self.config.background else [piece.tensor for piece in pieces]
         named = {piece_name(p.key, p.start): tensor for p, tensor in zip(pieces, tensors, strict=True)}
         self._writing = self._thread.submit(_write, folder, self.ranks.rank, named, random_states())
@@ -135,7 +138,9 @@ class Saver:
         late, failure, files = not self._writing.done(), None, {}
         try:
             files = self._writing.result()
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # of any kind: the other ranks are about to ask
+            if not isinstance(error, OSError | SafetensorError):
+                log.exception("writing a checkpoint")
             failure = f"{folder_of(self.checkpoints, self._state.step)}: cannot be written: {_reason(error)}"
         self._writing = None
         found: list[tuple[bool, str | None, Files]] = self.ranks.gather((late, failure, files))
@@ -185,14 +190,13 @@ class Saver:
         folder.mkdir()
 
     def _export_bytes(self) -> int:
-        """What the run's export takes: fp32 weights and buffers."""
-        kinds = ("weight", "buffer")
-        return sum(4 * entry.elements for key, entry in self.index.items() if key.split("/")[1] in kinds)
+        """What the run's export takes, but for integers in its buffers: weights and buffers in fp32."""
+        kinds = ("model/weight", "model/buffer")
+        return sum(4 * entry.elements for key, entry in self.index.items() if key.startswith(kinds))
 
     def _snapshot(self, pieces: Sequence[Piece]) -> list[Tensor]:
         if self._copies is None:
-            pin = torch.cuda.is_available()
-            self._copies = [torch.empty(p.tensor.shape, dtype=p.tensor.dtype, pin_memory=pin) for p in pieces]
+            self._copies = _host_copies(pieces)
         for copy, piece in zip(self._copies, pieces, strict=True):
             copy.copy_(piece.tensor, non_blocking=True)
         if torch.cuda.is_available():
@@ -204,9 +208,13 @@ class Saver:
         folder = folder_of(self.checkpoints, self._state.step)
         try:
             write_complete(folder, self._state, self.index, files)
-            self._forget_surplus(self._state.step)
         except OSError as error:
             return f"{folder}: cannot be written: {_reason(error)}"
+        try:  # it is complete, whatever becomes of these
+            point_to(folder)
+            self._forget_surplus(self._state.step)
+        except OSError as error:
+            log.warning("%s is complete, but older ones stay for now: %s", folder, _reason(error))
         self._remove_unfinished()
         return None
 
@@ -222,6 +230,22 @@ class Saver:
         complete = set(complete_checkpoints(self.checkpoints))
         for folder in set(all_checkpoints(self.checkpoints)) - complete:
             self._thread.submit(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _entries(pieces: Sequence[Piece]) -> list[tuple[str, tuple[int, ...], str, int, int]]:
+    """What the index has to know of each."""
+    return [(p.key, p.shape, SAFETENSORS_TYPES[p.tensor.dtype], p.start, p.stop) for p in pieces]
+
+
+def _host_copies(pieces: Sequence[Piece]) -> list[Tensor]:
+    """Room for a copy of each piece, in one block of host memory. Where there is CUDA the block is registered with it,
+    so that copies are fast: torch's own pinned memory would be rounded up to a power of two."""
+    sizes = [-(-piece.tensor.nbytes // 8) * 8 for piece in pieces]  # where a tensor of any type may begin
+    block = torch.empty(sum(sizes), dtype=torch.uint8)
+    if torch.cuda.is_available() and sum(sizes):
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+    parts = zip(block.split(sizes), pieces, strict=True)
+    return [part[: piece.tensor.nbytes].view(piece.tensor.dtype) for part, piece in parts]
 
 
 def _write(folder: Path, rank: int, tensors: dict[str, Tensor], states: dict) -> Files:

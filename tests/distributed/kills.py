@@ -6,6 +6,7 @@ and DeepSpeed once and forks the ranks of every start, so that a start takes abo
 
 import argparse
 import copy
+import faulthandler
 import importlib
 import io
 import json
@@ -98,8 +99,6 @@ def _one_file_of(folder: Path, ignore_errors: bool = False) -> None:
 SAVING, CHECKPOINT = "stpredict.training.saving", "stpredict.training.checkpoint"
 RESTORING, ENGINE = "stpredict.training.restoring", "stpredict.training.engine"
 TOY, LOGGER = "tests.distributed.toy", "stpredict.training.logger"
-MAIN_RESUME = {"resuming": True}
-RESUME = {"resuming": True, "everywhere": True}
 MAIN_RESUMES = {"resuming": True}
 RESUMES = {"resuming": True, "everywhere": True}
 POINTS = [
@@ -135,18 +134,15 @@ class Kill:
 
 
 def plan(kills: int, seed: int, points: list[Point] = POINTS) -> list[Kill]:
-    """The points first, each once, the rest at random moments; configs in turn, victims at random."""
+    """The points first, each once, the rest at random moments; configs in turn, victims at random, but that who alone
+    comes to a point is killed there."""
     chosen = random.Random(seed)
-    return [
-        Kill(
-            number,
-            list(CONFIGS)[number % 2],
-            chosen.choice(VICTIMS),
-            points[number] if number < len(points) else None,
-            chosen.random(),
-        )
-        for number in range(kills)
-    ]
+    found = []
+    for number in range(kills):
+        point = points[number] if number < len(points) else None
+        victim = chosen.choice(VICTIMS if point is None or point.everywhere else ("rank 0", "all"))
+        found.append(Kill(number, list(CONFIGS)[number % 2], victim, point, chosen.random()))
+    return found
 
 
 class Nursery:
@@ -229,6 +225,10 @@ def _ranks(start: dict[str, Any]) -> dict[str, Any]:
                 if rank in running:
                     os.kill(running[rank], signal.SIGKILL)
         if at > end:
+            if not status:  # none has failed, all stand still: where?
+                for pid in running.values():
+                    os.kill(pid, signal.SIGABRT)
+                time.sleep(1)
             for pid in running.values():
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.001)
@@ -258,6 +258,7 @@ def _rank(start: dict[str, Any], rank: int, port: int) -> None:
         "MASTER_PORT": str(port),
     }
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
+    faulthandler.enable()
     try:
         _trace(log, rank)
         if fault := start.get("fault"):
@@ -390,7 +391,8 @@ class Proof:
         else:
             settings["point"] = POINTS.index(kill.point)
         if kill.point and kill.point.resuming:  # something to resume: a run killed half-way
-            half = POINTS.index(next(point for point in POINTS if point.text == "in a step, after the forward"))
+            # Its first save is complete: the second one, begun two steps before, waited for that.
+            half = POINTS.index(next(p for p in POINTS if p.text == "in a step, between the two optimizers"))
             self.nursery.start([trial(kill.config)], out, out / "log_half", victim="all", point=half)
         ended = self.nursery.start([trial(kill.config)], out, out / "log_killed", **settings)
         while kill.point is None and ended["during"] is None:  # faster than the uninterrupted one, it was over before

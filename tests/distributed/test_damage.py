@@ -294,7 +294,7 @@ def test_a_budget_counts_what_is_kept_what_is_written_and_the_export(nursery, ba
     checkpoint = base / "first" / "checkpoints" / NAMES[2]
     index = read_index(checkpoint)
     new = sum(entry.elements * TYPE_BYTES[entry.dtype] for entry in index.values())
-    export = sum(4 * entry.elements for key, entry in index.items() if key.split("/")[1] in ("weight", "buffer"))
+    export = sum(4 * e.elements for key, e in index.items() if key.startswith(("model/weight", "model/buffer")))
     needed = bytes_of(checkpoint) + len(f"{NAMES[2]}\n") + new + export  # at step 4, with ``latest``
     one = trial("one", checkpoint={"max_bytes": needed + 1000, "keep": 1})
     two = trial("two", checkpoint={"max_bytes": needed + 1000, "keep": 2})

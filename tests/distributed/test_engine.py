@@ -11,7 +11,7 @@ from data_pipeline.errors import UsageError
 from stpredict.run import Run
 from stpredict.training.checkpoint import complete_checkpoints
 from stpredict.training.config import TrainingConfig
-from stpredict.training.restoring import CheckpointReader, checkpoint_weights
+from stpredict.training.restoring import CheckpointReader, CheckpointWeights
 from stpredict.training.schedule import learning_rate_factor
 from tests.distributed.toy import ToyModel, run_ranks, stack
 
@@ -49,7 +49,16 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 
 
 def last_weights(run: Run) -> dict[str, torch.Tensor]:
-    return dict(checkpoint_weights(complete_checkpoints(run.checkpoints)[-1]))
+    return checkpoint_weights(complete_checkpoints(run.checkpoints)[-1], ema=False)
+
+
+def checkpoint_weights(folder: Path, ema: bool) -> dict[str, torch.Tensor]:
+    """What an export of a checkpoint would hold."""
+    weights = CheckpointWeights(folder, ema)
+    found = {name: torch.empty(shape, dtype=weights.types[name]) for name, shape in weights.shapes.items()}
+    for name, tensor in found.items():
+        weights.fill(name, 0, tensor.view(-1))
+    return found
 
 
 def trial(run: str, **changes) -> dict:

@@ -12,10 +12,10 @@ from stpredict.exports import load_tokenizer
 from stpredict.run import Run
 from stpredict.training.config import InitFromConfig
 from stpredict.training.initial import chosen, open_source
-from stpredict.training.restoring import CheckpointReader, checkpoint_weights
+from stpredict.training.restoring import CheckpointReader
 from stpredict.weight_files import index_text, split
 from tests.distributed.command import stpredict
-from tests.distributed.test_engine import trial
+from tests.distributed.test_engine import checkpoint_weights, trial
 from tests.distributed.toy import ToyModel, run_ranks, stack
 from tests.stpredict.tokenized import CLIP, make_shards, make_tokenizer
 
@@ -64,8 +64,8 @@ def begun(tmp_path_factory):
     trials.append(trial("resumed", init_from={"path": "/gone"}, **resumed))
     results = run_ranks(trials, out, 2)
     sources = {
-        "averages": dict(checkpoint_weights(source, ema=True)),
-        "weights": dict(checkpoint_weights(source)),
+        "averages": checkpoint_weights(source, ema=True),
+        "weights": checkpoint_weights(source, ema=False),
         "exported": exported,
     }
     assert not torch.equal(sources["averages"]["first.weight"], sources["weights"]["first.weight"])

