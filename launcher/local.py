@@ -22,7 +22,7 @@ from data_pipeline.errors import UsageError
 from launcher.parts import whole_is_done
 from launcher.progress import Watch
 from launcher.rundir import is_done, locked, prepare, put_back, refuse_foreign
-from stpredict.jobs.config import JobConfig
+from stpredict.jobs.config import JobConfig, TrainingJobConfig
 from stpredict.run import Run, now
 
 PREEMPTED = 75
@@ -57,7 +57,8 @@ def run_job(
     refuse_foreign(run.path)
     with locked(run.path) as lock, _stop_signals() as stops:
         if is_done(run, config):
-            _say(f"{name}: already done; remove {run.path} to do it again")
+            more = ", or train on with more training.steps and --force" if isinstance(config, TrainingJobConfig) else ""
+            _say(f"{name}: already done; remove {run.path} to do it again{more}")
             return 0
         config.check_ranks(config.resources.processes)
         before = prepare(run, config, print_of)

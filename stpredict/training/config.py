@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from data_pipeline.config import Config
 from data_pipeline.errors import UsageError
@@ -45,7 +45,7 @@ class CheckpointConfig(Config):
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_every: int | None = Field(None, ge=1, description="checkpoints of every so many steps are kept for ever")
     best: BestConfig | None = None
-    max_bytes: int | None = Field(None, ge=1, description="disk that the run's checkpoints and export may take")
+    max_bytes: ByteSize | None = Field(None, ge=1, description="disk for the run's checkpoints and export, as 500GB")
     background: bool = Field(True, description="train on while a copy in host memory is written")
     on_failure: Literal["stop", "continue"] = Field(
         "stop", description="when a checkpoint cannot be written; the last one always must"

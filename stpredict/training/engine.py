@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import random
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from signal import Signals
@@ -18,6 +17,7 @@ from stpredict.config import differences
 from stpredict.run import Progress, Run, now
 from stpredict.training.adversary import Adversary
 from stpredict.training.checkpoint import CheckpointState, read_state
+from stpredict.training.clock import StepClock
 from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
 from stpredict.training.initial import initialise
@@ -168,7 +168,7 @@ class Trainer:
         self.step += 1
         return total
 
-    def _training_values(self, sums: dict, counts: dict[str, float], clock: "StepClock") -> dict[str, float]:
+    def _training_values(self, sums: dict, counts: dict[str, float], clock: StepClock) -> dict[str, float]:
         self._check_finite()
         totals = self.ranks.sum(torch.stack([value.double().cpu() for value in sums.values()])).tolist()
         means = {name: total / counts[name] for name, total in zip(sums, totals, strict=True)}
@@ -361,35 +361,6 @@ class Trainer:
             f"{self.ranks.device.type}, batch {self.training.batch_size} = {self.ranks.size} ranks x "
             f"{self.share.batch_size} x {self.accumulation} micro-batches"
         )
-
-
-class StepClock:
-    """Means over the steps since the last reading: step time, samples/s, share of it spent waiting for data."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        self.last = time.perf_counter()
-        self.steps, self.waiting_s, self.elapsed_s = 0, 0.0, 0.0
-
-    def data_ready(self) -> None:
-        self.waiting_s += time.perf_counter() - self.last
-
-    def step_done(self) -> None:
-        at = time.perf_counter()
-        self.elapsed_s += at - self.last
-        self.last, self.steps = at, self.steps + 1
-
-    def values(self, batch_size: int) -> dict[str, float]:
-        elapsed = max(self.elapsed_s, 1e-9)
-        values = {
-            "step_s": elapsed / max(1, self.steps),
-            "samples_per_s": self.steps * batch_size / elapsed,
-            "data_wait_share": self.waiting_s / elapsed,
-        }
-        self.restart()
-        return values
 
 
 def _as_text(values: dict[str, float]) -> str:

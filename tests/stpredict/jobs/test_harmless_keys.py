@@ -17,7 +17,9 @@ CONFIGS = {
 }
 TRAINED = ("tokenizer", "prior")
 OTHERWISE = TRAINING | {"zero_stage": 3, "micro_batch_size": 1, "log_every": 9, "validate_every": 9, "picture_every": 9}
-OTHERWISE |= {"checkpoint": {"every": 9, "keep": 9, "best": {"metric": "psnr"}, "background": False}}
+OTHERWISE |= {
+    "checkpoint": {"every": 9, "keep": 9, "best": {"metric": "psnr"}, "max_bytes": "2TB", "background": False}
+}
 LOADERS = {"workers": 9, "timeout_s": 9, "max_bad_fraction": 0.9, "buffer_bytes": 9, "cache": {"folder": "c"}}
 
 
