@@ -27,6 +27,7 @@ from stpredict.training.checkpoint import (
     MARKER,
     CheckpointState,
     TensorEntry,
+    all_checkpoints,
     bytes_of,
     is_checkpoint,
     read_index,
@@ -296,7 +297,7 @@ def _run(run: Run) -> Facts:
         "started": status.started,
         "finished": status.finished,
         "error": status.error,
-        "checkpoints": [_listed(folder) for folder in sorted(run.checkpoints.glob("step_*"))],
+        "checkpoints": [_listed(folder) for folder in all_checkpoints(run.checkpoints)],
         "export": str(run.export) if run.export.is_dir() else None,
     }
     last = {row.get("split", "train"): row for row in run.metrics()}
