@@ -15,19 +15,15 @@ import torch
 from data_pipeline.errors import UsageError, UserError
 from stpredict.config import differences
 from stpredict.run import Progress, Run, now
-from stpredict.training.adversary import Adversary
 from stpredict.training.checkpoint import CheckpointState, read_state
 from stpredict.training.clock import StepClock
 from stpredict.training.config import InitFromConfig, TrainingConfig
-from stpredict.training.deepspeed_setup import build_engine
 from stpredict.training.initial import initialise
+from stpredict.training.learner import Learner
 from stpredict.training.logger import MetricsLogger
-from stpredict.training.pieces import Ema, Held, Piece, owned
-from stpredict.training.precision import resolve_precision
 from stpredict.training.ranks import Ranks
 from stpredict.training.restoring import newest_sound_checkpoint, restore
 from stpredict.training.saving import Saver
-from stpredict.training.schedule import learning_rate_factor
 from stpredict.training.signals import AGAIN, Preempted, StopRequest
 from stpredict.training.task import Batch, Share, Task
 
@@ -58,30 +54,17 @@ class Trainer:
         self.task, self.training, self.run, self.ranks, self.force = task, training, run, ranks, force
         self.after_stop = after_stop
         self.init_from = init_from
-        self.accumulation = training.accumulation_steps(ranks.size)
-        self.dtype = resolve_precision(training.precision, ranks.device, training.zero_stage)
-        self.share = Share(ranks.rank, ranks.size, training.batch_size // (ranks.size * self.accumulation))
-        self.engine = build_engine(task.model, training, self.dtype, ranks.size, self.accumulation)
-        self.precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        self.identity = {**identity, "training.precision": self.precision}
-        self.adversary = None
-        if task.discriminator is not None:
-            self.adversary = Adversary(task, training.discriminator_optimizer, ranks)
-        self.held = [Held("model", task.model, self.engine.basic_optimizer, self.engine)]
-        self.held += [self.adversary.held()] if self.adversary else []
-        trained = {piece.key for piece in self.held[0].trained_weights()}
-        self.ema = None
-        if training.ema_decay is not None:
-            self.ema = Ema([piece for piece in self._owned() if piece.key in trained], training.ema_decay)
-        self.saver = Saver(run.checkpoints, self._owned, training.checkpoint, ranks)
+        self.learner = Learner(task, training, ranks)
+        self.engine = self.learner.engine
+        self.share = Share(ranks.rank, ranks.size, training.batch_size // (ranks.size * self.learner.accumulation))
+        self.identity = {**identity, "training.precision": self.learner.precision}
+        self.saver = Saver(run.checkpoints, self.learner.owned, training.checkpoint, ranks)
         self.seed = seed
         self.step = 0
         self.saved_step = -1
         self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation's step and metrics
         self.consumed: dict[str, int] = {}  # samples behind the weights, of each set
         self.unequal_buffers: set[str] = set()
-        # Counted where the loss is and read when values are logged, so that no step waits for a GPU.
-        self.non_finite = torch.zeros((), device=ranks.device)
         self._begin()
 
     def train(self) -> None:
@@ -90,12 +73,12 @@ class Trainer:
         batches = self.task.training_batches(self.share, self.consumed)
         logger = MetricsLogger(self.run, self.step) if ranks.is_main else None
         progress = Progress(self.run, training.steps, "step") if ranks.is_main else None
-        log.info("%s", self._summary())
+        log.info("%s", self.learner.summary())
         self.engine.train()
         clock = StepClock()
         with closing(batches), closing(logger) if logger else nullcontext(), StopRequest() as stop:
             while self.step < training.steps:
-                micro_batches = [self._to_device(batch) for batch in batches.draw(self.step, self.accumulation)]
+                micro_batches = [self._to_device(batch) for batch in batches.draw(self.step, self.learner.accumulation)]
                 clock.data_ready()
                 counts, stopping, written = self._agree(micro_batches, bool(stop))
                 if written:
@@ -103,7 +86,8 @@ class Trainer:
                 if stopping:
                     self._save(last=True)
                     self._leave_preempted(stop.received)
-                sums = self._optimizer_step(micro_batches, counts)
+                sums = self.learner.step(self.step, micro_batches, counts)
+                self.step += 1
                 self.consumed = dict(batches.consumed)
                 clock.step_done()
                 last = self.step == training.steps
@@ -143,31 +127,6 @@ class Trainer:
         *sums, stops, writers = self.ranks.sum(torch.tensor([*counts.values(), *flags], dtype=torch.float64)).tolist()
         return dict(zip(counts, sums, strict=True)), stops > 0, self.saver.is_writing and writers == 0
 
-    def _optimizer_step(self, micro_batches: list[Batch], counts: dict[str, float]) -> dict[str, torch.Tensor]:
-        """Forward and backward of all micro-batches, one update. Returns this rank's sums of every term."""
-        factor = learning_rate_factor(self.training.schedule, self.step, self.training.steps)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.training.optimizer.lr * factor
-        total: dict[str, torch.Tensor] = {}
-        for batch in micro_batches:
-            with self.adversary.judging() if self.adversary else nullcontext():
-                sums = self.task.training_step(self.engine, batch)
-                loss = sum(weight * sums[name] / counts[name] for name, weight in self.task.weights.items())
-                # DeepSpeed averages gradients over ranks; counts already span them, so the average is undone.
-                self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
-            self.non_finite += ~loss.detach().isfinite()
-            self.engine.step()
-            for name, value in sums.items():
-                total[name] = total.get(name, 0) + value.detach()
-        if self.ema:
-            self.ema.update()
-        if self.adversary:
-            judged = self.adversary.optimizer_step(micro_batches, counts, factor)
-            self.non_finite += sum(~value.isfinite() for value in judged.values())
-            total |= judged
-        self.step += 1
-        return total
-
     def _training_values(self, sums: dict, counts: dict[str, float], clock: StepClock) -> dict[str, float]:
         self._check_finite()
         totals = self.ranks.sum(torch.stack([value.double().cpu() for value in sums.values()])).tolist()
@@ -176,16 +135,15 @@ class Trainer:
         return {
             "loss": loss,
             **means,
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
-            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "grad_norm": self.learner.grad_norm,
+            "lr": self.learner.learning_rate,
             **clock.values(self.training.batch_size),
         }
 
     def _check_finite(self) -> None:
         """UserError, on all ranks, where a loss or gradient was not finite since the last look: before values are
         believed, and before weights are saved."""
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        bad = self.non_finite.double().cpu() + (not math.isfinite(norm))
+        bad = self.learner.non_finite.double().cpu() + (not math.isfinite(self.learner.grad_norm))
         if self.ranks.sum(bad).item():
             self._finish_save()  # what is being written is of an earlier, finite step
             raise UserError(
@@ -241,11 +199,6 @@ class Trainer:
         finally:
             self.engine.train()
 
-    def _owned(self) -> list[Piece]:
-        """What this rank, and no other, saves."""
-        pieces = owned((piece for part in self.held for piece in part.pieces()), self.ranks.rank, self.ranks.size)
-        return pieces + (self.ema.pieces if self.ema else [])
-
     def _state(self) -> CheckpointState:
         step, metrics = self.validated
         return CheckpointState(
@@ -254,21 +207,12 @@ class Trainer:
             quarantined=self.task.quarantined,
             world_size=self.ranks.size,
             zero_stage=self.training.zero_stage,
-            precision=self.precision,
-            optimizer_steps=self._optimizer_steps(),
+            precision=self.learner.precision,
+            optimizer_steps=self.learner.optimizer_steps(),
             config=self.identity,
             metrics=metrics if step == self.step else {},
             export=self.task.export_config().model_copy(update={"step": self.step}).model_dump(mode="json"),
         )
-
-    def _optimizer_steps(self) -> dict[str, int]:
-        """Of each module, and of each parameter that took fewer steps than its module's others."""
-        found = {}
-        for part in self.held:
-            steps = {name: taken for some in self.ranks.gather(part.steps()) for name, taken in some.items()}
-            found[part.module] = most = max(steps.values())
-            found |= {f"{part.module}/{name}": taken for name, taken in steps.items() if taken != most}
-        return found
 
     def _save(self, last: bool = False) -> None:
         """Begins to save this step, in the background if so configured; if it is the ``last``, ends it too."""
@@ -288,7 +232,7 @@ class Trainer:
     def _check_buffers(self) -> None:
         """Says, once, which buffers differ between ranks: a checkpoint holds one rank's, so that a continued training
         would not equal an uninterrupted one."""
-        pieces = [piece for part in self.held for piece in part.pieces() if piece.kind == "buffer"]
+        pieces = [piece for part in self.learner.held for piece in part.pieces() if piece.kind == "buffer"]
         sums = self.ranks.gather({piece.key: float(piece.tensor.double().sum()) for piece in pieces})
         unequal = {key for key in sums[0] if len({repr(of_rank[key]) for of_rank in sums}) > 1} - self.unequal_buffers
         if unequal:
@@ -316,10 +260,10 @@ class Trainer:
         checkpoint = newest_sound_checkpoint(self.run.checkpoints, self.ranks)
         if checkpoint is None:
             if self.init_from:
-                initialise(self.held[0], self.init_from, self.ranks)
+                initialise(self.learner.held[0], self.init_from, self.ranks)
             self._seed()
-            if self.ema:
-                self.ema.start()
+            if self.learner.ema:
+                self.learner.ema.start()
             return
         if changes := differences(read_state(checkpoint).config, self.identity):
             if not self.force:
@@ -328,8 +272,7 @@ class Trainer:
                     "or --force to continue with the new one"
                 )
             log.warning("%s: was saved under another config: %s", checkpoint, ", ".join(changes))
-        averages = self.ema.pieces if self.ema else []
-        state = restore(checkpoint, self.held, averages, self.ranks)
+        state = restore(checkpoint, self.learner.held, self.learner.averages, self.ranks)
         self.step = self.saved_step = state.step
         self.saver.continue_from(checkpoint)
         self.consumed = state.samples_consumed
@@ -353,14 +296,6 @@ class Trainer:
             key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
             for key, value in batch.items()
         }
-
-    def _summary(self) -> str:
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.model.parameters())
-        return (
-            f"{parameters:,} parameters, {self.dtype}, ZeRO-{self.training.zero_stage}, {self.ranks.size} ranks on "
-            f"{self.ranks.device.type}, batch {self.training.batch_size} = {self.ranks.size} ranks x "
-            f"{self.share.batch_size} x {self.accumulation} micro-batches"
-        )
 
 
 def _as_text(values: dict[str, float]) -> str:

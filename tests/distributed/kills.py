@@ -338,7 +338,7 @@ def _trace(log: Path, rank: int) -> None:
 
     note()
     noting(f"{ENGINE}:Trainer", "train", "between steps")
-    noting(f"{ENGINE}:Trainer", "_optimizer_step", "step")
+    noting("stpredict.training.learner:Learner", "step", "step")
     noting(f"{ENGINE}:Trainer", "_validate", "validation")
     noting(f"{ENGINE}:Trainer", "_picture", "picture")
     noting(f"{SAVING}:Saver", "start", "begin of a save")

@@ -190,15 +190,15 @@ def main(out: Path) -> None:
 
 def _signal_after(trainer: Trainer, step: int) -> None:
     """This process, and no other rank, gets SIGUSR2 when it has done ``step``."""
-    optimizer_step = trainer._optimizer_step
+    learner_step = trainer.learner.step
 
-    def step_then_signal(*arguments):
-        result = optimizer_step(*arguments)
-        if trainer.step == step:
+    def step_then_signal(number: int, *arguments):
+        result = learner_step(number, *arguments)
+        if number + 1 == step:
             os.kill(os.getpid(), signal.SIGUSR2)
         return result
 
-    trainer._optimizer_step = step_then_signal
+    trainer.learner.step = step_then_signal
 
 
 def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 240) -> list[dict]:
