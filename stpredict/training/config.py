@@ -17,18 +17,48 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(0.0, ge=0, description="of matrices and convolutions; norms and slopes never decay")
 
 
-class ScheduleConfig(Config):
-    """Learning rate over the steps: linear warm-up, then ``kind`` down to ``final`` times the peak."""
+class OneCycleConfig(Config):
+    """Names and defaults of torch.optim.lr_scheduler.OneCycleLR (Smith & Topin, arXiv:1708.07120): cosines up from the
+    peak / ``div_factor``, and down to that / ``final_div_factor``."""
 
-    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    pct_start: float = Field(0.3, ge=0, le=1, description="share of all steps in which the learning rate rises")
+    div_factor: float = Field(25.0, ge=1)
+    final_div_factor: float = Field(1e4, ge=1)
+    cycle_momentum: bool = Field(True, description="Adam's first beta goes the other way; optimizer.betas[0] is unused")
+    base_momentum: float = Field(0.85, ge=0, lt=1, description="at the peak of the learning rate")
+    max_momentum: float = Field(0.95, ge=0, lt=1, description="at both ends")
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the steps: linear warm-up, then ``kind`` down to ``final`` times the peak; or one_cycle."""
+
+    kind: Literal["constant", "linear", "cosine", "one_cycle"] = "cosine"
     warmup_steps: int | None = Field(None, ge=0)
     warmup_ratio: float | None = Field(None, ge=0, lt=1, description="share of all steps")
     final: float = Field(0.0, ge=0, le=1)
+    # Left out where there is none: runs that are older than the key are runs without.
+    one_cycle: OneCycleConfig | None = Field(None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_cycle_by_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") == "one_cycle" and values.get("one_cycle") is None:
+            return {**values, "one_cycle": {}}
+        return values
 
     @model_validator(mode="after")
     def _one_warmup(self):
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
+        if self.kind != "one_cycle" and self.one_cycle:
+            raise ValueError(f"kind is {self.kind}: the keys of one_cycle go with kind one_cycle")
+        if self.kind == "one_cycle":
+            theirs = ("warmup_steps", "warmup_ratio", "final")
+            if given := [key for key in theirs if getattr(self, key)]:
+                raise ValueError(
+                    f"one_cycle rises and ends by one_cycle.pct_start, div_factor and final_div_factor: leave out "
+                    f"{' and '.join(given)}"
+                )
         return self
 
 

@@ -11,7 +11,7 @@ from stpredict.training.deepspeed_setup import build_engine
 from stpredict.training.pieces import Ema, Held, Piece, owned
 from stpredict.training.precision import resolve_precision
 from stpredict.training.ranks import Ranks
-from stpredict.training.schedule import learning_rate_factor
+from stpredict.training.schedule import apply_schedule, learning_rate_factor
 from stpredict.training.task import Batch, Sums, Task
 
 
@@ -40,9 +40,9 @@ class Learner:
     def step(self, number: int, micro_batches: list[Batch], counts: dict[str, float]) -> Sums:
         """Step ``number`` (from 0): forward and backward of all micro-batches, one update. Returns this rank's sums of
         every term."""
-        factor = learning_rate_factor(self.training.schedule, number, self.training.steps)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.training.optimizer.lr * factor
+        training = self.training
+        factor = learning_rate_factor(training.schedule, number, training.steps)
+        apply_schedule(self.engine.optimizer, training.optimizer, training.schedule, number, training.steps)
         total: Sums = {}
         for batch in micro_batches:
             with self.adversary.judging() if self.adversary else nullcontext():
