@@ -101,6 +101,7 @@ def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> str | N
         started=now(),
         finished=None,
         error=None,
+        note=None,
         host=socket.gethostname(),
         pid=os.getpid(),
     )

@@ -61,8 +61,9 @@ def show(rows: list[Row], console: Console) -> None:
         table.add_row(*cells)
     console.print(table)
     for row in rows:
-        if row.status and row.status.error:
-            console.print(f"{row.job}: {row.status.error}", markup=False, soft_wrap=True)
+        for line in (row.status.error, row.status.note) if row.status else ():
+            if line:
+                console.print(f"{row.job}: {line}", markup=False, soft_wrap=True)
 
 
 def _progress(status: Status) -> str:

@@ -47,6 +47,7 @@ class Status(BaseModel):
     slurm_job_id: str | None = None
     fingerprint: str | None = None
     error: str | None = None
+    note: str | None = None  # what else there is to say of how it ended
 
 
 class Run:

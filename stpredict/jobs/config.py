@@ -26,6 +26,7 @@ COMPUTING = (
     "training.log_every",
     "training.validate_every",
     "training.picture_every",
+    "training.validate_with",
     "training.checkpoint",
 )
 

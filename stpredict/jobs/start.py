@@ -98,6 +98,7 @@ def _begin(config: JobConfig, run: Run) -> None:
         started=now(),
         finished=None,
         error=None,
+        note=None,
         host=socket.gethostname(),
         pid=os.getpid(),
         slurm_job_id=os.environ.get("SLURM_JOB_ID"),

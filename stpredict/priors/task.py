@@ -22,6 +22,8 @@ PICTURED = 4
 
 
 class PriorTask(Task):
+    metrics = ("cross_entropy", "accuracy")
+
     def __init__(self, model: NextBlockConfig, data: PriorDataConfig, tokenizer: Path, given_frames: int, seed: int):
         self.tokenizer = TrainedTokenizer(tokenizer, *load_tokenizer(tokenizer))
         self.data = open_data(data, self.tokenizer, seed)
@@ -54,7 +56,7 @@ class PriorTask(Task):
         return {"cross_entropy": (loss * weight).sum(), "accuracy": (right * weight).sum(), "tokens": tokens}
 
     def validation_metrics(self, sums: Sums) -> dict[str, float]:
-        return {name: float(sums[name] / sums["tokens"]) for name in ("cross_entropy", "accuracy")}
+        return {name: float(sums[name] / sums["tokens"]) for name in self.metrics}
 
     def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
         latent = self.data.tokens(batch)[:PICTURED]

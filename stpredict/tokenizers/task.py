@@ -21,6 +21,8 @@ PICTURED = 4
 
 
 class TokenizerTask(Task):
+    metrics = ("mse", "psnr", "codes_used", "codebook_perplexity")
+
     def __init__(self, model: CausalCnnConfig, loss: ReconstructionLossConfig, data: ClipDataConfig, seed: int):
         model.check_clip(data.clip, "data.clip")
         for name, other in data.mix.items():

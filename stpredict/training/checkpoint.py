@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_pipeline.errors import UserError
 from stpredict.run import write_atomically
 from stpredict.training.config import CheckpointConfig
+from stpredict.training.early_stopping import Waiting
 
 FORMAT = 2
 MARKER, LATEST = "COMPLETE", "latest"
@@ -39,8 +40,8 @@ class CheckpointState(BaseModel):
 
     ``optimizer_steps`` has the updates that each module's optimizer made and, by MODULE/NAME, of parameters that took
     part in fewer. ``config`` holds the settings, by dotted keys, that decide the weights. ``metrics`` are those of the
-    validation at this step, if there was one. ``export`` is the config of an export of this checkpoint, so that
-    exporting needs nothing but the checkpoint.
+    validation at this step, if there was one. ``waiting`` is where early stopping stands. ``export`` is the config of
+    an export of this checkpoint, so that exporting needs nothing but the checkpoint.
     """
 
     # NaN and Infinity as such: a PSNR may be one, and null would be refused when it is read.
@@ -56,6 +57,7 @@ class CheckpointState(BaseModel):
     optimizer_steps: dict[str, int]
     config: dict[str, Any]
     metrics: dict[str, float] = {}
+    waiting: Waiting | None = None
     export: dict[str, Any]
 
 

@@ -70,6 +70,15 @@ class BestConfig(Config):
     keep: int = Field(1, ge=1, description="best checkpoints kept")
 
 
+class EarlyStoppingConfig(Config):
+    """Training ends when a metric of the validation has not become better for a while."""
+
+    metric: str = Field(description="a metric of the validation, such as psnr")
+    mode: Literal["max", "min"] = "max"
+    patience: int = Field(5, ge=1, description="validations in a row without improvement, after which training ends")
+    min_delta: float = Field(0.0, ge=0, description="what is better by no more than this is no improvement")
+
+
 class CheckpointConfig(Config):
     every: int = Field(1000, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
@@ -99,9 +108,16 @@ class TrainingConfig(Config):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="keep an average of the weights; exports hold it")
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    # Left out where there is none: runs that are older than the key are runs without.
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, exclude_if=lambda value: value is None, description="end when validation is no longer getting better"
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and TensorBoard")
     validate_every: int = Field(500, ge=1, description="steps between validations")
     picture_every: int = Field(500, ge=1, description="steps between TensorBoard pictures")
+    validate_with: Literal["averages", "weights"] = Field(
+        "averages", description="what validation and pictures use where ema_decay keeps averages, as exports do"
+    )
 
     def accumulation_steps(self, ranks: int) -> int:
         """Micro-batches per rank and step. UsageError where the batch does not divide, naming what does."""

@@ -18,6 +18,7 @@ from stpredict.run import Progress, Run, now
 from stpredict.training.checkpoint import CheckpointState, read_state
 from stpredict.training.clock import StepClock
 from stpredict.training.config import InitFromConfig, TrainingConfig
+from stpredict.training.early_stopping import EarlyStopping
 from stpredict.training.initial import initialise
 from stpredict.training.learner import Learner
 from stpredict.training.logger import MetricsLogger
@@ -54,6 +55,8 @@ class Trainer:
         self.task, self.training, self.run, self.ranks, self.force = task, training, run, ranks, force
         self.after_stop = after_stop
         self.init_from = init_from
+        self._check_metric_names()
+        self.stopping = EarlyStopping(training.early_stopping) if training.early_stopping else None
         self.learner = Learner(task, training, ranks)
         self.engine = self.learner.engine
         self.share = Share(ranks.rank, ranks.size, training.batch_size // (ranks.size * self.learner.accumulation))
@@ -77,7 +80,7 @@ class Trainer:
         self.engine.train()
         clock = StepClock()
         with closing(batches), closing(logger) if logger else nullcontext(), StopRequest() as stop:
-            while self.step < training.steps:
+            while self.step < training.steps and not (self.stopping and self.stopping.over):
                 micro_batches = [self._to_device(batch) for batch in batches.draw(self.step, self.learner.accumulation)]
                 clock.data_ready()
                 counts, stopping, written = self._agree(micro_batches, bool(stop))
@@ -91,7 +94,6 @@ class Trainer:
                 self.consumed = dict(batches.consumed)
                 clock.step_done()
                 last = self.step == training.steps
-                saving = last or self.step % training.checkpoint.every == 0
                 if self.step % training.log_every == 0 or last or self.step == 1:
                     values = self._training_values(sums, counts, clock)
                     if logger:
@@ -103,10 +105,11 @@ class Trainer:
                 if self.step % training.validate_every == 0 or last:
                     self._validate(logger, progress)
                     clock.restart()
+                    last = last or bool(self.stopping and self.stopping.over)
                 if self.step % training.picture_every == 0 or last:
                     self._picture(logger)
                     clock.restart()
-                if saving:
+                if last or self.step % training.checkpoint.every == 0:
                     if logger:
                         logger.flush()  # a killed run begins again here and logs only what comes after
                     if last and progress:
@@ -114,6 +117,23 @@ class Trainer:
                     self._save(last)
                     clock.restart()
         self.saver.close()
+        if self.step < training.steps:
+            log.info("step %d/%d  training ends here: %s", self.step, training.steps, self.stopping.reason)
+            if ranks.is_main:
+                self.run.update_status(note=f"stopped at step {self.step} of {training.steps}: {self.stopping.reason}")
+
+    def _check_metric_names(self) -> None:
+        """UsageError where a metric is to be watched that validation does not give."""
+        training = self.training
+        for key, watched in (
+            ("checkpoint.best", training.checkpoint.best),
+            ("early_stopping", training.early_stopping),
+        ):
+            if watched and watched.metric not in self.task.metrics:
+                raise UsageError(
+                    f"training.{key}.metric {watched.metric!r} is no metric of this validation; "
+                    f"there are {', '.join(self.task.metrics)}"
+                )
 
     def _agree(self, micro_batches: list[Batch], stop: bool) -> tuple[dict[str, float], bool, bool]:
         """Every term's count over all micro-batches and ranks, whether any rank was asked to stop, and whether all
@@ -171,13 +191,10 @@ class Trainer:
                 for name, value in self.task.validation_step(self.engine, self._to_device(batch)).items():
                     totals[name] = totals.get(name, 0) + value.double().cpu()
         metrics = self.task.validation_metrics({name: self.ranks.sum(total) for name, total in totals.items()})
-        best = self.training.checkpoint.best
-        if best and best.metric not in metrics:
-            raise UsageError(
-                f"training.checkpoint.best.metric {best.metric!r} is no metric of this validation; "
-                f"there are {', '.join(metrics)}"
-            )
+        assert set(self.task.metrics) <= metrics.keys(), "a task gives the metrics that it names"
         self.validated = (self.step, metrics)
+        if self.stopping:
+            self.stopping.judge(self.step, metrics)
         if logger:
             logger.scalars("val", self.step, metrics)
             log.info("step %d/%d  validation  %s", self.step, self.training.steps, _as_text(metrics))
@@ -191,10 +208,11 @@ class Trainer:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients, and training mode afterwards."""
+        """Evaluation mode without gradients, of the averages if so configured, and training mode afterwards."""
+        averages = self.learner.ema and self.training.validate_with == "averages"
         self.engine.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.learner.averaged() if averages else nullcontext():
                 yield
         finally:
             self.engine.train()
@@ -211,6 +229,7 @@ class Trainer:
             optimizer_steps=self.learner.optimizer_steps(),
             config=self.identity,
             metrics=metrics if step == self.step else {},
+            waiting=self.stopping and self.stopping.waiting,
             export=self.task.export_config().model_copy(update={"step": self.step}).model_dump(mode="json"),
         )
 
@@ -276,6 +295,8 @@ class Trainer:
         self.step = self.saved_step = state.step
         self.saver.continue_from(checkpoint)
         self.consumed = state.samples_consumed
+        if self.stopping:
+            self.stopping.go_on_from(state.waiting)
         self.task.quarantined.update(state.quarantined)
         log.info("continuing from %s", checkpoint)
         if state.world_size != self.ranks.size:

@@ -1,14 +1,16 @@
 """The model in its DeepSpeed engine, the discriminator beside it and the averages of the weights: what training
 changes, and what one step does to it."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 
 from stpredict.training.adversary import Adversary
 from stpredict.training.config import TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
-from stpredict.training.pieces import Ema, Held, Piece, owned
+from stpredict.training.pieces import Ema, Held, Piece, dealt, owned
 from stpredict.training.precision import resolve_precision
 from stpredict.training.ranks import Ranks
 from stpredict.training.schedule import apply_schedule, learning_rate_factor
@@ -34,6 +36,9 @@ class Learner:
         self.ema = None
         if training.ema_decay is not None:
             self.ema = Ema([piece for piece in self.owned() if piece.key in trained], training.ema_decay)
+        # Weights that every rank holds, with the rank that alone has their averages.
+        shared = dealt((piece for part in self.held for piece in part.pieces()), ranks.size)
+        self._replicated = [(piece, owner) for piece, owner in shared if piece.key in trained]
         # Counted where the loss is and read when values are logged, so that no step waits for a GPU.
         self.non_finite = torch.zeros((), device=ranks.device)
 
@@ -61,6 +66,20 @@ class Learner:
             self.non_finite += sum(~value.isfinite() for value in judged.values())
             total |= judged
         return total
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model computes with the averages of its weights; afterwards with the weights again, as they were to the
+        bit. On all ranks. After an error the averages stay: to take them back the ranks would have to meet again."""
+        self._swap_averages()
+        yield
+        self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        self.ema.swap()
+        for piece, owner in self._replicated:
+            dist.broadcast(piece.tensor, src=owner)
+        self.held[0].refresh()
 
     @property
     def grad_norm(self) -> float:

@@ -139,6 +139,8 @@ class Ema:
     """Exponential moving average of the trained weights, in fp32, sharded as they are written.
 
     After n updates the average is ``decay**n * first + sum_i (1 - decay) * decay**(n - i) * weight_i``.
+
+    ``weights`` are those that this rank owns.
     """
 
     def __init__(self, weights: Sequence[Piece], decay: float):
@@ -157,6 +159,16 @@ class Ema:
             average.copy_(weight)
 
     @torch.no_grad()
+    def swap(self) -> None:
+        """The averages are the weights, and the weights are kept where the averages were; again, and both are back to
+        the bit. Needs room for one tensor more."""
+        for average, weight in zip(self._averages, self._weights, strict=True):
+            assert weight.dtype == average.dtype, "rounded, a weight would not come back"
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    @torch.no_grad()
     def update(self) -> None:
         if self._averages:  # a rank may hold nothing but padding
             torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
@@ -168,14 +180,18 @@ def owned(pieces: Iterable[Piece], rank: int, size: int) -> list[Piece]:
     Replicated tensors are dealt whole, the largest first, each to the rank that has least so far.
     """
     pieces = list(pieces)
-    load = [0] * size
     mine = [piece for piece in pieces if not piece.replicated]
+    return mine + [piece for piece, owner in dealt(pieces, size) if owner == rank]
+
+
+def dealt(pieces: Iterable[Piece], size: int) -> list[tuple[Piece, int]]:
+    """The replicated ones of ``pieces``, each with the rank that owns it: on all ranks the same."""
+    load, found = [0] * size, []
     for piece in sorted((p for p in pieces if p.replicated), key=lambda p: (-p.tensor.nbytes, p.key)):
         least = load.index(min(load))
         load[least] += piece.tensor.nbytes
-        if least == rank:
-            mine.append(piece)
-    return mine
+        found.append((piece, least))
+    return found
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -45,6 +45,9 @@ class Task(ABC):
     discriminator: nn.Module | None = None
     discriminator_weights: Mapping[str, float] = MappingProxyType({})
 
+    #: Names of the metrics that ``validation_metrics`` gives: what checkpoint.best and early_stopping may name.
+    metrics: tuple[str, ...]
+
     #: Samples that stopped a data worker, and why. The engine restores and saves it with the checkpoint.
     quarantined: dict[str, str]
 
@@ -75,7 +78,7 @@ class Task(ABC):
 
     @abstractmethod
     def validation_metrics(self, sums: Sums) -> dict[str, float]:
-        """Metrics from the sums over the whole validation set."""
+        """``metrics`` by name, from the sums over the whole validation set."""
 
     @abstractmethod
     def picture(self, forward: Forward, batch: Batch) -> np.ndarray:

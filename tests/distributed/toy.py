@@ -100,6 +100,8 @@ class ToyTask(Task):
     """With ``rich``, a discriminator, its last layer frozen, learns to tell the output from the truth, and the model to
     deceive it."""
 
+    metrics = ("l2",)
+
     def __init__(self, dropout: float = 0.0, poison: int | None = None, rich: bool = False):
         self.model = ToyModel(dropout, rich)
         self.weights = {"l2": 1.0}
