@@ -52,7 +52,8 @@ class TrainingBatches:
     """This rank's training batches, without end.
 
     ``consumed`` is the position, to be saved and given back: for each set the samples of it that all ranks together
-    have drawn. What workers have prefetched does not count.
+    have drawn. What workers have prefetched does not count. ``replaced`` of this rank's were, because they could not be
+    read.
     """
 
     def __init__(
@@ -61,10 +62,15 @@ class TrainingBatches:
         self._seed, self._share = seed, share
         self._weights = {name: member.weight for name, (_, member) in sets.items()}
         self.consumed = {name: consumed.get(name, 0) for name in sets}
+        self._health = [opened.health for opened, _ in sets.values()]
         self._batches = {
             name: opened.training_batches(name, member.virtual_streams, seed, share, self.consumed[name])
             for name, (opened, member) in sets.items()
         }
+
+    @property
+    def replaced(self) -> int:
+        return sum(health.bad for health in self._health)
 
     def draw(self, step: int, count: int = 1) -> list[Batch]:
         """The ``count`` micro-batches of training step ``step``, all from one set."""
@@ -173,6 +179,7 @@ class _Set:
 
     def __init__(self, config: StreamConfig, shards: ShardSet, format: Format, quarantined: dict[str, str]):
         self._config, self._set, self._format, self._quarantined = config, shards, format, quarantined
+        self.health = _Health(shards.where, config.max_bad_fraction)
         self._counts = [[n * format.per_count for n in shard.window_samples] for shard in shards.manifest.shards]
 
     def training_batches(
@@ -210,7 +217,7 @@ class _Set:
 
     def _batches(self, read: Read, batch_size: int) -> Iterator[Batch]:
         """Samples from the workers, in their order, as batches; counts and logs what is unreadable."""
-        config, where = self._config, self._set.where
+        config = self._config
         readings = items(
             read,
             workers=config.workers,
@@ -218,12 +225,11 @@ class _Set:
             held=batch_size,
             array_bytes=self._format.array_bytes,
             quarantined=self._quarantined,
-            where=where,
+            where=self._set.where,
         )
-        health = _Health(where, config.max_bad_fraction)
         with closing(readings):
             while batch := list(islice(readings, batch_size)):
-                yield self._format.finish(_collate([health.checked(item) for item in batch]))
+                yield self._format.finish(_collate([self.health.checked(item) for item in batch]))
 
 
 class _Health:
@@ -231,20 +237,20 @@ class _Health:
 
     def __init__(self, where: str, most: float):
         self._where, self._most = where, most
-        self._read = self._bad = 0
+        self._read = self.bad = 0
         self._known: set[str] = set()
 
     def checked(self, item: Item) -> Batch:
         sample, unreadable = item
         self._read += 1
-        self._bad += bool(unreadable)
+        self.bad += bool(unreadable)
         for name, reason in unreadable.items():
             if name not in self._known:
                 self._known.add(name)
                 log.warning("%s: %s cannot be read and was replaced: %s", self._where, name, reason)
-        if self._read >= FEWEST_READ and self._bad > self._most * self._read:
+        if self._read >= FEWEST_READ and self.bad > self._most * self._read:
             raise UserError(
-                f"{self._where}: {self._bad} of {self._read} samples could not be read, more than max_bad_fraction "
+                f"{self._where}: {self.bad} of {self._read} samples could not be read, more than max_bad_fraction "
                 f"{self._most:g}; the log names them, `stpredict inspect --verify` checks the shards"
             )
         return sample

@@ -14,6 +14,7 @@ from data_pipeline.errors import UsageError
 from stpredict.evaluation.frame_metrics import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
 from stpredict.evaluation.generated import Generated
 from stpredict.evaluation.results import Evaluation, TokenizerScores, scores
+from stpredict.quantizers.code_use import perplexity
 
 CHUNK_VALUES = 2**21  # pixel values measured at once; float64 and SSIM's five maps make some 200 MB of them
 
@@ -75,13 +76,12 @@ def best_constant_frame(truth: Tensor) -> Tensor:
 
 def _tokenizer_scores(psnr: np.ndarray, constant_psnr: np.ndarray, generated: Generated) -> TokenizerScores:
     uses = np.bincount(generated.truth_tokens.ravel(), minlength=generated.index.codebook_size)
-    share = uses[uses > 0] / uses.sum()
     return TokenizerScores(
         psnr=float(psnr.mean()),
         constant_frame_psnr=float(constant_psnr.mean()),
         gain_db=float(psnr.mean() - constant_psnr.mean()),
         codes_used=int((uses > 0).sum()),
         codebook_size=generated.index.codebook_size,
-        codebook_perplexity=float(np.exp(-(share * np.log(share)).sum())),
+        codebook_perplexity=perplexity(torch.from_numpy(uses)),
         tokens=int(uses.sum()),
     )

@@ -27,6 +27,7 @@ COMPUTING = (
     "training.validate_every",
     "training.picture_every",
     "training.validate_with",
+    "training.peak_tflops",
     "training.checkpoint",
 )
 

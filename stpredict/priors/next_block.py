@@ -117,6 +117,16 @@ class NextBlockPrior(nn.Module):
         # A single block sees all of the cache, and a prompt is a sequence of its own: no other mask is needed.
         return self._logits(ids, done, Full() if done else self.mask, caches)[:, -size:]
 
+    def flops(self) -> int:
+        """FLOPs of a training forward of one sequence, a multiply-add counted as two: the matrix products of every
+        token, and attention over the pairs that see each other."""
+        config, tokens = self.config, self.order.tokens - self.order.block_tokens
+        of_layer = config.width * (4 * config.width + 3 * config.mlp_width)
+        of_token = config.layers * of_layer + config.width * self.codebook_size
+        blocks = tokens // self.order.block_tokens
+        pairs = self.order.block_tokens**2 * blocks * (blocks + 1) // 2
+        return 2 * (tokens * of_token + config.layers * 2 * pairs * config.width)
+
     def make_caches(self, batch: int) -> list[KeyValueCache]:
         """Empty caches for one decoding of ``batch`` sequences."""
         head_width = self.config.width // self.config.heads

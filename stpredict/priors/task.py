@@ -49,6 +49,12 @@ class PriorTask(Task):
         loss, right = self._per_token(forward, batch)
         return {"cross_entropy": loss.sum(), "accuracy": right.sum()}
 
+    def tokens(self, batch: Batch) -> int:
+        return len(batch["key"]) * self.model.order.tokens
+
+    def forward_flops(self, sequence: Tensor) -> float:
+        return len(sequence) * self.model.flops()
+
     def validation_step(self, forward: Forward, batch: Batch) -> Sums:
         loss, right = self._per_token(forward, batch)
         weight = batch["weight"][:, None].double()

@@ -1,9 +1,11 @@
 """Training a tokenizer: reconstruct clips."""
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_pipeline.config import ClipDataConfig
 from data_pipeline.shard_set import read_set
@@ -13,6 +15,7 @@ from stpredict.evaluation.frame_metrics import frame_mse, frame_psnr
 from stpredict.evaluation.pictures import side_by_side, stacked
 from stpredict.exports import TokenizerExport
 from stpredict.losses.config import ReconstructionLossConfig
+from stpredict.quantizers.code_use import perplexity
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.training.task import Batch, Forward, Share, Sums, Task, TrainingBatches
@@ -46,28 +49,33 @@ class TokenizerTask(Task):
 
     def training_step(self, forward: Forward, batch: Batch) -> Sums:
         video = to_video(batch["clip"])
-        reconstruction, _ = forward(video)
+        reconstruction, ids = forward(video)
         error = reconstruction.float() - video
-        return {"l1": error.abs().sum(), "l2": error.square().sum()}
+        return {"l1": error.abs().sum(), "l2": error.square().sum(), "codebook": self._uses(ids)}
+
+    def tokens(self, batch: Batch) -> int:
+        clips, *video, _ = batch["clip"].shape
+        return clips * prod(self.model.config.grid(*video))
 
     def validation_step(self, forward: Forward, batch: Batch) -> Sums:
         reconstruction, ids = forward(to_video(batch["clip"]))
         mse = frame_mse(to_clip(reconstruction.float()), batch["clip"])
         weight = batch["weight"].double()
-        used = torch.bincount(ids[weight > 0].flatten(), minlength=self.model.config.codebook_size)
+        used = self._uses(ids[weight > 0])
         psnr = frame_psnr(mse).mean(1)
         return {"mse": (mse.mean(1) * weight).sum(), "psnr": (psnr * weight).sum(), "clips": weight.sum(), "used": used}
 
     def validation_metrics(self, sums: Sums) -> dict[str, float]:
-        """Codebook perplexity is exp of the entropy of how often each code is used."""
-        share = sums["used"] / sums["used"].sum()
-        entropy = -torch.xlogy(share, share).sum()
         return {
             "mse": float(sums["mse"] / sums["clips"]),
             "psnr": float(sums["psnr"] / sums["clips"]),
             "codes_used": float((sums["used"] > 0).sum()),
-            "codebook_perplexity": float(entropy.exp()),
+            "codebook_perplexity": perplexity(sums["used"]),
         }
+
+    def _uses(self, ids: Tensor) -> Tensor:
+        """How often each code is among ``ids``: int64 ``(codes,)``."""
+        return torch.bincount(ids.flatten(), minlength=self.model.config.codebook_size)
 
     def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
         clips = batch["clip"][:PICTURED]

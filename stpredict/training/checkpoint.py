@@ -36,7 +36,7 @@ INDEX, STATE = "index.json", "state.json"
 
 class CheckpointState(BaseModel):
     """state.json. ``samples_consumed`` of each shard set counts over all ranks; it is the position in the data.
-    ``quarantined`` samples have stopped a data worker (key → why).
+    ``samples_replaced`` could not be read, and ``quarantined`` samples have stopped a data worker (key → why).
 
     ``optimizer_steps`` has the updates that each module's optimizer made and, by MODULE/NAME, of parameters that took
     part in fewer. ``config`` holds the settings, by dotted keys, that decide the weights. ``metrics`` are those of the
@@ -50,6 +50,7 @@ class CheckpointState(BaseModel):
     format: Literal[2] = FORMAT
     step: int
     samples_consumed: dict[str, int]
+    samples_replaced: int = 0
     quarantined: dict[str, str]
     world_size: int
     zero_stage: int

@@ -118,6 +118,9 @@ class TrainingConfig(Config):
     validate_with: Literal["averages", "weights"] = Field(
         "averages", description="what validation and pictures use where ema_decay keeps averages, as exports do"
     )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="TFLOP/s that one rank's hardware can do, for MFU; default: a table of GPUs"
+    )
 
     def accumulation_steps(self, ranks: int) -> int:
         """Micro-batches per rank and step. UsageError where the batch does not divide, naming what does."""

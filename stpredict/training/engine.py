@@ -16,12 +16,14 @@ from data_pipeline.errors import UsageError, UserError
 from stpredict.config import differences
 from stpredict.run import Progress, Run, now
 from stpredict.training.checkpoint import CheckpointState, read_state
-from stpredict.training.clock import StepClock
 from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.early_stopping import EarlyStopping
+from stpredict.training.flops import ForwardFlops
 from stpredict.training.initial import initialise
 from stpredict.training.learner import Learner
+from stpredict.training.log_line import log_line
 from stpredict.training.logger import MetricsLogger
+from stpredict.training.meter import Meter
 from stpredict.training.ranks import Ranks
 from stpredict.training.restoring import newest_sound_checkpoint, restore
 from stpredict.training.saving import Saver
@@ -57,8 +59,10 @@ class Trainer:
         self.init_from = init_from
         self._check_metric_names()
         self.stopping = EarlyStopping(training.early_stopping) if training.early_stopping else None
+        flops = ForwardFlops(task)  # of the model before DeepSpeed splits it
         self.learner = Learner(task, training, ranks)
         self.engine = self.learner.engine
+        self.meter = Meter(task, training, self.learner, ranks, flops)
         self.share = Share(ranks.rank, ranks.size, training.batch_size // (ranks.size * self.learner.accumulation))
         self.identity = {**identity, "training.precision": self.learner.precision}
         self.saver = Saver(run.checkpoints, self.learner.owned, training.checkpoint, ranks)
@@ -67,6 +71,7 @@ class Trainer:
         self.saved_step = -1
         self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation's step and metrics
         self.consumed: dict[str, int] = {}  # samples behind the weights, of each set
+        self.replaced = self.replaced_before = 0  # samples drawn that could not be read; earlier starts' on rank 0
         self.unequal_buffers: set[str] = set()
         self._begin()
 
@@ -77,12 +82,15 @@ class Trainer:
         logger = MetricsLogger(self.run, self.step) if ranks.is_main else None
         progress = Progress(self.run, training.steps, "step") if ranks.is_main else None
         log.info("%s", self.learner.summary())
+        if ranks.is_main:
+            log.info("times, throughput, memory and the rest: %s and TensorBoard", self.run.metrics_path)
         self.engine.train()
-        clock = StepClock()
+        meter = self.meter
+        meter.clock.restart()
         with closing(batches), closing(logger) if logger else nullcontext(), StopRequest() as stop:
             while self.step < training.steps and not (self.stopping and self.stopping.over):
                 micro_batches = [self._to_device(batch) for batch in batches.draw(self.step, self.learner.accumulation)]
-                clock.data_ready()
+                meter.data_ready(micro_batches)
                 counts, stopping, written = self._agree(micro_batches, bool(stop))
                 if written:
                     self._finish_save()
@@ -92,30 +100,33 @@ class Trainer:
                 sums = self.learner.step(self.step, micro_batches, counts)
                 self.step += 1
                 self.consumed = dict(batches.consumed)
-                clock.step_done()
+                self.replaced = self.replaced_before + batches.replaced
+                meter.step_done(sums)
                 last = self.step == training.steps
                 if self.step % training.log_every == 0 or last or self.step == 1:
-                    values = self._training_values(sums, counts, clock)
+                    self._check_finite()
+                    values = meter.values(sums, counts, self.replaced)
                     if logger:
                         logger.scalars("train", self.step, values)
-                        progress.update(self.step, "training", loss=values["loss"])
-                        log.info("step %d/%d  %s", self.step, training.steps, _as_text(values))
+                        shown = {name: values[name] for name in ("loss", "samples_per_s", "mfu") if name in values}
+                        progress.update(self.step, "training", **shown)
+                        log.info("step %d/%d  %s", self.step, training.steps, log_line(values, counts))
                 elif progress:
                     progress.update(self.step, "training")
                 if self.step % training.validate_every == 0 or last:
                     self._validate(logger, progress)
-                    clock.restart()
+                    meter.skip()
                     last = last or bool(self.stopping and self.stopping.over)
                 if self.step % training.picture_every == 0 or last:
                     self._picture(logger)
-                    clock.restart()
+                    meter.skip()
                 if last or self.step % training.checkpoint.every == 0:
                     if logger:
                         logger.flush()  # a killed run begins again here and logs only what comes after
                     if last and progress:
                         progress.update(self.step, "saving")
                     self._save(last)
-                    clock.restart()
+                    meter.skip()
         self.saver.close()
         if self.step < training.steps:
             log.info("step %d/%d  training ends here: %s", self.step, training.steps, self.stopping.reason)
@@ -146,19 +157,6 @@ class Trainer:
         flags = [float(stop), float(writing)]
         *sums, stops, writers = self.ranks.sum(torch.tensor([*counts.values(), *flags], dtype=torch.float64)).tolist()
         return dict(zip(counts, sums, strict=True)), stops > 0, self.saver.is_writing and writers == 0
-
-    def _training_values(self, sums: dict, counts: dict[str, float], clock: StepClock) -> dict[str, float]:
-        self._check_finite()
-        totals = self.ranks.sum(torch.stack([value.double().cpu() for value in sums.values()])).tolist()
-        means = {name: total / counts[name] for name, total in zip(sums, totals, strict=True)}
-        loss = sum(weight * means[name] for name, weight in self.task.weights.items())
-        return {
-            "loss": loss,
-            **means,
-            "grad_norm": self.learner.grad_norm,
-            "lr": self.learner.learning_rate,
-            **clock.values(self.training.batch_size),
-        }
 
     def _check_finite(self) -> None:
         """UserError, on all ranks, where a loss or gradient was not finite since the last look: before values are
@@ -222,6 +220,7 @@ class Trainer:
         return CheckpointState(
             step=self.step,
             samples_consumed=self.consumed,
+            samples_replaced=int(self.ranks.sum(torch.tensor(self.replaced)).item()),
             quarantined=self.task.quarantined,
             world_size=self.ranks.size,
             zero_stage=self.training.zero_stage,
@@ -297,6 +296,7 @@ class Trainer:
         self.consumed = state.samples_consumed
         if self.stopping:
             self.stopping.go_on_from(state.waiting)
+        self.replaced = self.replaced_before = state.samples_replaced if self.ranks.is_main else 0
         self.task.quarantined.update(state.quarantined)
         log.info("continuing from %s", checkpoint)
         if state.world_size != self.ranks.size:

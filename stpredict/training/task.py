@@ -21,6 +21,8 @@ class TrainingBatches(Protocol):
 
     #: Samples of each set that all ranks together have drawn: the position, which a checkpoint saves.
     consumed: dict[str, int]
+    #: Of those that this rank has drawn since it began, how many could not be read and were replaced by others.
+    replaced: int
 
     def draw(self, step: int, count: int) -> list[Batch]:
         """The ``count`` micro-batches of a step."""
@@ -65,7 +67,17 @@ class Task(ABC):
 
     @abstractmethod
     def training_step(self, forward: Forward, batch: Batch) -> Sums:
-        """The sum of each term over the batch. ``forward`` calls the model."""
+        """The sum of each term over the batch, or how often each code was used: a vector of uses, of which share and
+        perplexity are logged. ``forward`` calls the model."""
+
+    def tokens(self, batch: Batch) -> int:
+        """Tokens that the batch is for the model, for tokens/s; 0 where it has none."""
+        return 0
+
+    def forward_flops(self, *args: object, **kwargs: object) -> float | None:
+        """FLOPs of a forward pass of the model on these arguments, of which only shapes may be looked at; None: the
+        engine counts them, taking for attention that every pair is computed."""
+        return None
 
     def discriminator_step(self, forward: Forward, batch: Batch) -> Sums:
         """The sum of each of the discriminator's terms over a batch that ``training_step`` has seen, and may have put

@@ -197,6 +197,15 @@ def test_what_replaces_an_unreadable_video_is_of_its_window(broken_set):
     assert first_key not in item["key"][counts[0] :]
 
 
+def test_samples_that_were_replaced_are_counted(broken_set, reference):
+    bad = zero_video(broken_set, shard=2, member=1)
+    config = data(broken_set, max_bad_fraction=1)
+    with closing(clip_batches(config, "train", seed=0, share=Share(0, 2, 4), consumed={})) as batches:
+        for step in range(20):
+            batches.draw(step)
+        assert batches.replaced == sum(key == bad for key, _ in reference[:160:2]) > 0
+
+
 def test_an_unreadable_video_has_no_weight_in_evaluation(broken_set):
     bad = zero_video(broken_set, shard=0, member=0)
     ((item, *rest),) = evaluate(broken_set, max_bad_fraction=1)

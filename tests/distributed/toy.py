@@ -78,7 +78,7 @@ class ToyBatches:
 
     def __init__(self, share: Share, consumed: int, poison: int | None):
         self.share, self.poison = share, poison
-        self.consumed = {"toy": consumed}
+        self.consumed, self.replaced = {"toy": consumed}, 0
 
     def draw(self, step: int, count: int) -> list[Batch]:
         return [self._next() for _ in range(count)]
@@ -188,6 +188,16 @@ def main(out: Path) -> None:
                 found = {"step": trainer.step, "stopped": error, "marks": [m.tolist() for m in marks]}
                 found["unequal"] = sorted(trainer.unequal_buffers)
                 print(json.dumps(found | {"quarantined": task.quarantined}))
+
+
+def repeatable(row: dict) -> dict:
+    """What of a line of metrics.jsonl depends neither on clocks nor on the machine."""
+    measured = ("time", "data_wait_share", "tflops", "mfu")
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in measured and not name.startswith("step_s") and not name.endswith(("_per_s", "_gb"))
+    }
 
 
 def _signal_after(trainer: Trainer, step: int) -> None:
