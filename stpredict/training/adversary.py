@@ -47,10 +47,8 @@ class Adversary:
             for parameter in self.trained:
                 parameter.requires_grad_(True)
 
-    def optimizer_step(self, micro_batches: list[Batch], counts: dict[str, float], factor: float) -> dict[str, Tensor]:
-        """One update, its learning rate times ``factor``. Returns this rank's sums of every term."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
+    def backward(self, micro_batches: list[Batch], counts: dict[str, float]) -> dict[str, Tensor]:
+        """The gradient of a step, averaged over the ranks. Returns this rank's sums of every term."""
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches, 1):
@@ -62,5 +60,13 @@ class Adversary:
                 (loss * self.ranks.size).backward()
             for name, value in sums.items():
                 total[name] = total.get(name, 0) + value.detach()
-        self.optimizer.step()
         return total
+
+    def grad_norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+
+    def update(self, factor: float) -> None:
+        """By the gradient that is there, the learning rate times ``factor``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+        self.optimizer.step()

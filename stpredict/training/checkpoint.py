@@ -28,6 +28,7 @@ from data_pipeline.errors import UserError
 from stpredict.run import write_atomically
 from stpredict.training.config import CheckpointConfig
 from stpredict.training.early_stopping import Waiting
+from stpredict.training.guards import GuardState
 
 FORMAT = 2
 MARKER, LATEST = "COMPLETE", "latest"
@@ -59,6 +60,7 @@ class CheckpointState(BaseModel):
     config: dict[str, Any]
     metrics: dict[str, float] = {}
     waiting: Waiting | None = None
+    guards: GuardState = GuardState()
     export: dict[str, Any]
 
 

@@ -25,7 +25,7 @@ from stpredict.training.log_line import log_line
 from stpredict.training.logger import MetricsLogger
 from stpredict.training.meter import Meter
 from stpredict.training.ranks import Ranks
-from stpredict.training.restoring import newest_sound_checkpoint, restore
+from stpredict.training.restoring import named, newest_sound_checkpoint, restore
 from stpredict.training.saving import Saver
 from stpredict.training.signals import AGAIN, Preempted, StopRequest
 from stpredict.training.task import Batch, Share, Task
@@ -104,11 +104,14 @@ class Trainer:
                 meter.step_done(sums)
                 last = self.step == training.steps
                 if self.step % training.log_every == 0 or last or self.step == 1:
-                    self._check_finite()
                     values = meter.values(sums, counts, self.replaced)
                     if logger:
                         logger.scalars("train", self.step, values)
-                        shown = {name: values[name] for name in ("loss", "samples_per_s", "mfu") if name in values}
+                        shown = {
+                            name: values[name]
+                            for name in ("loss", "samples_per_s", "mfu")
+                            if math.isfinite(values.get(name, math.nan))
+                        }
                         progress.update(self.step, "training", **shown)
                         log.info("step %d/%d  %s", self.step, training.steps, log_line(values, counts))
                 elif progress:
@@ -159,15 +162,12 @@ class Trainer:
         return dict(zip(counts, sums, strict=True)), stops > 0, self.saver.is_writing and writers == 0
 
     def _check_finite(self) -> None:
-        """UserError, on all ranks, where a loss or gradient was not finite since the last look: before values are
-        believed, and before weights are saved."""
-        bad = self.learner.non_finite.double().cpu() + (not math.isfinite(self.learner.grad_norm))
-        if self.ranks.sum(bad).item():
-            self._finish_save()  # what is being written is of an earlier, finite step
+        """UserError, on all ranks, before anything is saved that is not finite. Skipped steps leave no trace, so this
+        is a model or an optimizer that made it out of what is."""
+        if keys := self.learner.not_finite():
             raise UserError(
-                f"{self.run.path}: the loss or its gradient is not finite, at step {self.step} or since the last one "
-                "logged; lower training.optimizer.lr or lengthen the warm-up, in another `run`, or run again from the "
-                "last checkpoint"
+                f"{self.run.path}: the state of step {self.step} is not finite and not saved: "
+                f"{'; '.join(named('', keys)).strip()}; lower training.optimizer.lr or lengthen the warm-up"
             )
 
     def _leave_preempted(self, received: Collection[Signals]) -> None:
@@ -229,6 +229,7 @@ class Trainer:
             config=self.identity,
             metrics=metrics if step == self.step else {},
             waiting=self.stopping and self.stopping.waiting,
+            guards=self.learner.guards.state.model_copy(deep=True),
             export=self.task.export_config().model_copy(update={"step": self.step}).model_dump(mode="json"),
         )
 
@@ -297,6 +298,7 @@ class Trainer:
         if self.stopping:
             self.stopping.go_on_from(state.waiting)
         self.replaced = self.replaced_before = state.samples_replaced if self.ranks.is_main else 0
+        self.learner.guards.state = state.guards
         self.task.quarantined.update(state.quarantined)
         log.info("continuing from %s", checkpoint)
         if state.world_size != self.ranks.size:

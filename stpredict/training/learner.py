@@ -10,10 +10,12 @@ import torch.distributed as dist
 from stpredict.training.adversary import Adversary
 from stpredict.training.config import TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
+from stpredict.training.guards import Guards
 from stpredict.training.pieces import Ema, Held, Piece, dealt, owned
 from stpredict.training.precision import resolve_precision
 from stpredict.training.ranks import Ranks
 from stpredict.training.schedule import apply_schedule, learning_rate_factor
+from stpredict.training.skipping import Buffers, Skippable
 from stpredict.training.task import Batch, Sums, Task
 
 
@@ -39,33 +41,51 @@ class Learner:
         # Weights that every rank holds, with the rank that alone has their averages.
         shared = dealt((piece for part in self.held for piece in part.pieces()), ranks.size)
         self._replicated = [(piece, owner) for piece, owner in shared if piece.key in trained]
-        # Counted where the loss is and read when values are logged, so that no step waits for a GPU.
-        self.non_finite = torch.zeros((), device=ranks.device)
+        self.guards = Guards()
+        self.update = Skippable(self.engine)
+        self.buffers = Buffers([part.model for part in self.held])
 
     def step(self, number: int, micro_batches: list[Batch], counts: dict[str, float]) -> Sums:
-        """Step ``number`` (from 0): forward and backward of all micro-batches, one update. Returns this rank's sums of
-        every term."""
+        """Step ``number`` (from 0): forward and backward of all micro-batches, then one update of everything, or of
+        nothing where the guards refuse it. Returns this rank's sums of every term."""
         training = self.training
         factor = learning_rate_factor(training.schedule, number, training.steps)
         apply_schedule(self.engine.optimizer, training.optimizer, training.schedule, number, training.steps)
+        self.buffers.keep()
         total: Sums = {}
-        for batch in micro_batches:
+        loss = torch.zeros((), device=self.ranks.device)
+        for left, batch in zip(range(len(micro_batches))[::-1], micro_batches, strict=True):
             with self.adversary.judging() if self.adversary else nullcontext():
                 sums = self.task.training_step(self.engine, batch)
-                loss = sum(weight * sums[name] / counts[name] for name, weight in self.task.weights.items())
+                part = sum(weight * sums[name] / counts[name] for name, weight in self.task.weights.items())
                 # DeepSpeed averages gradients over ranks; counts already span them, so the average is undone.
-                self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
-            self.non_finite += ~loss.detach().isfinite()
-            self.engine.step()
+                self.engine.backward(part * self.ranks.size, scale_wrt_gas=False)
+            if left:
+                self.engine.step()  # counts the micro-batch
+            loss += part.detach()
             for name, value in sums.items():
                 total[name] = total.get(name, 0) + value.detach()
+        judged = self.adversary.backward(micro_batches, counts) if self.adversary else {}
+        skip = self.guards.refuses(*self._over_ranks(loss, judged))
+        applied = self.update.step(skip)
+        self.guards.took(applied)
+        if not applied:
+            self.buffers.put_back()
+            return total | judged
         if self.ema:
             self.ema.update()
         if self.adversary:
-            judged = self.adversary.optimizer_step(micro_batches, counts, factor)
-            self.non_finite += sum(~value.isfinite() for value in judged.values())
-            total |= judged
-        return total
+            self.adversary.update(factor)
+        return total | judged
+
+    def _over_ranks(self, loss: torch.Tensor, judged: Sums) -> tuple[float, bool]:
+        """The step's loss, and whether the discriminator's losses and gradient are finite. The ranks decide by these
+        together, which costs a step one wait for the GPU."""
+        values = [*judged.values(), *([self.adversary.grad_norm()] if self.adversary else [])]
+        finite = torch.stack([torch.ones_like(loss), *(value.detach().float() for value in values)]).isfinite().all()
+        mine = torch.stack([loss.double(), (~finite).double()])
+        loss, bad = self.ranks.sum(mine.cpu()).tolist()
+        return loss, not bad
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -84,11 +104,20 @@ class Learner:
     @property
     def grad_norm(self) -> float:
         """Of the last step, before clipping."""
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        return self.update.norm
 
     @property
     def learning_rate(self) -> float:
         return self.engine.optimizer.param_groups[0]["lr"]
+
+    def not_finite(self) -> list[str]:
+        """Keys, over all ranks, of what of the training state is not finite. A buffer may hold infinity, as masks do,
+        but no NaN."""
+        pieces = [piece for piece in self.owned() if piece.tensor.is_floating_point()]
+        bad = [p.tensor.isnan().any() if p.kind == "buffer" else ~p.tensor.isfinite().all() for p in pieces]
+        flags = torch.stack(bad).tolist() if bad else []
+        found = self.ranks.gather([piece.key for piece, flag in zip(pieces, flags, strict=True) if flag])
+        return sorted({key for keys in found for key in keys})
 
     def owned(self) -> list[Piece]:
         pieces = owned((piece for part in self.held for piece in part.pieces()), self.ranks.rank, self.ranks.size)

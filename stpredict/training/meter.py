@@ -50,6 +50,7 @@ class Meter:
             **means,
             "grad_norm": learner.grad_norm,
             "lr": learner.learning_rate,
+            "steps_skipped": learner.guards.state.steps_skipped,
         }
         if learner.adversary:
             values["discriminator_lr"] = learner.adversary.optimizer.param_groups[0]["lr"]

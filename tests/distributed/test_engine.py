@@ -186,12 +186,11 @@ def test_refusals_leave_the_run_as_it_was(tmp_path):
     changed = {"training": {"zero_stage": 1, "optimizer": {"lr": 0.5}}}
     with pytest.raises(AssertionError, match=r"was saved under another config \(training.optimizer.lr: 0.01 → 0.5\)"):
         run_ranks([trial("run", **changed)], tmp_path, 1)
-    with pytest.raises(AssertionError, match="not finite, at step 3"):
-        run_ranks([trial("poisoned", poison=9, training={"log_every": 100})], tmp_path, 1)
-    with pytest.raises(AssertionError, match="not finite, at step 2"):  # stopped by a signal: nothing bad is saved
-        run_ranks([trial("poisoned", poison=9, until=2, training={"log_every": 100, "zero_stage": 0})], tmp_path, 1)
+    diverging = {"optimizer": {"lr": 1e38}, "clip_norm": None, "schedule": {"kind": "constant"}}
+    with pytest.raises(AssertionError, match=r"state of step 2 is not finite and not saved: .*model/weight/first.bias"):
+        run_ranks([trial("diverged", until=2, training=diverging)], tmp_path, 1)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
-    assert not list((tmp_path / "poisoned").glob("checkpoints/*"))
+    assert not list((tmp_path / "diverged").glob("checkpoints/*"))
 
 
 def test_batches_that_do_not_divide_name_those_that_do():

@@ -55,7 +55,7 @@ class ToyModel(nn.Module):
         x = x.to(self.first.weight.dtype)
         if self.rich:
             if self.training:
-                self.level.lerp_(torch.ones_like(self.level), 0.25)
+                self.level.lerp_(torch.ones_like(self.level) + 0 * x.detach().sum(), 0.25)  # of a NaN, NaN
                 self.steps = self.steps + 1
             x = (self.frozen(x) + self.level + 0.01 * self.steps).to(x.dtype)
         return self.second(self.dropout(torch.tanh(self.first(x))))
@@ -74,9 +74,10 @@ def stack(numbers: list[int]) -> Batch:
 
 
 class ToyBatches:
-    """Sample n of the toy set is made from n."""
+    """Sample n of the toy set is made from n. What is wrong with those in ``poison``: ``nan`` in the input; a loss that
+    is not finite (``loss``), or only its gradient (``gradient``); a truth far off (``spike``)."""
 
-    def __init__(self, share: Share, consumed: int, poison: int | None):
+    def __init__(self, share: Share, consumed: int, poison: Mapping[int, str]):
         self.share, self.poison = share, poison
         self.consumed, self.replaced = {"toy": consumed}, 0
 
@@ -88,8 +89,14 @@ class ToyBatches:
         numbers = [first + self.share.world_size * i for i in range(self.share.batch_size)]
         self.consumed["toy"] += self.share.world_size * self.share.batch_size
         batch = stack(numbers)
-        if self.poison in numbers:
-            batch["x"][0, 0] = float("nan")
+        for place, number in enumerate(numbers):
+            match self.poison.get(number):
+                case "nan":
+                    batch["x"][place, 0] = torch.nan
+                case "spike":
+                    batch["y"][place] *= 1000
+                case "loss" | "gradient" as kind:
+                    batch[kind] = torch.ones(())
         return batch
 
     def close(self) -> None:
@@ -102,14 +109,14 @@ class ToyTask(Task):
 
     metrics = ("l2",)
 
-    def __init__(self, dropout: float = 0.0, poison: int | None = None, rich: bool = False):
+    def __init__(self, dropout: float = 0.0, poison: Mapping[int, str] | None = None, rich: bool = False):
         self.model = ToyModel(dropout, rich)
         self.weights = {"l2": 1.0}
         if rich:
             frozen = nn.Linear(1, 1).requires_grad_(False)
             self.discriminator = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1), frozen)
             self.weights, self.discriminator_weights = {"l2": 1.0, "deceived": 0.5}, {"told": 1.0}
-        self.poison = poison
+        self.poison = poison or {}
         self.quarantined = {}
 
     def training_batches(self, share: Share, consumed: Mapping[str, int]) -> "ToyBatches":
@@ -126,6 +133,10 @@ class ToyTask(Task):
         output = forward(batch["x"]).float()
         error = (output - batch["y"]) * batch["mask"]
         sums = {"l2": error.square().sum()}
+        if "loss" in batch:
+            sums["l2"] = sums["l2"] + torch.inf
+        if "gradient" in batch:
+            sums["l2"] = sums["l2"] + (0 * output).square().sum().sqrt()
         if self.discriminator:
             batch["output"] = output.detach()
             sums["deceived"] = F.softplus(-self.discriminator(output)).sum()
@@ -155,7 +166,8 @@ def main(out: Path) -> None:
     with join_ranks() as ranks:
         for trial in json.load(sys.stdin):
             torch.manual_seed(0)
-            task = ToyTask(trial.get("dropout", 0.0), trial.get("poison"), trial.get("rich", False))
+            poison = {int(number): kind for number, kind in trial.get("poison", {}).items()}
+            task = ToyTask(trial.get("dropout", 0.0), poison, trial.get("rich", False))
             task.model.mark.fill_(ranks.rank)
             if trial.get("quarantine"):
                 task.quarantined[f"met by rank {ranks.rank}"] = "its worker died"
@@ -173,6 +185,8 @@ def main(out: Path) -> None:
                 trainer.saver.checkpoints, trainer.saved_step = run.path / "resaved", -1
                 trainer._save(last=True)
                 continue
+            if "refuse" in trial:
+                _refuse(trainer, trial["refuse"])
             if trial.get("unequal"):
                 task.model.mark.fill_(ranks.rank)
             until, error = trial.get("until"), None
@@ -198,6 +212,12 @@ def repeatable(row: dict) -> dict:
         for name, value in row.items()
         if name not in measured and not name.startswith("step_s") and not name.endswith(("_per_s", "_gb"))
     }
+
+
+def _refuse(trainer: Trainer, step: int) -> None:
+    """The guards refuse ``step``, from 0, whatever it is like."""
+    refuses = trainer.learner.guards.refuses
+    trainer.learner.guards.refuses = lambda *values: refuses(*values) or trainer.step == step
 
 
 def _signal_after(trainer: Trainer, step: int) -> None:
