@@ -73,7 +73,7 @@ def _join(config: JobConfig, place: ranks.Ranks) -> int:
             return 0
         config.check_ranks(place.world_size)
         before = prepare(run, config) if place.rank == 0 else None
-        code = start(config)
+        code = start(config, shared_terminal=True)
         if code == UsageError.exit_status:
             put_back(run, before)
         return code

@@ -41,6 +41,7 @@ class Watch:
         self.bar = _bar(console) if console.is_terminal else None
         self.task = self.bar.add_task(name, total=None, unit="", values="") if self.bar else None
         self.shown_at, self.shown_step = time.monotonic(), 0
+        self.said_where_from = False
 
     def __enter__(self) -> Self:
         if self.bar:
@@ -58,6 +59,9 @@ class Watch:
         status = self.run.status()
         if status is None or status.state == "pending":
             return
+        if status.continued_from is not None and not self.said_where_from:
+            self.said_where_from = True
+            self._line(f"continues from the checkpoint of {status.unit} {status.continued_from}")
         if self.bar:
             unit = f"{status.unit}s {status.phase}".strip()
             self.bar.update(

@@ -102,6 +102,7 @@ def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> str | N
         finished=None,
         error=None,
         note=None,
+        continued_from=None,
         host=socket.gethostname(),
         pid=os.getpid(),
     )

@@ -16,6 +16,7 @@ from launcher.parts import part_runs
 from launcher.progress import format_seconds, format_values
 from stpredict.run import Run, Status
 
+WIDE = 110  # characters, from which on there is room for a column of values
 COLOURS = {"done": "green", "running": "cyan", "preempted": "yellow", "failed": "red", "lost": "red"}
 
 
@@ -48,29 +49,42 @@ def rows(path: Path) -> list[Row]:
 
 
 def show(rows: list[Row], console: Console) -> None:
+    """A table, and below it what went wrong. On a narrow terminal the values, too, stand below it."""
     live = any(row.state in ("running", "lost") for row in rows)
-    table = Table("job", "state", "progress", "values", "elapsed", *(["left", "heartbeat"] * live), box=box.SIMPLE)
-    for column in table.columns[:3]:
-        column.no_wrap = True
+    wide = console.width >= WIDE
+    columns = [
+        "job",
+        "state",
+        "progress",
+        *(["values"] * wide),
+        "elapsed",
+        *(["left", "heartbeat" if wide else "seen"] * live),
+    ]
+    table = Table(*columns, box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for column in table.columns:
+        column.no_wrap = column.header != ("values" if wide else "job")
+        column.overflow = "fold"
     for row in rows:
         cells = [row.job, f"[{COLOURS.get(row.state, 'default')}]{row.state}[/]"]
         if row.status:
-            cells += [_progress(row.status), format_values(row.status), format_seconds(row.elapsed_s)]
+            values = [format_values(row.status)] if wide else []
+            cells += [_progress(row.status), *values, format_seconds(row.elapsed_s)]
         if row.state in ("running", "lost"):
-            cells += [format_seconds(row.eta_s), f"{format_seconds(row.heartbeat_age_s)} ago"]
+            cells += [format_seconds(row.eta_s), format_seconds(row.heartbeat_age_s)]
         table.add_row(*cells)
     console.print(table)
     for row in rows:
-        for line in (row.status.error, row.status.note) if row.status else ():
+        values = format_values(row.status) if row.status and not wide else None
+        for line in (values, row.status.error, row.status.note) if row.status else ():
             if line:
-                console.print(f"{row.job}: {line}", markup=False, soft_wrap=True)
+                console.print(f"{row.job}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _progress(status: Status) -> str:
     if not status.step:
         return status.phase
     of = f"/{status.steps}" if status.steps else ""
-    return f"{status.step}{of} {status.unit}s"
+    return f"{status.step}{of}" + (f" {status.unit}s" if status.unit != "step" else "")
 
 
 def is_lost(status: Status) -> bool:

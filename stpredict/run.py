@@ -47,6 +47,7 @@ class Status(BaseModel):
     slurm_job_id: str | None = None
     fingerprint: str | None = None
     error: str | None = None
+    continued_from: int | None = None  # the step of the checkpoint that this start began with
     note: str | None = None  # what else there is to say of how it ended
 
 

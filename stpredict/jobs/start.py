@@ -5,11 +5,11 @@ import importlib
 import logging
 import os
 import socket
-import sys
 from signal import SIGUSR2
 
 from data_pipeline.errors import UserError
 from stpredict.jobs.config import JobConfig
+from stpredict.jobs.rank_log import log_to
 from stpredict.jobs.requeue import requeue
 from stpredict.run import Run, State, now, write_atomically
 from stpredict.training.signals import AGAIN, Preempted, StopRequest
@@ -40,16 +40,15 @@ def command_of(kind: str) -> str:
     return COMMANDS.get(kind, kind)
 
 
-def start(config: JobConfig) -> int:
+def start(config: JobConfig, shared_terminal: bool = False) -> int:
     """Runs the job as rank ``RANK`` (0 where there is none). Returns 0, 1, 2, or 75: stopped early, resumable.
 
+    ``shared_terminal``: standard error is not this rank's alone, nor a file (see ``rank_log``).
     Only rank 0 writes status.json; why another rank failed stands in its logs/rank_N.error.
     """
     rank = int(os.environ.get("RANK", 0))
     run = Run(config.home)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stderr, force=True
-    )
+    log_to(run, rank, int(os.environ.get("WORLD_SIZE", 1)), shared_terminal)
     with StopRequest() as stop:  # from here on: a signal while torch is imported would end the process
         try:
             run.error_path(rank).unlink(missing_ok=True)
@@ -99,6 +98,7 @@ def _begin(config: JobConfig, run: Run) -> None:
         finished=None,
         error=None,
         note=None,
+        continued_from=None,
         host=socket.gethostname(),
         pid=os.getpid(),
         slurm_job_id=os.environ.get("SLURM_JOB_ID"),

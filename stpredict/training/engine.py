@@ -301,6 +301,8 @@ class Trainer:
         self.learner.guards.state = state.guards
         self.task.quarantined.update(state.quarantined)
         log.info("continuing from %s", checkpoint)
+        if self.ranks.is_main:
+            self.run.update_status(continued_from=self.step)
         if state.world_size != self.ranks.size:
             log.info("it was saved by %d ranks: random states begin anew", state.world_size)
             self._seed()

@@ -43,8 +43,8 @@ class ForwardFlops:
             self._flops[key] = self._count(*self._arguments[key])
         return sum(times * self._flops[key] for key, times in calls.items())
 
-    def _note(self, engine: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not engine.training:
+    def _note(self, _engine: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._task.model.training:  # the engine itself is always so
             return
         key = tuple(
             (leaf.shape, leaf.dtype) if torch.is_tensor(leaf) else repr(leaf) for leaf in tree_leaves((args, kwargs))

@@ -132,7 +132,7 @@ class ToyTask(Task):
     def training_step(self, forward, batch: Batch) -> dict[str, Tensor]:
         output = forward(batch["x"]).float()
         error = (output - batch["y"]) * batch["mask"]
-        sums = {"l2": error.square().sum()}
+        sums = {"l2": error.square().sum(), "code": torch.bincount(batch["x"].argmax(1), minlength=WIDTH)}
         if "loss" in batch:
             sums["l2"] = sums["l2"] + torch.inf
         if "gradient" in batch:
@@ -141,6 +141,9 @@ class ToyTask(Task):
             batch["output"] = output.detach()
             sums["deceived"] = F.softplus(-self.discriminator(output)).sum()
         return sums
+
+    def tokens(self, batch: Batch) -> int:
+        return batch["x"].numel()
 
     def discriminator_step(self, forward, batch: Batch) -> dict[str, Tensor]:
         judged = forward(torch.cat([batch["y"], batch["output"]]))

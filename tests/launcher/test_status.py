@@ -1,11 +1,14 @@
+import io
 import os
 import socket
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 
-from launcher.progress import format_seconds
-from launcher.status import rows
+from rich.console import Console
+
+from launcher.progress import Watch, format_seconds
+from launcher.status import rows, show
 from stpredict.run import Progress, Run, Status
 
 
@@ -63,3 +66,31 @@ def test_time_left_counts_from_where_this_process_began(tmp_path, monkeypatch):
 
 def test_seconds_are_written_as_a_clock_does():
     assert [format_seconds(value) for value in (None, 5, 65.4, 3661)] == ["", "0:05", "1:05", "1:01:01"]
+
+
+def shown(folder, width):
+    console = Console(width=width, file=io.StringIO())
+    show(rows(folder), console)
+    return console.file.getvalue()
+
+
+def test_80_columns_show_everything_of_a_long_job(tmp_path):
+    run = Run(tmp_path / "prior_on_latents")
+    values = {"loss": 5.123456, "samples_per_s": 41.25, "mfu": 0.381}
+    numbers = {"step": 123_456, "steps": 250_000, "values": values, "eta_s": 93_784}
+    write(run, state="running", pid=1, started=ago(42_246), heartbeat=ago(0), **numbers)
+    text = shown(run.path, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    for part in ("prior_on_latents", "running", "123456/250000", "11:44:0", "26:03:0"):
+        assert part in text
+    assert text.splitlines()[-1] == "prior_on_latents: loss 5.123 41.25 samples/s MFU 38%"
+    assert "loss 5.123 41.25 samples/s MFU 38%" in shown(run.path, 120).splitlines()[2]
+
+
+def test_what_a_training_continues_from_is_said_once(tmp_path):
+    run, console = Run(tmp_path), Console(width=200, file=io.StringIO())
+    run.update_status(kind="prior", state="running", continued_from=40, step=41, steps=100)
+    with Watch(run, "prior", console) as watch:
+        watch.show()
+        watch.show()
+    assert console.file.getvalue().count("prior: continues from the checkpoint of step 40\n") == 1
