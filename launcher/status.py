@@ -68,7 +68,7 @@ def show(rows: list[Row], console: Console) -> None:
         cells = [row.job, f"[{COLOURS.get(row.state, 'default')}]{row.state}[/]"]
         if row.status:
             values = [format_values(row.status)] if wide else []
-            cells += [_progress(row.status), *values, format_seconds(row.elapsed_s)]
+            cells += [_progress(row.status, wide), *values, format_seconds(row.elapsed_s)]
         if row.state in ("running", "lost"):
             cells += [format_seconds(row.eta_s), format_seconds(row.heartbeat_age_s)]
         table.add_row(*cells)
@@ -80,11 +80,11 @@ def show(rows: list[Row], console: Console) -> None:
                 console.print(f"{row.job}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _progress(status: Status) -> str:
+def _progress(status: Status, wide: bool) -> str:
     if not status.step:
         return status.phase
     of = f"/{status.steps}" if status.steps else ""
-    return f"{status.step}{of}" + (f" {status.unit}s" if status.unit != "step" else "")
+    return f"{status.step}{of}" + (f" {status.unit}s" if wide or status.unit != "step" else "")
 
 
 def is_lost(status: Status) -> bool:

@@ -27,6 +27,8 @@ COMPUTING = (
     "training.validate_every",
     "training.picture_every",
     "training.validate_with",
+    "training.histogram_every",
+    "training.profile",
     "training.peak_tflops",
     "training.checkpoint",
 )

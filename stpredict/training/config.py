@@ -91,6 +91,13 @@ class CheckpointConfig(Config):
     )
 
 
+class ProfileConfig(Config):
+    """Steps whose computations are timed one by one (torch.profiler)."""
+
+    step: int = Field(ge=1, description="the first one; after warm-up, such as 20")
+    steps: int = Field(3, ge=1)
+
+
 class TrainingConfig(Config):
     """One training run: ``batch_size`` counts samples over all ranks and accumulation steps."""
 
@@ -118,6 +125,10 @@ class TrainingConfig(Config):
     validate_with: Literal["averages", "weights"] = Field(
         "averages", description="what validation and pictures use where ema_decay keeps averages, as exports do"
     )
+    histogram_every: int | None = Field(
+        None, ge=1, description="steps between TensorBoard histograms of weights and gradient momenta"
+    )
+    profile: ProfileConfig | None = None
     peak_tflops: float | None = Field(
         None, gt=0, description="TFLOP/s that one rank's hardware can do, for MFU; default: a table of GPUs"
     )

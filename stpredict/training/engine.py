@@ -19,11 +19,13 @@ from stpredict.training.checkpoint import CheckpointState, read_state
 from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.early_stopping import EarlyStopping
 from stpredict.training.flops import ForwardFlops
+from stpredict.training.histograms import KINDS, histograms
 from stpredict.training.initial import initialise
 from stpredict.training.learner import Learner
 from stpredict.training.log_line import log_line
 from stpredict.training.logger import MetricsLogger
 from stpredict.training.meter import Meter
+from stpredict.training.profiling import Profiler
 from stpredict.training.ranks import Ranks
 from stpredict.training.restoring import named, newest_sound_checkpoint, restore
 from stpredict.training.saving import Saver
@@ -87,21 +89,27 @@ class Trainer:
         self.engine.train()
         meter = self.meter
         meter.clock.restart()
-        with closing(batches), closing(logger) if logger else nullcontext(), StopRequest() as stop:
+        profiler = Profiler(self.run, training.profile, ranks)
+        with closing(batches), closing(profiler), closing(logger) if logger else nullcontext(), StopRequest() as stop:
             while self.step < training.steps and not (self.stopping and self.stopping.over):
                 micro_batches = [self._to_device(batch) for batch in batches.draw(self.step, self.learner.accumulation)]
                 meter.data_ready(micro_batches)
-                counts, stopping, written = self._agree(micro_batches, bool(stop))
+                profiled = profiler.wanted(self.step + 1)
+                counts, stopping, written, profiled = self._agree(micro_batches, bool(stop), profiled)
                 if written:
                     self._finish_save()
                 if stopping:
                     self._save(last=True)
                     self._leave_preempted(stop.received)
+                if profiled:
+                    profiler.start(self.step + 1, profiled)
                 sums = self.learner.step(self.step, micro_batches, counts)
                 self.step += 1
                 self.consumed = dict(batches.consumed)
                 self.replaced = self.replaced_before + batches.replaced
                 meter.step_done(sums)
+                if profiler.step_done(self.step):
+                    meter.skip()
                 last = self.step == training.steps
                 if self.step % training.log_every == 0 or last or self.step == 1:
                     values = meter.values(sums, counts, self.replaced)
@@ -122,6 +130,9 @@ class Trainer:
                     last = last or bool(self.stopping and self.stopping.over)
                 if self.step % training.picture_every == 0 or last:
                     self._picture(logger)
+                    meter.skip()
+                if training.histogram_every and (self.step % training.histogram_every == 0 or last):
+                    self._histograms(logger)
                     meter.skip()
                 if last or self.step % training.checkpoint.every == 0:
                     if logger:
@@ -149,17 +160,19 @@ class Trainer:
                     f"there are {', '.join(self.task.metrics)}"
                 )
 
-    def _agree(self, micro_batches: list[Batch], stop: bool) -> tuple[dict[str, float], bool, bool]:
-        """Every term's count over all micro-batches and ranks, whether any rank was asked to stop, and whether all
-        have written what is being saved."""
+    def _agree(self, micro_batches: list[Batch], stop: bool, profiled: int) -> tuple[dict[str, float], bool, bool, int]:
+        """Every term's count over all micro-batches and ranks, whether any rank was asked to stop, whether all have
+        written what is being saved, and how many steps rank 0 wants to have ``profiled``."""
         counts: dict[str, float] = {}
         for batch in micro_batches:
             for name, count in self.task.counts(batch).items():
                 counts[name] = counts.get(name, 0.0) + count
         writing = self.saver.is_writing and not self.saver.is_written
-        flags = [float(stop), float(writing)]
-        *sums, stops, writers = self.ranks.sum(torch.tensor([*counts.values(), *flags], dtype=torch.float64)).tolist()
-        return dict(zip(counts, sums, strict=True)), stops > 0, self.saver.is_writing and writers == 0
+        flags = [float(stop), float(writing), float(profiled)]
+        *sums, stops, writers, profiled = self.ranks.sum(
+            torch.tensor([*counts.values(), *flags], dtype=torch.float64)
+        ).tolist()
+        return dict(zip(counts, sums, strict=True)), stops > 0, self.saver.is_writing and writers == 0, int(profiled)
 
     def _check_finite(self) -> None:
         """UserError, on all ranks, before anything is saved that is not finite. Skipped steps leave no trace, so this
@@ -203,6 +216,19 @@ class Trainer:
             frames = self.task.picture(self.engine, batch)
         if logger:
             logger.picture("val/picture", self.step, frames)
+
+    def _histograms(self, logger: MetricsLogger | None) -> None:
+        keys = [
+            f"{part.module}/{kind}/{name}"
+            for part in self.learner.held
+            for kind in KINDS
+            for name, parameter in part.model.named_parameters()
+            if parameter.requires_grad
+        ]
+        found = histograms(self.learner.owned(), keys, self.ranks)
+        if logger:
+            for key, histogram in found.items():
+                logger.histogram(key, self.step, histogram)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -1,11 +1,13 @@
 """Metrics of a run: metrics.jsonl and TensorBoard, written by rank 0."""
 
 import json
+import sys
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from stpredict.run import Run, now, write_atomically
+from stpredict.training.histograms import EDGES, Histogram
 
 
 class MetricsLogger:
@@ -28,6 +30,22 @@ class MetricsLogger:
         shown = frames[:: max(1, len(frames) // 8)]
         strip = np.concatenate(list(np.pad(shown, ((0, 0), (0, 0), (0, 8), (0, 0)), constant_values=255)), axis=1)
         self.tensorboard.add_image(name, strip, step, dataformats="HWC")
+
+    def histogram(self, name: str, step: int, histogram: Histogram) -> None:
+        edges = [*EDGES.tolist(), sys.float_info.max]
+        filled = [number for number, count in enumerate(histogram.counts) if count]
+        shown = slice(max(0, filled[0] - 1), filled[-1] + 1)  # with the lower end of the first
+        self.tensorboard.add_histogram_raw(
+            name,
+            histogram.least,
+            histogram.most,
+            histogram.elements,
+            histogram.sum,
+            histogram.sum_of_squares,
+            edges[shown],
+            histogram.counts[shown],
+            step,
+        )
 
     def flush(self) -> None:
         self.tensorboard.flush()

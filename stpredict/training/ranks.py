@@ -41,6 +41,11 @@ class Ranks:
         dist.all_reduce(tensor, group=self.control)
         return tensor
 
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest of each element of ``tensor`` (on the CPU) over the ranks, in place."""
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return tensor
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, on every rank."""
         values = [None] * self.size

@@ -1,14 +1,18 @@
 """What a training writes for a person to look at, in two processes."""
 
+import gzip
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, HistogramEvent
 
 from stpredict.quantizers.code_use import perplexity
 from stpredict.run import Run
+from stpredict.training.histograms import KINDS
+from tests.distributed.test_engine import whole_state
 from tests.distributed.toy import WIDTH, run_ranks, sample
 
 TRAINING = {
@@ -31,7 +35,15 @@ def trial(run: str, rich: bool = False, **training) -> dict:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("logged")
-    run_ranks([trial("plain", micro_batch_size=2), trial("rich", rich=True, zero_stage=3)], folder, 2)
+    (folder / "plain").mkdir()
+    (folder / "plain" / "profile").write_text("2\n")
+    profile = {"step": 4, "steps": 1}
+    trials = [
+        trial("plain", micro_batch_size=2),
+        trial("rich", rich=True, zero_stage=3, histogram_every=4, profile=profile),
+        trial("rich_0", rich=True, zero_stage=0, histogram_every=4),
+    ]
+    run_ranks(trials, folder, 2)
     return folder
 
 
@@ -79,3 +91,47 @@ def test_tensorboard_has_the_same_numbers_and_pictures(runs):
             (value,) = [e.value for e in events.Scalars(f"{row['split']}/{name}") if e.step == row["step"]]
             assert value == pytest.approx(row[name], rel=1e-6)
     assert [event.step for event in events.Images("val/picture")] == [3, 6]
+
+
+@pytest.mark.parametrize(("name", "first", "steps"), [("plain", 1, 2), ("rich", 4, 1)])
+def test_a_profile_asked_for_by_a_file_or_by_the_config_holds_those_steps_of_every_rank(runs, name, first, steps):
+    run = Run(runs / name)
+    traces = sorted((run.path / "profiles").iterdir())
+    assert [trace.name for trace in traces] == [f"step_{first}_rank_{rank}.json.gz" for rank in (0, 1)]
+    assert not (run.path / "profile").exists()
+    for trace in traces:
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        names = Counter(event.get("name") for event in events if event.get("ph") == "X")
+        marked = {name for name in names if name.startswith("training step ")}
+        assert marked == {f"training step {step}" for step in range(first, first + steps)}
+        assert names["aten::tanh"] >= steps
+        assert any("backward" in name.lower() for name in names)
+        assert any("adam" in name for name in names)
+
+
+def read_histograms(run: Run) -> dict[tuple[str, int], HistogramEvent]:
+    events = EventAccumulator(str(run.tensorboard), size_guidance={"histograms": 0}).Reload()
+    tags = events.Tags()["histograms"]
+    return {(tag, event.step): event.histogram_value for tag in tags for event in events.Histograms(tag)}
+
+
+@pytest.mark.parametrize("name", ["rich", "rich_0"])
+def test_histograms_are_those_of_the_whole_tensors_at_every_stage(runs, name):
+    run = Run(runs / name)
+    found = read_histograms(run)
+    assert {step for _, step in found} == {4, 6}
+    state = {key: tensor for key, tensor in whole_state(run).items() if key.split("/")[1] in KINDS}
+    trained = {key for key in state if "frozen" not in key and not key.startswith("discriminator/weight/3.")}
+    assert {key for key, step in found if step == 6} == trained & {key for key, _ in found}
+    for key in trained:
+        histogram, tensor = found[key, 6], state[key].double().flatten()
+        assert histogram.num == len(tensor) == sum(histogram.bucket)
+        assert (histogram.min, histogram.max) == (tensor.min(), tensor.max())
+        assert histogram.sum == pytest.approx(tensor.sum().item(), abs=1e-9)
+        assert histogram.sum_squares == pytest.approx(tensor.square().sum().item())
+        below = [int((tensor <= limit).sum()) for limit in histogram.bucket_limit]
+        assert below == torch.tensor(histogram.bucket).cumsum(0).tolist()
+
+
+def test_no_histograms_unless_they_are_asked_for(runs):
+    assert not read_histograms(Run(runs / "plain"))
