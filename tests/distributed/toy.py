@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data_pipeline.config import Config
 from launcher.rank import leave
+from stpredict.layers.batch_norm import BatchNorm
 from stpredict.run import Run
 from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.engine import Trainer
@@ -38,13 +39,15 @@ class ToyExport(Config):
 
 class ToyModel(nn.Module):
     """``rich`` adds what DeepSpeed's checkpoints leave out, all of it felt in the output: a frozen layer and two
-    buffers that every training step changes, one of them by putting a new tensor in its place."""
+    buffers that every training step changes, one of them by putting a new tensor in its place. ``normalised`` puts a
+    BatchNorm between its layers."""
 
-    def __init__(self, dropout: float, rich: bool = False):
+    def __init__(self, dropout: float, rich: bool = False, normalised: bool = False):
         super().__init__()
         self.first, self.second = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("mark", torch.zeros(3))
+        self.norm = BatchNorm(16) if normalised else nn.Identity()
         self.rich = rich
         if rich:
             self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
@@ -58,7 +61,7 @@ class ToyModel(nn.Module):
                 self.level.lerp_(torch.ones_like(self.level) + 0 * x.detach().sum(), 0.25)  # of a NaN, NaN
                 self.steps = self.steps + 1
             x = (self.frozen(x) + self.level + 0.01 * self.steps).to(x.dtype)
-        return self.second(self.dropout(torch.tanh(self.first(x))))
+        return self.second(self.dropout(self.norm(torch.tanh(self.first(x)))))
 
 
 def sample(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,8 +112,14 @@ class ToyTask(Task):
 
     metrics = ("l2",)
 
-    def __init__(self, dropout: float = 0.0, poison: Mapping[int, str] | None = None, rich: bool = False):
-        self.model = ToyModel(dropout, rich)
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        poison: Mapping[int, str] | None = None,
+        rich: bool = False,
+        normalised: bool = False,
+    ):
+        self.model = ToyModel(dropout, rich, normalised)
         self.weights = {"l2": 1.0}
         if rich:
             frozen = nn.Linear(1, 1).requires_grad_(False)
@@ -169,8 +178,8 @@ def main(out: Path) -> None:
     with join_ranks() as ranks:
         for trial in json.load(sys.stdin):
             torch.manual_seed(0)
-            poison = {int(number): kind for number, kind in trial.get("poison", {}).items()}
-            task = ToyTask(trial.get("dropout", 0.0), poison, trial.get("rich", False))
+            options = {name: trial[name] for name in ("dropout", "rich", "normalised") if name in trial}
+            task = ToyTask(poison={int(number): kind for number, kind in trial.get("poison", {}).items()}, **options)
             task.model.mark.fill_(ranks.rank)
             if trial.get("quarantine"):
                 task.quarantined[f"met by rank {ranks.rank}"] = "its worker died"
@@ -190,6 +199,7 @@ def main(out: Path) -> None:
                 continue
             if "refuse" in trial:
                 _refuse(trainer, trial["refuse"])
+            begun = ranks.gather({name: buffer.tolist() for name, buffer in task.model.named_buffers()})
             if trial.get("unequal"):
                 task.model.mark.fill_(ranks.rank)
             until, error = trial.get("until"), None
@@ -204,6 +214,7 @@ def main(out: Path) -> None:
             if ranks.is_main:
                 found = {"step": trainer.step, "stopped": error, "marks": [m.tolist() for m in marks]}
                 found["unequal"] = sorted(trainer.unequal_buffers)
+                found["begun"] = begun  # each rank's buffers before the first step
                 print(json.dumps(found | {"quarantined": task.quarantined}))
 
 
