@@ -10,8 +10,10 @@ import yaml
 from stpredict.jobs.export import _best
 from stpredict.run import Run
 from stpredict.training.checkpoint import complete_checkpoints, folder_of, rating
+from tests.distributed.command import stpredict
 from tests.distributed.test_engine import assert_same_bits, checkpoint_weights, trial, whole_state
 from tests.distributed.toy import ToyModel, run_ranks, stack
+from tests.stpredict.tokenized import make_shards
 
 DECAY = 0.8
 ENGINES = [("fp32", stage) for stage in (0, 1, 2, 3)] + [("bf16", stage) for stage in (1, 2, 3)]
@@ -132,3 +134,32 @@ def test_a_metric_that_validation_does_not_give_is_refused_before_training_begin
         with pytest.raises(AssertionError, match=f"training.{name}.metric 'psnr' is no metric .* there are l2"):
             run_ranks([trial("refused", training=training)], tmp_path, 1)
     assert not (tmp_path / "refused" / "metrics.jsonl").exists()
+
+
+def test_the_command_takes_a_training_that_stopped_early_for_done_and_goes_on_when_forced(tmp_path):
+    shards, config = make_shards(tmp_path), tmp_path / "train.yaml"
+    stopping = {"metric": "mse", "mode": "min", "patience": 2, "min_delta": 1e9}
+    content = {
+        "kind": "tokenizer",
+        "run": str(tmp_path / "run"),
+        "data": {"shards": str(shards), "workers": 0, "clip": {"frames": 5, "size": [32, 32]}},
+        "model": {"patch": 8, "channels": [8], "blocks": [0], "strides": [], "middle_blocks": 0, "groups": 4},
+        "training": {"steps": 40, "batch_size": 4, "validate_every": 1, "early_stopping": stopping},
+    }
+    config.write_text(yaml.safe_dump(content))
+    done = stpredict("train", config)
+    run = Run(tmp_path / "run")
+    status = run.status()
+    assert (done.returncode, status.state, status.step) == (0, "done", 3), done.stderr
+    assert "stopped at step 3 of 40: mse of the last 2 validations" in stpredict("status", run.path).stdout
+    assert (run.export / "model.safetensors").is_file()
+
+    again = stpredict("train", config)
+    assert (again.returncode, run.status()) == (0, status), again.stderr
+
+    more = "training.early_stopping.patience=4"
+    refused = stpredict("train", config, more)
+    assert refused.returncode == 2
+    assert "training.early_stopping.patience: 2 → 4" in refused.stderr
+    forced = stpredict("train", config, more, "--force")
+    assert (forced.returncode, run.status().step) == (0, 5), forced.stderr
