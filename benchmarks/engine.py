@@ -11,10 +11,10 @@ steps   A transformer (NBP's prior) trained by the Trainer, and the same model b
         that it does from getting a batch to asking for the next (counts, logging and status file too), with ranks
         waiting for each other before and after both. Medians of the ratios, turn by turn, with the 95 % interval from
         order statistics; and the ratio of the sums, in which steps that log weigh as they should.
-memory  Bytes of all live tensors of a rank, after a step and the most at four moments of one (after forward, after
-        backward, before and after the optimizer), against the textbook's bytes per parameter. Two models, of N and
-        N / 4 parameters, tell what grows with the parameters from what does not (buckets of a fixed size). Activations
-        are one sample's.
+memory  Bytes of all live tensors of a rank, after a step and the most at the moments of one where they can be counted
+        (after forward, with each gradient in backward, after it, before and after the optimizer), against the
+        textbook's bytes per parameter. Two models, of N and N / 4 parameters, tell what grows with the parameters from
+        what does not (buckets of a fixed size). Activations are one sample's.
 """
 
 import argparse
@@ -303,7 +303,6 @@ def measured(parameters: float, ranks: Ranks, folder: Path, precision: str, stag
         picture_every=NEVER,
         checkpoint={"every": NEVER},
     )
-    trainer = trainer_of(task, training, folder, ranks)
     found: dict[str, int] = {}
 
     def look(moment: str) -> Callable[..., None]:
@@ -313,6 +312,9 @@ def measured(parameters: float, ranks: Ranks, folder: Path, precision: str, stag
 
         return looked
 
+    for parameter in model.parameters():  # before DeepSpeed's hooks, which take the gradient away
+        parameter.register_post_accumulate_grad_hook(look("in backward"))
+    trainer = trainer_of(task, training, folder, ranks)
     task.before_draw, task.after_forward = look("after a step"), look("after forward")
     trainer.engine.basic_optimizer.register_step_pre_hook(look("before the optimizer"))
     trainer.engine.basic_optimizer.register_step_post_hook(look("after the optimizer"))
