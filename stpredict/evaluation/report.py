@@ -113,11 +113,18 @@ def _training(run: RunFacts) -> dict[str, Any]:
     rows = [row for row in run.rows if row["split"] == "train"]
     waits = [row["data_wait_share"] for row in rows if "data_wait_share" in row]
     rates = [row["samples_per_s"] for row in rows if "samples_per_s" in row]
+    shares = [row["mfu"] for row in rows if "mfu" in row]
+    memory = [row.get("gpu_reserved_gb", row.get("rss_gb", 0)) for row in rows]
+    replaced, skipped = ((rows[-1].get(name, 0) if rows else 0) for name in ("samples_replaced", "steps_skipped"))
     facts = [
         f"step {rows[-1]['step']} of {run.status.steps or '?'}" if rows else "",
         run.precision or "",
         f"{median(rates):,.1f} samples/s" if rates else "",
+        f"MFU {median(shares):.0%}" if shares else "",
         f"{median(waits):.1%} of the time waiting for data" if waits else "",
+        f"at most {max(memory):.2f} GB per rank" if any(memory) else "",
+        f"{replaced} unreadable samples replaced" if replaced else "",
+        f"{skipped} steps skipped" if skipped else "",
     ]
     chart = _svg(training_chart(run.kind, run.rows), run) if run.rows else None
     return {"run": run, "facts": ", ".join(filter(None, facts)), "chart": chart}

@@ -29,6 +29,7 @@ COMPUTING = (
     "training.validate_with",
     "training.histogram_every",
     "training.profile",
+    "training.wandb",
     "training.peak_tflops",
     "training.checkpoint",
 )

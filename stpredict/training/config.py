@@ -98,6 +98,17 @@ class ProfileConfig(Config):
     steps: int = Field(3, ge=1)
 
 
+class WandbConfig(Config):
+    """A run of Weights & Biases that shows what metrics.jsonl holds."""
+
+    project: str
+    entity: str | None = Field(None, description="user or team; default: that of the login")
+    name: str | None = Field(None, description="default: the run directory's")
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline"] = "online"
+
+
 class TrainingConfig(Config):
     """One training run: ``batch_size`` counts samples over all ranks and accumulation steps."""
 
@@ -129,6 +140,7 @@ class TrainingConfig(Config):
         None, ge=1, description="steps between TensorBoard histograms of weights and gradient momenta"
     )
     profile: ProfileConfig | None = None
+    wandb: WandbConfig | None = None
     peak_tflops: float | None = Field(
         None, gt=0, description="TFLOP/s that one rank's hardware can do, for MFU; default: a table of GPUs"
     )

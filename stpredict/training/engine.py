@@ -31,6 +31,7 @@ from stpredict.training.restoring import named, newest_sound_checkpoint, restore
 from stpredict.training.saving import Saver
 from stpredict.training.signals import AGAIN, Preempted, StopRequest
 from stpredict.training.task import Batch, Share, Task
+from stpredict.training.wandb_sink import WandbSink, check_wandb
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Trainer:
         self.init_from = init_from
         self._check_metric_names()
         self.stopping = EarlyStopping(training.early_stopping) if training.early_stopping else None
+        if training.wandb and ranks.is_main:
+            check_wandb(training.wandb)
         flops = ForwardFlops(task)  # of the model before DeepSpeed splits it
         self.learner = Learner(task, training, ranks)
         self.engine = self.learner.engine
@@ -81,7 +84,7 @@ class Trainer:
         """Runs the remaining steps. Raises Preempted after saving, where a signal asked to stop."""
         training, ranks = self.training, self.ranks
         batches = self.task.training_batches(self.share, self.consumed)
-        logger = MetricsLogger(self.run, self.step) if ranks.is_main else None
+        logger = self._logger() if ranks.is_main else None
         progress = Progress(self.run, training.steps, "step") if ranks.is_main else None
         log.info("%s", self.learner.summary())
         if ranks.is_main:
@@ -146,6 +149,10 @@ class Trainer:
             log.info("step %d/%d  training ends here: %s", self.step, training.steps, self.stopping.reason)
             if ranks.is_main:
                 self.run.update_status(note=f"stopped at step {self.step} of {training.steps}: {self.stopping.reason}")
+
+    def _logger(self) -> MetricsLogger:
+        config = self.training.wandb
+        return MetricsLogger(self.run, self.step, WandbSink(self.run, config, self.identity) if config else None)
 
     def _check_metric_names(self) -> None:
         """UsageError where a metric is to be watched that validation does not give."""

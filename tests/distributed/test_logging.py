@@ -1,6 +1,7 @@
 """What a training writes for a person to look at, in two processes."""
 
 import gzip
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -43,6 +44,8 @@ def runs(tmp_path_factory) -> Path:
         trial("rich", rich=True, zero_stage=3, histogram_every=4, profile=profile),
         trial("rich_0", rich=True, zero_stage=0, histogram_every=4),
     ]
+    if importlib.util.find_spec("wandb"):
+        trials[0]["training"]["wandb"] = {"project": "toys", "mode": "offline"}
     run_ranks(trials, folder, 2)
     return folder
 
@@ -135,3 +138,9 @@ def test_histograms_are_those_of_the_whole_tensors_at_every_stage(runs, name):
 
 def test_no_histograms_unless_they_are_asked_for(runs):
     assert not read_histograms(Run(runs / "plain"))
+
+
+def test_weights_and_biases_gets_the_run_too_where_it_is_installed(runs):
+    pytest.importorskip("wandb")
+    (file,) = (runs / "plain" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert file.stat().st_size > 1000

@@ -107,6 +107,7 @@ def _train(run: Run, at) -> None:
         values = {name: value * (1 + 0.08 * rng.normal()) for name, value in at(np.exp(-step / 60)).items()}
         train = {name: value for name, value in values.items() if name not in ("psnr", "codes_used")}
         cost = {"lr": 1e-3 * (1 - step / 300), "samples_per_s": 41.0, "data_wait_share": 0.02}
+        cost |= {"mfu": 0.4, "rss_gb": 1.5, "samples_replaced": 2, "steps_skipped": 1}
         rows.append({"step": step, "split": "train", **train, **cost})
         if step % 50 == 0:
             rows.append({"step": step, "split": "val", **{k: v for k, v in values.items() if k != "loss"}})

@@ -45,6 +45,8 @@ def test_the_page_says_the_headline_numbers_the_precision_and_the_jobs(page, pip
         "token grid 5 × 8 × 8",  # noqa: RUF001
         f"stpredict train {pipeline['prior']}/config.yaml",
         "learning rate",
+        "41.0 samples/s, MFU 40%, 2.0% of the time waiting for data, at most 1.50 GB per rank",
+        "2 unreadable samples replaced, 1 steps skipped",
     ):
         assert part in page, part
     assert "Missing from this page" not in page
