@@ -93,11 +93,10 @@ class Held:
             self.engine.optimizer.update_lp_params()
         elif self.stage == 3:
             optimizer = self.engine.optimizer
+            optimizer.checkpoint_event_prologue()  # what the last forward pass has gathered, and kept, would stay
             for _, parameter, flat, offset, *_ in self._trained():
                 parameter.ds_tensor.data.copy_(flat.detach()[offset : offset + parameter.partition_numel()])
-            if persistent := optimizer.persistent_parameters:  # small ones, which every rank also keeps gathered
-                persistent[0].partition(persistent)
-            optimizer.checkpoint_event_epilogue()
+            optimizer.checkpoint_event_epilogue()  # small ones are gathered for good
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter, Tensor, int, int, int]]:
         """Of each trained parameter: name, itself, the fp32 tensor that the optimizer updates here, where in that the
@@ -192,6 +191,13 @@ def dealt(pieces: Iterable[Piece], size: int) -> list[tuple[Piece, int]]:
         load[least] += piece.tensor.nbytes
         found.append((piece, least))
     return found
+
+
+def make_contiguous(model: nn.Module) -> None:
+    """Puts the elements of every parameter and buffer in the order of its axes, of which pieces are views. In place:
+    for models in channels-last memory, before an optimizer or an engine takes them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.contiguous()
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
