@@ -1,4 +1,5 @@
-"""What ``stpredict doctor`` shows: what works on this machine. It builds DeepSpeed's CPU op, so that no job has to."""
+"""What ``stpredict doctor`` shows: what works on this machine. It builds DeepSpeed's ops for the CPU, so that
+no job has to."""
 
 import importlib
 import json
@@ -36,7 +37,7 @@ class Finding(NamedTuple):
 def doctor(as_json: bool) -> int:
     """Prints the findings; exit status 1 if something that every job needs does not work."""
     console = Console()
-    with redirect_stdout(sys.stderr), Console(stderr=True).status("looking (the first time compiles for 20 s)"):
+    with redirect_stdout(sys.stderr), Console(stderr=True).status("looking (the first time compiles for a minute)"):
         findings = [_find(check) for check in CHECKS]
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
@@ -109,6 +110,14 @@ def _deepspeed() -> str:
     return f"{deepspeed.__version__}, deepspeed_shm_comm loaded in {time.monotonic() - began:.1f} s"
 
 
+def _cpu_adam() -> str:
+    from stpredict.training.compiled_op import CPU_ADAM, load_compiled_op
+
+    began = time.monotonic()
+    load_compiled_op(CPU_ADAM)
+    return f"for training.offload.optimizer: loaded in {time.monotonic() - began:.1f} s"
+
+
 def _av() -> str:
     import av
 
@@ -143,6 +152,7 @@ CHECKS = (
     Check("torch", True, _torch),
     Check("bf16", True, _bf16),
     Check("deepspeed", True, _deepspeed),
+    Check("cpu_adam", False, _cpu_adam),
     Check("webdataset", True, _package("webdataset", "webdataset")),
     Check("av", True, _av),
     Check("decord", True, _package("decord", "decord")),

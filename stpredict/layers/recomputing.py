@@ -1,23 +1,23 @@
-"""Whether a forward is the second one of the same step, which activation checkpointing runs to save memory. What a
-layer counts or averages over the steps must not count it."""
+"""Whether the forward pass that runs is one that is run again for the backward pass.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+A layer with a state of its own (a codebook's moving averages, running statistics) moves it only where it is not:
+``if self.training and not recomputing(): ...``
+"""
+
 from contextvars import ContextVar
 
-_recomputing = ContextVar("recomputing", default=False)
+_again: ContextVar[int] = ContextVar("recomputing", default=0)
 
 
 def recomputing() -> bool:
-    return _recomputing.get()
+    return _again.get() > 0
 
 
-@contextmanager
-def recomputation() -> Iterator[None]:
-    """Around the second forward: ``torch.utils.checkpoint.checkpoint(..., context_fn=lambda: (nullcontext(),
-    recomputation()))``."""
-    token = _recomputing.set(True)
-    try:
-        yield
-    finally:
-        _recomputing.reset(token)
+class Recomputation:
+    """What runs inside is run again. May be entered any number of times: a graph may be gone through more than once."""
+
+    def __enter__(self) -> None:
+        _again.set(_again.get() + 1)
+
+    def __exit__(self, *error) -> None:
+        _again.set(_again.get() - 1)

@@ -1,11 +1,11 @@
 """Training a prior: predict the next block of tokens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError
 from data_pipeline.transforms import to_clip
@@ -34,6 +34,9 @@ class PriorTask(Task):
         self.given_latent_frames = given_latent_frames(given_frames, self.data.clip, self.tokenizer.export.model, model)
         self.weights = {"cross_entropy": 1.0}
         self.quarantined = {}
+
+    def layers(self) -> Sequence[nn.Module]:
+        return self.model.layers
 
     def training_batches(self, share: Share, consumed: Mapping[str, int]) -> TrainingBatches:
         return self.data.training_batches(share, consumed, self.quarantined)

@@ -1,11 +1,11 @@
 """Training a tokenizer: reconstruct clips."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.config import ClipDataConfig
 from data_pipeline.shard_set import read_set
@@ -34,6 +34,10 @@ class TokenizerTask(Task):
         self.model = CausalCnnTokenizer(model)
         self.weights = {name: weight for name, weight in (("l1", loss.l1), ("l2", loss.l2)) if weight}
         self.data, self.seed, self.quarantined = data, seed, {}
+
+    def layers(self) -> Sequence[nn.Module]:
+        encoder, decoder = self.model.encoder, self.model.decoder
+        return [*encoder.stages, *encoder.middle, *decoder.middle, *decoder.stages]
 
     def training_batches(self, share: Share, consumed: Mapping[str, int]) -> TrainingBatches:
         return clip_batches(

@@ -56,6 +56,7 @@ class CheckpointState(BaseModel):
     world_size: int
     zero_stage: int
     precision: str
+    loss_scale: dict[str, float] | None = None  # of fp16
     optimizer_steps: dict[str, int]
     config: dict[str, Any]
     metrics: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""DeepSpeed's CPU op, compiled once for each environment, and no start that waits for a compiler that was killed."""
+"""DeepSpeed's CPU ops, compiled once for each environment, and no start that waits for a compiler that was killed."""
 
 import fcntl
 import logging
@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline.errors import UserError
+
 log = logging.getLogger(__name__)
+SHARED_MEMORY, CPU_ADAM = "ShareMemCommBuilder", "CPUAdamBuilder"
 
 
 def extensions_folder() -> Path:
@@ -21,24 +24,29 @@ def extensions_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
 
 
-def load_compiled_op() -> None:
-    """Loads the shared-memory op that DeepSpeed uses on CPU; compiles it (about 20 s) where that was not done yet.
+def load_compiled_op(builder_name: str = SHARED_MEMORY) -> None:
+    """Loads an op: the one that DeepSpeed communicates by on a CPU, or the Adam of offloaded optimizers. Compiles it
+    (about 20 s) where that was not done yet. UserError where it cannot be.
 
     torch marks a compilation by a file named ``lock``; a process killed at that moment leaves it, and all later ones
     would wait for ever. Here they take turns by a lock of the kernel's, which dies with its holder: so a ``lock`` that
     is there in one's turn is such a leftover.
     """
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.accelerator import get_accelerator
 
-    builder = ShareMemCommBuilder()
+    builder = get_accelerator().create_op_builder(builder_name)
     folder = extensions_folder()
     with _turn(folder / f"{builder.name}.turn") as alone:
         if not any(folder.glob(f"**/{builder.name}.so")):
-            log.info("compiling DeepSpeed's CPU op into %s, once: about 20 s", folder)
+            log.info("compiling DeepSpeed's %s into %s, once: about 20 s", builder.name, folder)
         for lock in folder.glob(f"**/{builder.name}/lock") if alone else ():
             lock.unlink(missing_ok=True)
             log.warning("%s: left by a process that was killed; removed", lock)
-        builder.load(verbose=False)
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, OSError) as error:
+            lines = str(error).strip().splitlines() or [repr(error)]
+            raise UserError(f"DeepSpeed's {builder.name} cannot be compiled here: {lines[-1]}") from error
 
 
 @contextmanager

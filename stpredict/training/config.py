@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from data_pipeline.config import Config
 from data_pipeline.errors import UsageError
+from stpredict.training.computing import ActivationCheckpointingConfig, DeepSpeedSettings, OffloadConfig
 
 
 class OptimizerConfig(Config):
@@ -117,8 +118,19 @@ class TrainingConfig(Config):
     micro_batch_size: int | None = Field(
         None, ge=1, description="samples per rank and forward; default: no accumulation"
     )
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    accumulation_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        exclude_if=lambda value: value == "fp32",  # runs that are older than the key are runs with it
+        description="in which gradients are added up over micro-batches and ranks; fp32 or that of precision",
+    )
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: OffloadConfig = OffloadConfig()
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="torch.compile of each layer; auto: on CUDA, up to ZeRO-2, without recomputation"
+    )
+    deepspeed: DeepSpeedSettings = Field({}, description="DeepSpeed's own settings: bucket sizes, overlap_comm, ...")
     deterministic: bool = Field(False, description="on CUDA: kernels that give the same bits every time, slower")
     clip_norm: float | None = Field(1.0, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -164,9 +176,11 @@ class TrainingConfig(Config):
         return per_rank // micro
 
     @model_validator(mode="after")
-    def _master_weights(self):
-        if self.zero_stage == 0 and self.precision == "bf16":
-            raise ValueError("zero_stage 0 keeps no fp32 master weights: use zero_stage 1 with bf16, or precision fp32")
+    def _offload_is_sharded(self):
+        if self.offload.optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("offload.optimizer needs zero_stage 1, 2 or 3: ZeRO-0 keeps no state apart from the model")
+        if self.offload.parameters != "none" and self.zero_stage != 3:
+            raise ValueError(f"offload.parameters needs zero_stage 3, and it is {self.zero_stage}")
         return self
 
     @model_validator(mode="after")

@@ -258,6 +258,7 @@ class Trainer:
             world_size=self.ranks.size,
             zero_stage=self.training.zero_stage,
             precision=self.learner.precision,
+            loss_scale=self.learner.loss_scale.state() if self.learner.loss_scale else None,
             optimizer_steps=self.learner.optimizer_steps(),
             config=self.identity,
             metrics=metrics if step == self.step else {},
@@ -325,6 +326,8 @@ class Trainer:
                 )
             log.warning("%s: was saved under another config: %s", checkpoint, ", ".join(changes))
         state = restore(checkpoint, self.learner.held, self.learner.averages, self.ranks)
+        if self.learner.loss_scale and state.loss_scale:
+            self.learner.loss_scale.restore(state.loss_scale)
         self.step = self.saved_step = state.step
         self.saver.continue_from(checkpoint)
         self.consumed = state.samples_consumed

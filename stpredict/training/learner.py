@@ -7,12 +7,14 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 
+from stpredict.training.activation_checkpointing import recompute
 from stpredict.training.adversary import Adversary
+from stpredict.training.compilation import compile_layers, compiles
 from stpredict.training.config import TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
 from stpredict.training.guards import Guards
 from stpredict.training.pieces import Ema, Held, Piece, dealt, owned
-from stpredict.training.precision import resolve_precision
+from stpredict.training.precision import NAMES, LossScale, resolve_precision
 from stpredict.training.ranks import Ranks
 from stpredict.training.schedule import apply_schedule, learning_rate_factor
 from stpredict.training.skipping import Buffers, Skippable
@@ -26,9 +28,13 @@ class Learner:
     def __init__(self, task: Task, training: TrainingConfig, ranks: Ranks):
         self.task, self.training, self.ranks = task, training, ranks
         self.accumulation = training.accumulation_steps(ranks.size)
-        self.dtype = resolve_precision(training.precision, ranks.device, training.zero_stage)
-        self.precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        self.dtype = resolve_precision(training, ranks.device)
+        self.precision = NAMES[self.dtype]
+        if compiles(task.layers(), training, ranks.device):
+            compile_layers(task.layers())
+        recompute(task.layers(), training.activation_checkpointing)
         self.engine = build_engine(task.model, training, self.dtype, ranks.size, self.accumulation)
+        self.loss_scale = LossScale(self.engine) if self.dtype == torch.float16 else None
         self.adversary = None
         if task.discriminator is not None:
             self.adversary = Adversary(task, training.discriminator_optimizer, ranks)
@@ -67,8 +73,10 @@ class Learner:
                 total[name] = total.get(name, 0) + value.detach()
         judged = self.adversary.backward(micro_batches, counts) if self.adversary else {}
         skip = self.guards.refuses(*self._over_ranks(loss, judged))
+        scale = self.loss_scale.scale if self.loss_scale else 0.0
         applied = self.update.step(skip)
-        self.guards.took(applied)
+        if skip or applied or not self.loss_scale or self.loss_scale.scale == scale:
+            self.guards.took(applied)  # a step that fp16 overflowed in is made up for by the scale, which is now lower
         if not applied:
             self.buffers.put_back()
             return total | judged

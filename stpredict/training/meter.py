@@ -51,6 +51,7 @@ class Meter:
             "grad_norm": learner.grad_norm,
             "lr": learner.learning_rate,
             "steps_skipped": learner.guards.state.steps_skipped,
+            **({"loss_scale": learner.loss_scale.scale} if learner.loss_scale else {}),
         }
         if learner.adversary:
             values["discriminator_lr"] = learner.adversary.optimizer.param_groups[0]["lr"]

@@ -34,6 +34,8 @@ class Skippable:
             self.engine.step()
             self.norm = float(self.engine.get_global_grad_norm())
             return self.engine.was_step_applied()
+        if self.engine.torch_autocast_z0_gradscaler:  # fp16
+            self.engine.torch_autocast_z0_gradscaler.unscale_(self.engine.optimizer)
         self._total = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
         self.norm = float(self._total)
         self.skip = skip or not isfinite(self.norm)

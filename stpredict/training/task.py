@@ -1,7 +1,7 @@
 """What a model family supplies to the engine. No task mentions ranks, devices or DeepSpeed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
@@ -52,6 +52,11 @@ class Task(ABC):
 
     #: Samples that stopped a data worker, and why. The engine restores and saves it with the checkpoint.
     quarantined: dict[str, str]
+
+    def layers(self) -> Sequence[nn.Module]:
+        """Of the model, in the order of its forward pass: what is recomputed (``training.activation_checkpointing``)
+        and compiled (``training.compile``) one by one. They hold most of what the backward pass needs."""
+        return ()
 
     @abstractmethod
     def training_batches(self, share: Share, consumed: Mapping[str, int]) -> TrainingBatches:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stpredict.layers.batch_norm import BatchNorm
-from stpredict.layers.recomputing import recomputation
+from stpredict.layers.recomputing import Recomputation
 
 CHANNELS, SAMPLES, STEPS = 5, 12, 3
 THEIRS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -48,7 +48,7 @@ def learned(norm: nn.Module, case: dict, part: slice, dtype: torch.dtype | None 
         x, gradient = (tensor[part].to(dtype or tensor.dtype) for tensor in data(case, step))
         x = x.clone().requires_grad_()
         if case.get("recomputed") and isinstance(norm, BatchNorm):
-            contexts = lambda: (nullcontext(), recomputation())  # noqa: E731
+            contexts = lambda: (nullcontext(), Recomputation())  # noqa: E731
             out = checkpoint(norm, x, use_reentrant=False, context_fn=contexts)
         else:
             out = norm(x)

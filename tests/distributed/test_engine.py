@@ -28,7 +28,7 @@ TRAINING = {
     "checkpoint": {"every": 3},
 }
 STAGES = (0, 1, 2, 3)
-RESUMED = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+RESUMED = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), *(("bf16", stage) for stage in STAGES)]
 
 
 KINDS = {f"{module}/{kind}" for module in ("model", "discriminator") for kind in ("weight", "exp_avg", "exp_avg_sq")}

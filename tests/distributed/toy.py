@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from data_pipeline.config import Config
 from launcher.rank import leave
 from stpredict.layers.batch_norm import BatchNorm
 from stpredict.run import Run
+from stpredict.training import precision
 from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.engine import Trainer
 from stpredict.training.ranks import join_ranks
@@ -173,13 +174,19 @@ class ToyTask(Task):
         return ToyExport()
 
 
-def main(out: Path) -> None:
-    """Runs every trial; rank 0 prints a JSON line for each."""
+def toy_task(trial: dict) -> ToyTask:
+    options = {name: trial[name] for name in ("dropout", "rich", "normalised") if name in trial}
+    return ToyTask(poison={int(number): kind for number, kind in trial.get("poison", {}).items()}, **options)
+
+
+def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
+    """Runs every trial of the task that ``build`` makes for it; rank 0 prints a JSON line for each."""
     with join_ranks() as ranks:
         for trial in json.load(sys.stdin):
             torch.manual_seed(0)
-            options = {name: trial[name] for name in ("dropout", "rich", "normalised") if name in trial}
-            task = ToyTask(poison={int(number): kind for number, kind in trial.get("poison", {}).items()}, **options)
+            if trial["training"].get("precision") == "fp16":
+                _compute_in_fp16()
+            task = build(trial)
             task.model.mark.fill_(ranks.rank)
             if trial.get("quarantine"):
                 task.quarantined[f"met by rank {ranks.rank}"] = "its worker died"
@@ -193,6 +200,7 @@ def main(out: Path) -> None:
             identity = {"training.optimizer.lr": training.optimizer.lr, **trial.get("identity", {})}
             init_from = InitFromConfig(**trial["init_from"]) if "init_from" in trial else None
             trainer = Trainer(task, training, run, ranks, identity, 1, trial.get("force", False), init_from)
+            started = ranks.gather(_buffers(task))
             if trial.get("resave"):  # what was loaded, as it stands
                 trainer.saver.checkpoints, trainer.saved_step = run.path / "resaved", -1
                 trainer._save(last=True)
@@ -213,9 +221,22 @@ def main(out: Path) -> None:
             torch.distributed.all_gather(marks, task.model.mark)
             if ranks.is_main:
                 found = {"step": trainer.step, "stopped": error, "marks": [m.tolist() for m in marks]}
+                found["buffers"], found["buffers_after"] = started, _buffers(task)
                 found["unequal"] = sorted(trainer.unequal_buffers)
                 found["begun"] = begun  # each rank's buffers before the first step
                 print(json.dumps(found | {"quarantined": task.quarantined}))
+
+
+def _buffers(task: Task) -> dict[str, list]:
+    return {name: [str(buffer.dtype), buffer.tolist()] for name, buffer in task.model.named_buffers()}
+
+
+def _compute_in_fp16() -> None:
+    """As CPUs of today do; on others torch does it slowly, and DeepSpeed refuses."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = precision.cpu_fp16_is_real = lambda: True
 
 
 def repeatable(row: dict) -> dict:
@@ -247,8 +268,9 @@ def _signal_after(trainer: Trainer, step: int) -> None:
     trainer.learner.step = step_then_signal
 
 
-def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 240) -> list[dict]:
-    """Runs the trials in ``ranks`` processes; returns rank 0's lines. AssertionError with the log if one fails."""
+def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 240, script: str = __file__) -> list[dict]:
+    """Runs the trials by ``script`` in ``ranks`` processes; returns rank 0's lines. AssertionError with the log if one
+    fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -263,7 +285,7 @@ def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 240)
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, __file__, str(out)]
+        command = [sys.executable, script, str(out)]
         processes.append(
             subprocess.Popen(
                 command,

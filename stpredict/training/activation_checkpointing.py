@@ -1,0 +1,83 @@
+"""Activation checkpointing: what a layer computes in the forward pass is not kept, but computed again when the backward
+pass comes to it (Chen et al. 2016, arXiv:1604.06174). It costs up to one more forward pass and saves the memory of what
+the layers keep.
+
+A layer's ``forward`` is replaced where it stands: modules and the names of their parameters stay as they are.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial, wraps
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from data_pipeline.errors import UsageError
+from stpredict.layers.recomputing import Recomputation
+from stpredict.training.computing import ActivationCheckpointingConfig
+
+# What `selective` keeps, since it is dear to compute: by name, as not every build of torch has all of them.
+_KEPT = {
+    *("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "mkldnn_convolution"),
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+}
+
+
+def recompute(layers: Sequence[nn.Module], config: ActivationCheckpointingConfig) -> None:
+    """Has every ``config.every``-th of ``layers`` recomputed, as ``config.policy`` says. UsageError without layers."""
+    if config.policy == "none":
+        return
+    if not layers:
+        raise UsageError(
+            f"training.activation_checkpointing.policy {config.policy}: this model names no layers that could be "
+            "recomputed; use none"
+        )
+    contexts = _selecting if config.policy == "selective" else _everything
+    for layer in layers[:: config.every]:
+        layer.forward = _recomputed(layer, layer.forward, contexts)
+
+
+def _recomputed(layer: nn.Module, forward: Callable, contexts: Callable) -> Callable:
+    # Without early stopping, a recomputation runs to its end, with all hooks of the modules in it: ZeRO-3 gathers and
+    # releases parameters in them.
+    run = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts, early_stop=False)
+
+    @wraps(forward)
+    def either(*args, **kwargs):
+        again = layer.training and torch.is_grad_enabled()
+        return run(*args, **kwargs) if again else forward(*args, **kwargs)
+
+    return either
+
+
+def _everything():
+    return nullcontext(), Recomputation()
+
+
+def _selecting():
+    first, again = create_selective_checkpoint_contexts(_policy)
+    return first, _Selection(again)
+
+
+class _Selection(Recomputation):
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self.kept.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.kept.__exit__(*error)
+        super().__exit__(*error)
+
+
+def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    name = operator.overloadpacket.__name__ if hasattr(operator, "overloadpacket") else ""
+    kept = name in _KEPT and operator.namespace == "aten"
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
