@@ -36,6 +36,9 @@ COMPUTING = (
     "training.wandb",
     "training.peak_tflops",
     "training.checkpoint",
+    "training.guards.max_rollbacks",
+    "training.guards.hang_timeout_s",
+    "training.guards.slow_rank",
 )
 
 

@@ -110,6 +110,29 @@ class WandbConfig(Config):
     mode: Literal["online", "offline"] = "online"
 
 
+class SpikeConfig(Config):
+    """A step whose loss is far above those before it."""
+
+    threshold: float = Field(
+        10.0, gt=0, description="how far above their median, in deviations (1.4826 x median absolute deviation)"
+    )
+    window: int = Field(100, ge=10, description="steps before it that are compared")
+    action: Literal["warn", "skip"] = Field("warn", description="skip: such a step changes nothing, and is a bad one")
+
+
+class GuardsConfig(Config):
+    """What is done when something goes wrong. A bad step, whose loss or gradient is not finite, is skipped."""
+
+    # Left out where they are as they always were: runs that are older than the keys can be continued.
+    max_bad_steps: int = Field(
+        5, ge=1, exclude_if=lambda value: value == 5, description="bad steps in a row: back to the last checkpoint"
+    )
+    spike: SpikeConfig | None = Field(None, exclude_if=lambda value: value is None)
+    max_rollbacks: int = Field(3, ge=1, description="times that one checkpoint is gone back to")
+    hang_timeout_s: float | None = Field(1800, gt=0, description="without any rank moving: the training ends")
+    slow_rank: float | None = Field(1.5, gt=1, description="times the median rank's time, from which a rank is named")
+
+
 class TrainingConfig(Config):
     """One training run: ``batch_size`` counts samples over all ranks and accumulation steps."""
 
@@ -138,6 +161,7 @@ class TrainingConfig(Config):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="keep an average of the weights; exports hold it")
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
     # Left out where there is none: runs that are older than the key are runs without.
     early_stopping: EarlyStoppingConfig | None = Field(
         None, exclude_if=lambda value: value is None, description="end when validation is no longer getting better"

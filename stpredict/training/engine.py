@@ -5,7 +5,8 @@ import logging
 import math
 import random
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
 from signal import Signals
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from data_pipeline.errors import UsageError, UserError
 from stpredict.config import differences
 from stpredict.run import Progress, Run, now
-from stpredict.training.checkpoint import CheckpointState, read_state
+from stpredict.training.checkpoint import CheckpointState, read_state, step_of
 from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.early_stopping import EarlyStopping
 from stpredict.training.flops import ForwardFlops
+from stpredict.training.guards import ADVICE
 from stpredict.training.histograms import KINDS, histograms
 from stpredict.training.initial import initialise
 from stpredict.training.learner import Learner
@@ -32,6 +34,7 @@ from stpredict.training.saving import Saver
 from stpredict.training.signals import AGAIN, Preempted, StopRequest
 from stpredict.training.task import Batch, Share, Task
 from stpredict.training.wandb_sink import WandbSink, check_wandb
+from stpredict.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -60,19 +63,21 @@ class Trainer:
         self.task, self.training, self.run, self.ranks, self.force = task, training, run, ranks, force
         self.after_stop = after_stop
         self.init_from = init_from
+        self.step = 0
+        self.watchdog = Watchdog(run, ranks, training.guards.hang_timeout_s)
+        self._at("building the model's engine")
         self._check_metric_names()
         self.stopping = EarlyStopping(training.early_stopping) if training.early_stopping else None
         if training.wandb and ranks.is_main:
             check_wandb(training.wandb)
         flops = ForwardFlops(task)  # of the model before DeepSpeed splits it
-        self.learner = Learner(task, training, ranks)
+        self.learner = Learner(task, training, ranks, self._at)
         self.engine = self.learner.engine
         self.meter = Meter(task, training, self.learner, ranks, flops)
         self.share = Share(ranks.rank, ranks.size, training.batch_size // (ranks.size * self.learner.accumulation))
         self.identity = {**identity, "training.precision": self.learner.precision}
-        self.saver = Saver(run.checkpoints, self.learner.owned, training.checkpoint, ranks)
+        self.saver = Saver(run.checkpoints, self.learner.owned, training.checkpoint, ranks, self.watchdog.tick)
         self.seed = seed
-        self.step = 0
         self.saved_step = -1
         self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation's step and metrics
         self.consumed: dict[str, int] = {}  # samples behind the weights, of each set
@@ -93,10 +98,18 @@ class Trainer:
         meter = self.meter
         meter.clock.restart()
         profiler = Profiler(self.run, training.profile, ranks)
-        with closing(batches), closing(profiler), closing(logger) if logger else nullcontext(), StopRequest() as stop:
+        with ExitStack() as stack:
+            stack.callback(self.watchdog.stop)
+            stack.enter_context(closing(batches))
+            stack.enter_context(closing(profiler))
+            if logger:
+                stack.callback(lambda: logger.close())  # the one that is there at the end
+            stop = stack.enter_context(StopRequest())
             while self.step < training.steps and not (self.stopping and self.stopping.over):
+                self._at("waiting for data")
                 micro_batches = [self._to_device(batch) for batch in batches.draw(self.step, self.learner.accumulation)]
                 meter.data_ready(micro_batches)
+                self._at("agreeing on the step")
                 profiled = profiler.wanted(self.step + 1)
                 counts, stopping, written, profiled = self._agree(micro_batches, bool(stop), profiled)
                 if written:
@@ -113,8 +126,18 @@ class Trainer:
                 meter.step_done(sums)
                 if profiler.step_done(self.step):
                     meter.skip()
+                if self.learner.guards.must_roll_back:
+                    self._roll_back()
+                    meter.skip()
+                    if logger:
+                        logger.close()
+                        logger = self._logger()
+                    continue
                 last = self.step == training.steps
                 if self.step % training.log_every == 0 or last or self.step == 1:
+                    self._at("logging")
+                    for line in self.learner.stragglers.compare(meter.clock.waiting_s, meter.clock.elapsed_s):
+                        log.log(logging.WARNING if ranks.is_main else logging.DEBUG, "step %d: %s", self.step, line)
                     values = meter.values(sums, counts, self.replaced)
                     if logger:
                         logger.scalars("train", self.step, values)
@@ -137,14 +160,15 @@ class Trainer:
                 if training.histogram_every and (self.step % training.histogram_every == 0 or last):
                     self._histograms(logger)
                     meter.skip()
-                if last or self.step % training.checkpoint.every == 0:
+                # Not amid bad steps: what they may lead back to shall be from before them.
+                if last or (self.step % training.checkpoint.every == 0 and not self.learner.guards.state.bad_in_a_row):
                     if logger:
                         logger.flush()  # a killed run begins again here and logs only what comes after
                     if last and progress:
                         progress.update(self.step, "saving")
                     self._save(last)
                     meter.skip()
-        self.saver.close()
+            self.saver.close()
         if self.step < training.steps:
             log.info("step %d/%d  training ends here: %s", self.step, training.steps, self.stopping.reason)
             if ranks.is_main:
@@ -206,6 +230,7 @@ class Trainer:
             for number, batch in enumerate(self.task.validation_batches(self.share)):
                 if progress and number % 8 == 0:
                     progress.update(self.step, "validating")
+                self._at("validating")
                 for name, value in self.task.validation_step(self.engine, self._to_device(batch)).items():
                     totals[name] = totals.get(name, 0) + value.double().cpu()
         metrics = self.task.validation_metrics({name: self.ranks.sum(total) for name, total in totals.items()})
@@ -218,6 +243,7 @@ class Trainer:
             log.info("step %d/%d  validation  %s", self.step, self.training.steps, _as_text(metrics))
 
     def _picture(self, logger: MetricsLogger | None) -> None:
+        self._at("making a picture")
         with self._evaluating():
             batch = self._to_device(next(iter(self.task.validation_batches(self.share))))
             frames = self.task.picture(self.engine, batch)
@@ -269,6 +295,7 @@ class Trainer:
 
     def _save(self, last: bool = False) -> None:
         """Begins to save this step, in the background if so configured; if it is the ``last``, ends it too."""
+        self._at("saving")
         self._finish_save(must=last and self.step == self.saved_step, due=None if last else self.step)
         if self.step == self.saved_step:
             return
@@ -293,6 +320,7 @@ class Trainer:
             self.unequal_buffers |= unequal
 
     def _finish_save(self, must: bool = False, due: int | None = None) -> None:
+        self._at("finishing a save")
         with self._failing_as_configured(must):
             self.saver.finish(due)
 
@@ -310,6 +338,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Continues from the newest sound checkpoint; starts anew where there is none."""
+        self._at("reading a checkpoint")
         checkpoint = newest_sound_checkpoint(self.run.checkpoints, self.ranks)
         if checkpoint is None:
             if self.init_from:
@@ -325,23 +354,45 @@ class Trainer:
                     "or --force to continue with the new one"
                 )
             log.warning("%s: was saved under another config: %s", checkpoint, ", ".join(changes))
-        state = restore(checkpoint, self.learner.held, self.learner.averages, self.ranks)
-        if self.learner.loss_scale and state.loss_scale:
-            self.learner.loss_scale.restore(state.loss_scale)
-        self.step = self.saved_step = state.step
-        self.saver.continue_from(checkpoint)
+        state = self._return_to(checkpoint)
         self.consumed = state.samples_consumed
-        if self.stopping:
-            self.stopping.go_on_from(state.waiting)
         self.replaced = self.replaced_before = state.samples_replaced if self.ranks.is_main else 0
         self.learner.guards.state = state.guards
         self.task.quarantined.update(state.quarantined)
         log.info("continuing from %s", checkpoint)
         if self.ranks.is_main:
             self.run.update_status(continued_from=self.step)
+
+    def _return_to(self, checkpoint: Path) -> CheckpointState:
+        """Everything that training changes becomes what it was at the checkpoint; the position in the data stays."""
+        state = restore(checkpoint, self.learner.held, self.learner.averages, self.ranks)
+        if self.learner.loss_scale and state.loss_scale:
+            self.learner.loss_scale.restore(state.loss_scale)
+        self.step = self.saved_step = state.step
+        self.validated = (-1, {})
+        self.saver.continue_from(checkpoint)
+        if self.stopping:
+            self.stopping.go_on_from(state.waiting)
         if state.world_size != self.ranks.size:
             log.info("it was saved by %d ranks: random states begin anew", state.world_size)
             self._seed()
+        return state
+
+    def _roll_back(self) -> None:
+        """After too many bad steps: back to the newest sound checkpoint, but on with the data that comes now. A run
+        that is killed before it saves again comes here again, from the same checkpoint by the same steps."""
+        guards, step = self.learner.guards, self.step
+        self._finish_save()
+        self._at("going back to a checkpoint")
+        checkpoint = newest_sound_checkpoint(self.run.checkpoints, self.ranks)
+        if checkpoint is None:
+            raise UserError(f"{self.run.path}: {guards.why()}, up to step {step}, and no checkpoint is there; {ADVICE}")
+        guards.rolled_back(read_state(checkpoint).guards, step_of(checkpoint))
+        self._return_to(checkpoint)
+        log.warning("step %d: back to %s, and on with the data after what has been seen", step, checkpoint)
+
+    def _at(self, phase: str) -> None:
+        self.watchdog.mark(self.step, phase)
 
     def _seed(self) -> None:
         """From here on each rank drops out its own units; not those of an earlier start."""

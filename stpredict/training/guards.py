@@ -1,28 +1,103 @@
-"""What is done about steps that went wrong: they are skipped and counted. Torch-free."""
+"""What is done about steps that went wrong: they are skipped and counted, and after too many the training goes back to
+a checkpoint. Torch-free.
 
+Everything here is decided by numbers that all ranks have alike, so that all decide alike, and is saved in checkpoints,
+so that a resumed training does too.
+"""
+
+import logging
 from math import isfinite
+from statistics import median
 
 from pydantic import BaseModel
 
+from data_pipeline.errors import UserError
+from stpredict.training.config import GuardsConfig, SpikeConfig
+
+log = logging.getLogger(__name__)
+FEWEST = 10  # losses from which the usual one can be told
+TO_SIGMA = 1.4826  # from the median absolute deviation of a normal distribution to its standard deviation
+
 
 class GuardState(BaseModel):
-    """What of the guards a checkpoint keeps, so that a resumed training decides as an uninterrupted one."""
+    """What of the guards a checkpoint keeps. ``losses`` are the last finite ones, for the spike detector."""
 
+    # A loss is written with all its digits; NaN and Infinity are never among them.
     steps_skipped: int = 0
     bad_in_a_row: int = 0
+    rollbacks: int = 0
+    losses: list[float] = []
 
 
 class Guards:
-    """Judges every step of a training by numbers that all ranks have alike, so that all decide alike."""
+    """Judges every step of a training."""
 
-    def __init__(self):
+    def __init__(self, config: GuardsConfig):
+        self.config = config
         self.state = GuardState()
+        self._loss = 0.0
+        self._returns = (-1, 0)  # the step of the checkpoint last gone back to, and how often in succession
 
-    def refuses(self, loss: float, finite: bool) -> bool:
-        """Whether a step of this loss, over all ranks, must change nothing; ``finite``: what else it computed is."""
-        return not (isfinite(loss) and finite)
+    def refuses(self, step: int, loss: float, finite: bool) -> bool:
+        """Whether ``step``, from 0, of this loss over all ranks, must change nothing; ``finite``: what else it computed
+        is."""
+        self._loss = loss
+        if not (isfinite(loss) and finite):
+            return True
+        spike = self.config.spike
+        return spike is not None and self._is_spike(step, loss, spike) and spike.action == "skip"
 
-    def took(self, applied: bool) -> None:
+    def took(self, step: int, applied: bool) -> None:
         """Counts a step that changed the weights, or was skipped."""
-        self.state.steps_skipped += not applied
-        self.state.bad_in_a_row = 0 if applied else self.state.bad_in_a_row + 1
+        state = self.state
+        if not applied:
+            state.steps_skipped += 1
+            state.bad_in_a_row += 1
+            log.warning("step %d was skipped: its loss is %.4g (%d in a row)", step + 1, self._loss, state.bad_in_a_row)
+            return
+        state.bad_in_a_row = 0
+        if self.config.spike:
+            state.losses = [*state.losses, self._loss][-self.config.spike.window :]
+
+    def _is_spike(self, step: int, loss: float, config: SpikeConfig) -> bool:
+        losses = self.state.losses
+        if len(losses) < FEWEST:
+            return False
+        usual = median(losses)
+        deviation = TO_SIGMA * median(abs(value - usual) for value in losses)
+        # Where losses hardly differ, rounding would do: a thousandth of the loss is no spike.
+        far = usual + config.threshold * max(deviation, 1e-3 * abs(usual))
+        if loss > far:
+            log.warning(
+                "step %d: its loss of %.4g is a spike; usual are %.4g, and up to %.4g", step + 1, loss, usual, far
+            )
+        return loss > far
+
+    @property
+    def must_roll_back(self) -> bool:
+        return self.state.bad_in_a_row >= self.config.max_bad_steps
+
+    def why(self) -> str:
+        return f"{self.state.bad_in_a_row} steps in a row had a loss or gradient that is not finite or a spike"
+
+    def rolled_back(self, state: GuardState, step: int) -> None:
+        """The training is at ``step`` again, as a checkpoint with ``state`` has it. UserError where that has not helped
+        before."""
+        checkpoint, times = self._returns
+        times = times + 1 if checkpoint == step else 1
+        if times > self.config.max_rollbacks:
+            raise UserError(
+                f"{self.why()}, for the {times}. time since the checkpoint of step {step}; {ADVICE}, or raise "
+                "training.guards.max_rollbacks"
+            )
+        self._returns = (step, times)
+        self.state = state.model_copy(
+            update={
+                "steps_skipped": self.state.steps_skipped,
+                "rollbacks": self.state.rollbacks + 1,
+                "bad_in_a_row": 0,
+            }
+        )
+
+
+ADVICE = "look at the data there, lower training.optimizer.lr or lengthen the warm-up"

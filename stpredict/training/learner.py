@@ -1,7 +1,7 @@
 """The model in its DeepSpeed engine, the discriminator beside it and the averages of the weights: what training
 changes, and what one step does to it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -18,14 +18,22 @@ from stpredict.training.precision import NAMES, LossScale, resolve_precision
 from stpredict.training.ranks import Ranks
 from stpredict.training.schedule import apply_schedule, learning_rate_factor
 from stpredict.training.skipping import Buffers, Skippable
+from stpredict.training.stragglers import Stragglers
 from stpredict.training.task import Batch, Sums, Task
 
 
 class Learner:
     """``held`` is the training state, module by module, and ``ema`` the averages, or None; what is ``owned`` of both
-    is saved by this rank and no other."""
+    is saved by this rank and no other. ``at`` is told what a step is doing."""
 
-    def __init__(self, task: Task, training: TrainingConfig, ranks: Ranks):
+    def __init__(
+        self,
+        task: Task,
+        training: TrainingConfig,
+        ranks: Ranks,
+        at: Callable[[str], None] = lambda phase: None,
+    ):
+        self.at = at
         self.task, self.training, self.ranks = task, training, ranks
         self.accumulation = training.accumulation_steps(ranks.size)
         self.dtype = resolve_precision(training, ranks.device)
@@ -47,7 +55,8 @@ class Learner:
         # Weights that every rank holds, with the rank that alone has their averages.
         shared = dealt((piece for part in self.held for piece in part.pieces()), ranks.size)
         self._replicated = [(piece, owner) for piece, owner in shared if piece.key in trained]
-        self.guards = Guards()
+        self.stragglers = Stragglers(ranks, training.guards.slow_rank, training.zero_stage)
+        self.guards = Guards(training.guards)
         self.update = Skippable(self.engine)
         self.buffers = Buffers([part.model for part in self.held])
 
@@ -61,9 +70,12 @@ class Learner:
         total: Sums = {}
         loss = torch.zeros((), device=self.ranks.device)
         for left, batch in zip(range(len(micro_batches))[::-1], micro_batches, strict=True):
+            self.at("forward")
             with self.adversary.judging() if self.adversary else nullcontext():
-                sums = self.task.training_step(self.engine, batch)
+                with self.stragglers.forward():
+                    sums = self.task.training_step(self.engine, batch)
                 part = sum(weight * sums[name] / counts[name] for name, weight in self.task.weights.items())
+                self.at("backward")
                 # DeepSpeed averages gradients over ranks; counts already span them, so the average is undone.
                 self.engine.backward(part * self.ranks.size, scale_wrt_gas=False)
             if left:
@@ -71,12 +83,15 @@ class Learner:
             loss += part.detach()
             for name, value in sums.items():
                 total[name] = total.get(name, 0) + value.detach()
+        self.at("the discriminator's step" if self.adversary else "judging the loss")
         judged = self.adversary.backward(micro_batches, counts) if self.adversary else {}
-        skip = self.guards.refuses(*self._over_ranks(loss, judged))
+        skip = self.guards.refuses(number, *self._over_ranks(loss, judged))
+        self.at("update")
         scale = self.loss_scale.scale if self.loss_scale else 0.0
         applied = self.update.step(skip)
+        # A step that fp16 overflowed in is no bad one: the scale is lower now.
         if skip or applied or not self.loss_scale or self.loss_scale.scale == scale:
-            self.guards.took(applied)  # a step that fp16 overflowed in is made up for by the scale, which is now lower
+            self.guards.took(number, applied)
         if not applied:
             self.buffers.put_back()
             return total | judged

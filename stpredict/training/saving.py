@@ -12,7 +12,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +74,9 @@ class Saver:
         pieces: Callable[[], Sequence[Piece]],
         config: CheckpointConfig,
         ranks: Ranks,
+        working: Callable[[], None] = lambda: None,
     ):
+        self.working = working  # told, while this rank waits for its files, that they grow
         self.checkpoints, self.pieces, self.config, self.ranks = checkpoints, pieces, config, ranks
         now = pieces()
         self._entries = _entries(now)
@@ -136,6 +138,7 @@ class Saver:
         if self._writing is None:
             return
         late, failure, files = not self._writing.done(), None, {}
+        self._wait()
         try:
             files = self._writing.result()
         except Exception as error:  # of any kind: the other ranks are about to ask
@@ -162,6 +165,15 @@ class Saver:
             raise UserError(f"{failure}{kept}; make room and run again: it continues from the last checkpoint")
         self.newest = folder_of(self.checkpoints, self._state.step)
         log.info("saved %s (%.1f s)", self.newest, time.monotonic() - self._since)
+
+    def _wait(self) -> None:
+        """Until this rank's files are written, or cannot be."""
+        folder, size = folder_of(self.checkpoints, self._state.step), -1
+        while not wait([self._writing], timeout=2).done:
+            file = folder / rank_file(self.ranks.rank)
+            before, size = size, file.stat().st_size if file.exists() else 0
+            if size != before:
+                self.working()
 
     def close(self) -> None:
         self._thread.shutdown()

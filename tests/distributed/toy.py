@@ -4,6 +4,7 @@ Sample n is a vector drawn from seed n with a mask of 1 to 8 valid entries, so t
 other counts. Run as ``python toy.py OUT`` with a JSON list of trials on standard input, in every rank.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,8 +183,9 @@ def toy_task(trial: dict) -> ToyTask:
 
 def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
     """Runs every trial of the task that ``build`` makes for it; rank 0 prints a JSON line for each."""
+    given = Path(sys.argv[2]).read_text() if len(sys.argv) > 2 else sys.stdin.read()
     with join_ranks() as ranks:
-        for trial in json.load(sys.stdin):
+        for trial in json.loads(given):
             torch.manual_seed(0)
             if trial["training"].get("precision") == "fp16":
                 _compute_in_fp16()
@@ -204,10 +207,18 @@ def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
             if trial.get("resave"):  # what was loaded, as it stands
                 trainer.saver.checkpoints, trainer.saved_step = run.path / "resaved", -1
                 trainer._save(last=True)
+                trainer.watchdog.stop()
                 continue
             if "refuse" in trial:
                 _refuse(trainer, trial["refuse"])
             begun = ranks.gather({name: buffer.tolist() for name, buffer in task.model.named_buffers()})
+            if ranks.rank in trial.get("delay", {}).get("ranks", ()):
+                _delay(task, **trial["delay"])
+            if "without" in trial:
+                _leave_out(task, *trial["without"])
+            if "lose_after" in trial:
+                _lose_after(trainer, trial["lose_after"])
+            changed = _watched(trainer) if trial.get("watch_changes") else []
             if trial.get("unequal"):
                 task.model.mark.fill_(ranks.rank)
             until, error = trial.get("until"), None
@@ -215,7 +226,7 @@ def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
                 _signal_after(trainer, until)
             try:
                 trainer.train()
-            except Preempted as stopped:
+            except (Preempted, LostError) as stopped:
                 error = str(stopped)
             marks = [torch.empty(3) for _ in range(ranks.size)]
             torch.distributed.all_gather(marks, task.model.mark)
@@ -224,6 +235,7 @@ def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
                 found["buffers"], found["buffers_after"] = started, _buffers(task)
                 found["unequal"] = sorted(trainer.unequal_buffers)
                 found["begun"] = begun  # each rank's buffers before the first step
+                found["changed"] = changed
                 print(json.dumps(found | {"quarantined": task.quarantined}))
 
 
@@ -249,10 +261,99 @@ def repeatable(row: dict) -> dict:
     }
 
 
+class LostError(Exception):
+    """This training ends as if all its processes were killed."""
+
+
+def _lose_after(trainer: Trainer, steps: int) -> None:
+    """After going back to a checkpoint and so many steps in all."""
+    learner_step = trainer.learner.step
+
+    def step(number: int, *arguments):
+        if trainer.learner.guards.state.rollbacks and number == steps:
+            raise LostError(f"at step {number}")
+        return learner_step(number, *arguments)
+
+    trainer.learner.step = step
+
+
+def _leave_out(task: ToyTask, start: int, count: int) -> None:
+    """The data of ``task`` has no samples ``start`` and ``count - 1`` following."""
+    training_batches = task.training_batches
+
+    def batches(share: Share, consumed: Mapping[str, int]):
+        made = training_batches(share, consumed)
+        draw = made.draw
+
+        def past(step: int, number: int) -> list[Batch]:
+            if made.consumed["toy"] == start:
+                made.consumed["toy"] += count
+            return draw(step, number)
+
+        made.draw = past
+        return made
+
+    task.training_batches = batches
+
+
 def _refuse(trainer: Trainer, step: int) -> None:
     """The guards refuse ``step``, from 0, whatever it is like."""
     refuses = trainer.learner.guards.refuses
     trainer.learner.guards.refuses = lambda *values: refuses(*values) or trainer.step == step
+
+
+def _watched(trainer: Trainer) -> list[bool]:
+    """Of every step, as it is made: whether a bit of the state changed on any rank."""
+    learner_step, changed = trainer.learner.step, []
+
+    def step(*arguments):
+        before = [piece.tensor.clone() for piece in trainer.learner.owned()]
+        result = learner_step(*arguments)
+        now = [piece.tensor for piece in trainer.learner.owned()]
+        differ = not all(map(torch.equal, before, now))
+        changed.append(any(trainer.ranks.gather(differ)))
+        return result
+
+    trainer.learner.step = step
+    return changed
+
+
+def _delay(task: ToyTask, ranks: list[int], how: str, s: float = 0.0, from_call: int = 0) -> None:
+    """Before every forward pass of training (``how`` forward), or whenever data is drawn, from that call on, this
+    process sleeps ``s`` seconds; it is stopped, killed, or sleeps without letting any other thread run."""
+    calls = 0
+
+    def before(function):
+        def delayed(*arguments):
+            nonlocal calls
+            if calls >= from_call:
+                match how:
+                    case "stop":
+                        time.sleep(1)  # time to say where it is
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    case "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    case "hold":
+                        time.sleep(1)
+                        ctypes.PyDLL(None).sleep(int(s))
+                    case _:
+                        time.sleep(s)
+            calls += 1
+            return function(*arguments)
+
+        return delayed
+
+    if how == "forward":
+        task.training_step = before(task.training_step)
+    else:
+        training_batches = task.training_batches
+
+        def batches(*arguments):
+            made = training_batches(*arguments)
+            made.draw = before(made.draw)
+            return made
+
+        task.training_batches = batches
 
 
 def _signal_after(trainer: Trainer, step: int) -> None:
