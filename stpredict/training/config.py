@@ -11,11 +11,32 @@ from stpredict.training.computing import ActivationCheckpointingConfig, DeepSpee
 
 
 class OptimizerConfig(Config):
-    kind: Literal["adam", "adamw"] = "adamw"
+    kind: Literal["adam", "adamw", "sgd"] = Field("adamw", description="sgd: plain, without momentum")
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of adam and adamw")
+    eps: float = Field(1e-8, gt=0, description="of adam and adamw")
     weight_decay: float = Field(0.0, ge=0, description="of matrices and convolutions; norms and slopes never decay")
+
+
+class DiscriminatorConfig(Config):
+    """How a model's discriminator is trained. ``training.schedule`` shapes its learning rate too."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    start: int = Field(
+        0, ge=0, description="step (the first is 0) from which the model is judged and the discriminator learns"
+    )
+    every: int = Field(1, ge=1, description="steps per update of the discriminator")
+    model_every: int = Field(1, ge=1, description="steps per update of the model, from `start` on (WGAN's n_critic)")
+    adaptive_weight: bool = Field(False, description="VQGAN's: adversarial gradients as large as the others'")
+
+    @model_validator(mode="after")
+    def _somebody_learns(self):
+        if self.every > 1 and self.model_every > 1:
+            raise ValueError(
+                f"every {self.every} and model_every {self.model_every}: on some steps nobody would learn; "
+                "leave one of them at 1"
+            )
+        return self
 
 
 class OneCycleConfig(Config):
@@ -157,7 +178,7 @@ class TrainingConfig(Config):
     deterministic: bool = Field(False, description="on CUDA: kernels that give the same bits every time, slower")
     clip_norm: float | None = Field(1.0, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
-    discriminator_optimizer: OptimizerConfig = Field(OptimizerConfig(), description="of models that train one")
+    discriminator: DiscriminatorConfig = Field(DiscriminatorConfig(), description="of models that train one")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="keep an average of the weights; exports hold it")
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -203,6 +224,10 @@ class TrainingConfig(Config):
     def _offload_is_sharded(self):
         if self.offload.optimizer != "none" and self.zero_stage == 0:
             raise ValueError("offload.optimizer needs zero_stage 1, 2 or 3: ZeRO-0 keeps no state apart from the model")
+        if self.offload.optimizer == "cpu" and self.optimizer.kind == "sgd":
+            raise ValueError(
+                "offload.optimizer cpu is Adam: use optimizer.kind adam or adamw, or offload.optimizer none"
+            )
         if self.offload.parameters != "none" and self.zero_stage != 3:
             raise ValueError(f"offload.parameters needs zero_stage 3, and it is {self.zero_stage}")
         return self

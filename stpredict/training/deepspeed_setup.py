@@ -43,6 +43,7 @@ def deepspeed_config(training: TrainingConfig, dtype: torch.dtype, ranks: int, a
         "data_types": {"grad_accum_dtype": training.accumulation_dtype},
         "communication_data_type": training.accumulation_dtype,
         "zero_optimization": {"stage": training.zero_stage, **offload},
+        "zero_allow_untested_optimizer": True,  # torch's SGD: tests/distributed/test_adversary.py tests it
         "steps_per_print": 10**9,  # metrics are ours
     }
     return _merged(training.deepspeed, ours)
@@ -63,7 +64,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, on_cpu: bool = False) -> torch.optim.Optimizer:
-    """torch's fused Adam; ``on_cpu`` DeepSpeed's, for weights that are there while the model is not."""
+    """torch's fused Adam, or SGD; ``on_cpu`` DeepSpeed's, for weights that are there while the model is not."""
+    if config.kind == "sgd":
+        return torch.optim.SGD(parameter_groups(model, config), lr=config.lr)
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     groups = parameter_groups(model, config)
     if on_cpu:

@@ -29,7 +29,7 @@ class ForwardFlops:
 
     def __init__(self, task: Task):
         self._task, self._shapes = task, ShapesOnly(task.model)
-        self._calls: dict[tuple, int] = {}
+        self._calls: dict[tuple, float] = {}
         self._flops: dict[tuple, float] = {}
         self._arguments: dict[tuple, tuple[tuple, dict]] = {}
 
@@ -52,7 +52,7 @@ class ForwardFlops:
         if key not in self._calls:
             self._calls[key] = 0
             self._arguments[key] = tree_map(_shape_only, (args, kwargs))
-        self._calls[key] += 1
+        self._calls[key] += 1 if torch.is_grad_enabled() else 1 / FORWARDS_PER_STEP  # a discriminator learns alone
 
     def _count(self, args: tuple, kwargs: dict[str, Any]) -> float:
         flops = self._task.forward_flops(*args, **kwargs)

@@ -1,16 +1,19 @@
 """The model in its DeepSpeed engine, the discriminator beside it and the averages of the weights: what training
 changes, and what one step does to it."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from stpredict.training.activation_checkpointing import recompute
+from stpredict.training.adaptive_weight import AdaptiveWeight
 from stpredict.training.adversary import Adversary
 from stpredict.training.compilation import compile_layers, compiles
-from stpredict.training.config import TrainingConfig
+from stpredict.training.config import DiscriminatorConfig, TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
 from stpredict.training.guards import Guards
 from stpredict.training.pieces import Ema, Held, Piece, dealt, owned
@@ -19,7 +22,9 @@ from stpredict.training.ranks import Ranks
 from stpredict.training.schedule import apply_schedule, learning_rate_factor
 from stpredict.training.skipping import Buffers, Skippable
 from stpredict.training.stragglers import Stragglers
-from stpredict.training.task import Batch, Sums, Task
+from stpredict.training.task import Batch, Sums, Task, weighted
+
+log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -38,6 +43,9 @@ class Learner:
         self.accumulation = training.accumulation_steps(ranks.size)
         self.dtype = resolve_precision(training, ranks.device)
         self.precision = NAMES[self.dtype]
+        self.adaptive = None
+        if task.discriminator is not None and training.discriminator.adaptive_weight:
+            self.adaptive = AdaptiveWeight(task, ranks, self.accumulation)
         if compiles(task.layers(), training, ranks.device):
             compile_layers(task.layers())
         recompute(task.layers(), training.activation_checkpointing)
@@ -45,7 +53,9 @@ class Learner:
         self.loss_scale = LossScale(self.engine) if self.dtype == torch.float16 else None
         self.adversary = None
         if task.discriminator is not None:
-            self.adversary = Adversary(task, training.discriminator_optimizer, ranks)
+            self.adversary = Adversary(task, training.discriminator, ranks)
+        elif training.discriminator != DiscriminatorConfig():
+            log.warning("training.discriminator is ignored: this model has none")
         self.held = [Held("model", task.model, self.engine.basic_optimizer, self.engine)]
         self.held += [self.adversary.held()] if self.adversary else []
         trained = {piece.key for piece in self.held[0].trained_weights()}
@@ -61,54 +71,81 @@ class Learner:
         self.buffers = Buffers([part.model for part in self.held])
 
     def step(self, number: int, micro_batches: list[Batch], counts: dict[str, float]) -> Sums:
-        """Step ``number`` (from 0): forward and backward of all micro-batches, then one update of everything, or of
-        nothing where the guards refuse it. Returns this rank's sums of every term."""
-        training = self.training
+        """Step ``number`` (from 0): forward and backward of all micro-batches, then one update of everything whose
+        turn it is, or of nothing where the guards refuse it. Returns this rank's sums of every term."""
+        training, adversary = self.training, self.adversary
         factor = learning_rate_factor(training.schedule, number, training.steps)
         apply_schedule(self.engine.optimizer, training.optimizer, training.schedule, number, training.steps)
         self.buffers.keep()
         total: Sums = {}
+        if self.adaptive:
+            self.adaptive.weights.clear()
+        self.model_learned = adversary is None or adversary.model_learns(number)
+        self.discriminator_learned = adversary is not None and adversary.learns(number)
+        judged = adversary is not None and adversary.judges(number)
         loss = torch.zeros((), device=self.ranks.device)
         for left, batch in zip(range(len(micro_batches))[::-1], micro_batches, strict=True):
-            self.at("forward")
-            with self.adversary.judging() if self.adversary else nullcontext():
-                with self.stragglers.forward():
-                    sums = self.task.training_step(self.engine, batch)
-                part = sum(weight * sums[name] / counts[name] for name, weight in self.task.weights.items())
-                self.at("backward")
-                # DeepSpeed averages gradients over ranks; counts already span them, so the average is undone.
-                self.engine.backward(part * self.ranks.size, scale_wrt_gas=False)
-            if left:
+            sums, part = self._learn_from(batch, counts, judged) if self.model_learned else self._look_at(batch, counts)
+            if left and self.model_learned:
                 self.engine.step()  # counts the micro-batch
-            loss += part.detach()
-            for name, value in sums.items():
-                total[name] = total.get(name, 0) + value.detach()
-        self.at("the discriminator's step" if self.adversary else "judging the loss")
-        judged = self.adversary.backward(micro_batches, counts) if self.adversary else {}
-        skip = self.guards.refuses(number, *self._over_ranks(loss, judged))
+            loss += part
+            add_to(total, sums)
+        self.at("the discriminator's step" if self.discriminator_learned else "judging the loss")
+        told = adversary.backward(number, micro_batches, counts) if self.discriminator_learned else {}
+        skip = self.guards.refuses(number, *self._over_ranks(loss, told))
         self.at("update")
         scale = self.loss_scale.scale if self.loss_scale else 0.0
-        applied = self.update.step(skip)
+        applied = self.update.step(skip) if self.model_learned else not skip
         # A step that fp16 overflowed in is no bad one: the scale is lower now.
         if skip or applied or not self.loss_scale or self.loss_scale.scale == scale:
             self.guards.took(number, applied)
         if not applied:
             self.buffers.put_back()
-            return total | judged
-        if self.ema:
+            return total | told
+        if self.ema and self.model_learned:
             self.ema.update()
-        if self.adversary:
-            self.adversary.update(factor)
-        return total | judged
+        if self.discriminator_learned:
+            adversary.update(factor, told, counts)
+        return total | told
 
-    def _over_ranks(self, loss: torch.Tensor, judged: Sums) -> tuple[float, bool]:
+    def _over_ranks(self, loss: Tensor, told: Sums) -> tuple[float, bool]:
         """The step's loss, and whether the discriminator's losses and gradient are finite. The ranks decide by these
         together, which costs a step one wait for the GPU."""
-        values = [*judged.values(), *([self.adversary.grad_norm()] if self.adversary else [])]
+        values = [*told.values(), *([self.adversary.grad_norm()] if told else [])]
         finite = torch.stack([torch.ones_like(loss), *(value.detach().float() for value in values)]).isfinite().all()
         mine = torch.stack([loss.double(), (~finite).double()])
         loss, bad = self.ranks.sum(mine.cpu()).tolist()
         return loss, not bad
+
+    def _learn_from(self, batch: Batch, counts: dict[str, float], judged: bool) -> tuple[Sums, Tensor]:
+        """Forward and backward of the model on one micro-batch. Returns the sum of every term, and the loss without
+        the adversarial terms, as it is logged; it is not finite where they are not."""
+        cut = self.adaptive.cut(self.engine) if judged and self.adaptive else None
+        self.at("forward")
+        with self.stragglers.forward():
+            sums = dict(self.task.training_step(cut or self.engine, batch))
+        loss = own = weighted(sums, self.task.weights, counts)
+        with self.adversary.judging() if judged else nullcontext() as judge:
+            if judged:
+                told = self.task.adversarial_step(judge, batch)
+                sums |= told
+                adversarial = weighted(told, self.task.adversarial_weights, counts)
+                loss = self.adaptive.combined(cut, own, adversarial) if cut else own + adversarial
+            self.at("backward")
+            # DeepSpeed averages gradients over ranks; counts already span them, so the average is undone.
+            self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+        for name, tensor in batch.items():
+            if torch.is_tensor(tensor) and tensor.requires_grad:
+                batch[name] = tensor.detach()  # the discriminator's gradient ends here; the graph may go
+        return sums, own.detach() + 0 * loss.detach()
+
+    @torch.no_grad()
+    def _look_at(self, batch: Batch, counts: dict[str, float]) -> tuple[Sums, Tensor]:
+        """Forward of the model on a micro-batch of which the discriminator alone learns; returns the same."""
+        self.at("forward")
+        with self.stragglers.forward():
+            sums = self.task.training_step(self.engine, batch)
+        return sums, weighted(sums, self.task.weights, counts)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -128,6 +165,16 @@ class Learner:
     def grad_norm(self) -> float:
         """Of the last step, before clipping."""
         return self.update.norm
+
+    def values(self) -> dict[str, float]:
+        """Of the last step, beside its terms: of those who learned in it."""
+        values = {"grad_norm": self.grad_norm} if self.model_learned else {}
+        values["lr"] = self.learning_rate
+        if self.discriminator_learned:
+            values["discriminator_lr"] = self.adversary.learning_rate
+        if self.adaptive and self.adaptive.weights:
+            values["adaptive_weight"] = float(torch.stack(self.adaptive.weights).mean())
+        return values
 
     @property
     def learning_rate(self) -> float:
@@ -168,3 +215,8 @@ class Learner:
             f"{ranks.device.type}, batch {batch} = {ranks.size} ranks x {batch // (ranks.size * self.accumulation)} x "
             f"{self.accumulation} micro-batches"
         )
+
+
+def add_to(total: Sums, sums: Sums) -> None:
+    for name, value in sums.items():
+        total[name] = total.get(name, 0) + value.detach()

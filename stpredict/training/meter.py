@@ -48,13 +48,10 @@ class Meter:
         values = {
             "loss": sum(weight * means[name] for name, weight in self.task.weights.items()),
             **means,
-            "grad_norm": learner.grad_norm,
-            "lr": learner.learning_rate,
+            **learner.values(),
             "steps_skipped": learner.guards.state.steps_skipped,
             **({"loss_scale": learner.loss_scale.scale} if learner.loss_scale else {}),
         }
-        if learner.adversary:
-            values["discriminator_lr"] = learner.adversary.optimizer.param_groups[0]["lr"]
         values["step_s"] = clock.elapsed_s / max(1, clock.steps)
         values |= clock.percentiles()
         values["samples_per_s"] = clock.steps * self.training.batch_size / clock.elapsed_s

@@ -82,6 +82,8 @@ class Held:
     def set_steps(self, steps: dict[str, int]) -> None:
         for name, _, flat, *_ in self._trained():
             state = self.optimizer.state[flat]
+            if "step" not in state:  # SGD counts none
+                continue
             if torch.is_tensor(state["step"]):
                 state["step"].fill_(steps[name])
             else:  # DeepSpeedCPUAdam counts in an int
@@ -214,7 +216,7 @@ def _zero3_range(parameter: nn.Parameter) -> tuple[int, int]:
 def _moments(optimizer: Optimizer, tensor: Tensor) -> dict[str, Tensor]:
     """The optimizer's state of ``tensor`` that has its shape; made, as its first step would, where it is not there."""
     state = optimizer.state[tensor]
-    if not state:
+    if not state and not isinstance(optimizer, torch.optim.SGD):  # without momentum, SGD keeps nothing
         if isinstance(optimizer, torch.optim.Adam):
             device = tensor.device if optimizer.defaults["fused"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)

@@ -45,7 +45,8 @@ def apply_schedule(optimizer: Optimizer, settings: OptimizerConfig, schedule: Sc
     beta = first_beta(schedule, step, steps, settings.betas[0])
     for group in optimizer.param_groups:
         group["lr"] = lr
-        group["betas"] = (beta, settings.betas[1])
+        if "betas" in group:  # SGD has none
+            group["betas"] = (beta, settings.betas[1])
 
 
 def _cycled(pct_start: float, step: int, steps: int, first: float, middle: float, last: float) -> float:

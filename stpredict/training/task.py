@@ -43,9 +43,13 @@ class Task(ABC):
     #: Loss terms and their weights; the other terms of ``training_step`` are metrics.
     weights: dict[str, float]
 
-    #: A module trained against the model on the same batches, its loss terms and their weights; or none.
+    #: A module trained against the model on the same batches, or none; its loss terms and their weights, and those by
+    #: which the model learns from its judgement.
     discriminator: nn.Module | None = None
     discriminator_weights: Mapping[str, float] = MappingProxyType({})
+    adversarial_weights: Mapping[str, float] = MappingProxyType({})
+    #: The linear layer or convolution whose output the model returns unchanged, for the adaptive weight; or none.
+    last_layer: nn.Module | None = None
 
     #: Names of the metrics that ``validation_metrics`` gives: what checkpoint.best and early_stopping may name.
     metrics: tuple[str, ...]
@@ -73,7 +77,8 @@ class Task(ABC):
     @abstractmethod
     def training_step(self, forward: Forward, batch: Batch) -> Sums:
         """The sum of each term over the batch, or how often each code was used: a vector of uses, of which share and
-        perplexity are logged. ``forward`` calls the model."""
+        perplexity are logged. ``forward`` calls the model. What is to be judged is put into ``batch``, with its graph;
+        a loss reaches the model's parameters through what ``forward`` returns and in no other way."""
 
     def tokens(self, batch: Batch) -> int:
         """Tokens that the batch is for the model, for tokens/s; 0 where it has none."""
@@ -84,10 +89,20 @@ class Task(ABC):
         engine counts them, taking for attention that every pair is computed."""
         return None
 
-    def discriminator_step(self, forward: Forward, batch: Batch) -> Sums:
-        """The sum of each of the discriminator's terms over a batch that ``training_step`` has seen, and may have put
-        the model's output into (detached). ``forward`` calls the discriminator."""
+    def adversarial_step(self, judge: Forward, batch: Batch) -> Sums:
+        """The sum of each of the model's adversarial terms over a batch that ``training_step`` has seen. ``judge``
+        calls the discriminator, whose parameters get no gradient here. Not called before the discriminator's start."""
+        raise NotImplementedError("a task with a discriminator says what the model learns from it")
+
+    def discriminator_step(self, forward: Forward, batch: Batch, update: int) -> Sums:
+        """The sum of each of the discriminator's terms over a batch that ``training_step`` has seen; what that put into
+        it is detached by now. ``forward`` calls the discriminator, which has had ``update`` updates. A weighted term
+        that is left out (R1 on most updates) is 0."""
         raise NotImplementedError("a task with a discriminator says how it learns")
+
+    def discriminator_updated(self, means: Sums) -> None:  # noqa: B027 (most need none)
+        """After an update: the mean of each term of ``discriminator_step`` over all micro-batches and ranks, which is
+        the same on every rank (LeCam's averages move by it)."""
 
     @abstractmethod
     def validation_step(self, forward: Forward, batch: Batch) -> Sums:
@@ -104,3 +119,8 @@ class Task(ABC):
     @abstractmethod
     def export_config(self) -> Config:
         """What, beside the weights, is needed to build the model again; has a field ``step``."""
+
+
+def weighted(sums: Sums, weights: Mapping[str, float], counts: Mapping[str, float]) -> Tensor:
+    """The loss: each term's sum over its count, times its weight. A term that is not among ``sums`` is 0."""
+    return sum(weight * sums[name] / counts[name] for name, weight in weights.items() if name in sums)

@@ -53,7 +53,7 @@ def plain_training(skipped: set[int], forward: int = 8) -> tuple[dict[str, torch
     torch.manual_seed(0)
     task = ToyTask(rich=True)
     optimizers = []
-    for module, settings in ((task.model, config.optimizer), (task.discriminator, config.discriminator_optimizer)):
+    for module, settings in ((task.model, config.optimizer), (task.discriminator, config.discriminator.optimizer)):
         parameters = [p for p in module.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -68,7 +68,7 @@ def plain_training(skipped: set[int], forward: int = 8) -> tuple[dict[str, torch
         batches = [stack(list(range(first, first + forward))) for first in range(step * 8, step * 8 + 8, forward)]
         factor = learning_rate_factor(config.schedule, step, config.steps)
         counts = {name: sum(task.counts(batch)[name] for batch in batches) for name in ("l2", "deceived", "told")}
-        for optimizer, settings in zip(optimizers, (config.optimizer, config.discriminator_optimizer), strict=True):
+        for optimizer, settings in zip(optimizers, (config.optimizer, config.discriminator.optimizer), strict=True):
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * factor
@@ -77,12 +77,14 @@ def plain_training(skipped: set[int], forward: int = 8) -> tuple[dict[str, torch
             sums = task.training_step(task.model, batch)
             loss = sum(weight * sums[name] / counts[name] for name, weight in task.weights.items())
             losses[-1] += loss.item()
-            loss.backward()
+            deceived = task.adversarial_step(task.discriminator, batch)["deceived"] / counts["deceived"]
+            (loss + task.adversarial_weights["deceived"] * deceived).backward()
+            batch["output"] = batch["output"].detach()
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.clip_norm)
         optimizers[0].step()
         optimizers[1].zero_grad()
         for batch in batches:
-            (task.discriminator_step(task.discriminator, batch)["told"] / counts["told"]).backward()
+            (task.discriminator_step(task.discriminator, batch, step)["told"] / counts["told"]).backward()
         optimizers[1].step()
         for name, parameter in task.model.named_parameters():
             if name in averages:

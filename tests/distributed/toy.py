@@ -127,7 +127,7 @@ class ToyTask(Task):
         if rich:
             frozen = nn.Linear(1, 1).requires_grad_(False)
             self.discriminator = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1), frozen)
-            self.weights, self.discriminator_weights = {"l2": 1.0, "deceived": 0.5}, {"told": 1.0}
+            self.adversarial_weights, self.discriminator_weights = {"deceived": 0.5}, {"told": 1.0}
         self.poison = poison or {}
         self.quarantined = {}
 
@@ -144,20 +144,21 @@ class ToyTask(Task):
     def training_step(self, forward, batch: Batch) -> dict[str, Tensor]:
         output = forward(batch["x"]).float()
         error = (output - batch["y"]) * batch["mask"]
+        batch["output"] = output
         sums = {"l2": error.square().sum(), "code": torch.bincount(batch["x"].argmax(1), minlength=WIDTH)}
         if "loss" in batch:
             sums["l2"] = sums["l2"] + torch.inf
         if "gradient" in batch:
             sums["l2"] = sums["l2"] + (0 * output).square().sum().sqrt()
-        if self.discriminator:
-            batch["output"] = output.detach()
-            sums["deceived"] = F.softplus(-self.discriminator(output)).sum()
         return sums
 
     def tokens(self, batch: Batch) -> int:
         return batch["x"].numel()
 
-    def discriminator_step(self, forward, batch: Batch) -> dict[str, Tensor]:
+    def adversarial_step(self, judge, batch: Batch) -> dict[str, Tensor]:
+        return {"deceived": F.softplus(-judge(batch["output"])).sum()}
+
+    def discriminator_step(self, forward, batch: Batch, update: int) -> dict[str, Tensor]:
         judged = forward(torch.cat([batch["y"], batch["output"]]))
         true, false = judged.chunk(2)
         return {"told": (F.softplus(-true) + F.softplus(false)).sum()}
@@ -176,9 +177,14 @@ class ToyTask(Task):
         return ToyExport()
 
 
-def toy_task(trial: dict) -> ToyTask:
+def toy_task(trial: dict) -> Task:
+    poison = {int(number): kind for number, kind in trial.get("poison", {}).items()}
+    if "adversarial" in trial:
+        from tests.distributed.adversarial_toy import AdversarialToy  # which imports this module
+
+        return AdversarialToy(**trial["adversarial"], poison=poison)
     options = {name: trial[name] for name in ("dropout", "rich", "normalised") if name in trial}
-    return ToyTask(poison={int(number): kind for number, kind in trial.get("poison", {}).items()}, **options)
+    return ToyTask(poison=poison, **options)
 
 
 def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
