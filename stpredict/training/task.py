@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from data_pipeline.config import Config
@@ -124,3 +125,9 @@ class Task(ABC):
 def weighted(sums: Sums, weights: Mapping[str, float], counts: Mapping[str, float]) -> Tensor:
     """The loss: each term's sum over its count, times its weight. A term that is not among ``sums`` is 0."""
     return sum(weight * sums[name] / counts[name] for name, weight in weights.items() if name in sums)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
+    }

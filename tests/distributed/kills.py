@@ -96,7 +96,8 @@ def _one_file_of(folder: Path, ignore_errors: bool = False) -> None:
 
 
 SAVING, CHECKPOINT = "stpredict.training.saving", "stpredict.training.checkpoint"
-RESTORING, ENGINE = "stpredict.training.restoring", "stpredict.training.engine"
+RESTORING, CHECKPOINTING = "stpredict.training.restoring", "stpredict.training.checkpointing"
+TRAINER, EVALUATION = "stpredict.training.engine:Trainer", "stpredict.training.evaluation:Evaluation"
 TOY, LOGGER = "tests.distributed.toy", "stpredict.training.logger"
 MAIN_RESUMES = {"resuming": True}
 RESUMES = {"resuming": True, "everywhere": True}
@@ -114,7 +115,7 @@ POINTS = [
     Point("between latest and retention", SAVING, "surplus", count=3),
     Point("retention: the marker gone, files there", "shutil", "rmtree", named="step_"),
     Point("retention: half removed", "shutil", "rmtree", named="step_", partly=_one_file_of),
-    Point("in a resume, before it looks for a checkpoint", ENGINE, "newest_sound_checkpoint", **RESUMES),
+    Point("in a resume, before it looks for a checkpoint", CHECKPOINTING, "newest_sound_checkpoint", **RESUMES),
     Point("in a resume, half of the state set", f"{RESTORING}:CheckpointReader", "fill", count=9, **RESUMES),
     Point("in a resume, half of metrics.jsonl", LOGGER, "write_atomically", partly=_half_a_text, **MAIN_RESUMES),
     Point("in a resume, before its first save's marker", SAVING, "write_complete", **MAIN_RESUMES),
@@ -336,10 +337,10 @@ def _trace(log: Path, rank: int) -> None:
         setattr(holder, attribute, noted)
 
     note()
-    noting(f"{ENGINE}:Trainer", "train", "between steps")
+    noting(TRAINER, "train", "between steps")
     noting("stpredict.training.learner:Learner", "step", "step")
-    noting(f"{ENGINE}:Trainer", "_validate", "validation")
-    noting(f"{ENGINE}:Trainer", "_picture", "picture")
+    noting(EVALUATION, "validate", "validation")
+    noting(EVALUATION, "picture", "picture")
     noting(f"{SAVING}:Saver", "start", "begin of a save")
     noting(f"{SAVING}:Saver", "finish", "end of a save")
     noting(SAVING, "write_complete", "marker")

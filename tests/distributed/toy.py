@@ -211,8 +211,8 @@ def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
             trainer = Trainer(task, training, run, ranks, identity, 1, trial.get("force", False), init_from)
             started = ranks.gather(_buffers(task))
             if trial.get("resave"):  # what was loaded, as it stands
-                trainer.saver.checkpoints, trainer.saved_step = run.path / "resaved", -1
-                trainer._save(last=True)
+                trainer.saver.checkpoints, trainer.checkpointing.saved_step = run.path / "resaved", -1
+                trainer.checkpointing.save(last=True)
                 trainer.watchdog.stop()
                 continue
             if "refuse" in trial:
@@ -239,7 +239,7 @@ def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
             if ranks.is_main:
                 found = {"step": trainer.step, "stopped": error, "marks": [m.tolist() for m in marks]}
                 found["buffers"], found["buffers_after"] = started, _buffers(task)
-                found["unequal"] = sorted(trainer.unequal_buffers)
+                found["unequal"] = sorted(trainer.checkpointing.unequal_buffers)
                 found["begun"] = begun  # each rank's buffers before the first step
                 found["changed"] = changed
                 print(json.dumps(found | {"quarantined": task.quarantined}))
