@@ -200,7 +200,7 @@ def test_forked_processes_and_their_parent_go_on_reading(server):
             answers = pool.starmap_async(_read, [(tar, list(range(20)))] * 4)
             assert _read(tar, list(range(20)))  # at the same time as they do
             assert answers.get(timeout=30) == [True] * 4
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 30
     assert len(server.gets) == 2 + 2 * (8 + 2 + 4 * 20 + 20)  # no request was made twice
 
 
@@ -296,4 +296,4 @@ def test_s3_is_read_on_in_forked_processes_and_their_parent(bucket):
         assert pool.starmap_async(_read, [(tar, [number]) for number in range(8)]).get(timeout=30) == [True] * 8
         began = time.monotonic()
         assert _read(tar, [5, 6])
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30

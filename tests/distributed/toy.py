@@ -33,6 +33,7 @@ from stpredict.training.ranks import join_ranks
 from stpredict.training.signals import Preempted
 from stpredict.training.task import Batch, Share, Task
 
+ROOT = Path(__file__).parents[2]
 WIDTH = 8
 
 
@@ -375,7 +376,7 @@ def _signal_after(trainer: Trainer, step: int) -> None:
     trainer.learner.step = step_then_signal
 
 
-def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 240, script: str = __file__) -> list[dict]:
+def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 500, script: str = __file__) -> list[dict]:
     """Runs the trials by ``script`` in ``ranks`` processes; returns rank 0's lines. AssertionError with the log if one
     fails."""
     with socket.socket() as free:
@@ -385,6 +386,7 @@ def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 240,
     for rank in range(ranks):
         environment = {
             **os.environ,
+            "PYTHONPATH": str(ROOT),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
