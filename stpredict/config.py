@@ -121,6 +121,8 @@ def _explain(kind: Any, item: dict[str, Any], where: str | Path) -> str:
         known = ", ".join(str(_tag(model)) for model in _models(node))
         got = f"is {item['ctx']['tag']!r}" if "tag" in item["ctx"] else "is missing"
         return f"{where}: key {key!r} {got}; known kinds: {known}"
+    if item["type"] == "model_type" and len(models := _models(node)) == 1:
+        return f"{where}: key {key!r} holds keys, not a value: {', '.join(models[0].model_fields)}"
     message = item["msg"].removeprefix("Value error, ")
     return f"{where}: key {key!r}: {message}" if key else f"{where}: {message}"
 

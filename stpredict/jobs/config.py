@@ -130,6 +130,13 @@ class TrainingJobConfig(JobConfig):
 
     harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING, *COMPUTING)
 
+    @classmethod
+    def decisive(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # Under the names that they had first: runs, and what is made of them, are still theirs.
+        new, old = "training.discriminator.optimizer.", "training.discriminator_optimizer."
+        found = super().decisive(values).items()
+        return {f"{old}{key.removeprefix(new)}" if key.startswith(new) else key: value for key, value in found}
+
     def check_ranks(self, ranks: int) -> None:
         self.training.accumulation_steps(ranks)
 

@@ -10,7 +10,8 @@ from contextlib import nullcontext
 from functools import partial, wraps
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data_pipeline.errors import UsageError
@@ -45,7 +46,10 @@ def recompute(layers: Sequence[nn.Module], config: ActivationCheckpointingConfig
 def _recomputed(layer: nn.Module, forward: Callable, contexts: Callable) -> Callable:
     # Without early stopping, a recomputation runs to its end, with all hooks of the modules in it: ZeRO-3 gathers and
     # releases parameters in them.
-    run = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts, early_stop=False)
+    def begun_at_its_end(*args, **kwargs):
+        return tree_map_only(Tensor, _Beginning.apply, forward(*args, **kwargs))
+
+    run = partial(checkpoint, begun_at_its_end, use_reentrant=False, context_fn=contexts, early_stop=False)
 
     @wraps(forward)
     def either(*args, **kwargs):
@@ -53,6 +57,21 @@ def _recomputed(layer: nn.Module, forward: Callable, contexts: Callable) -> Call
         return run(*args, **kwargs) if again else forward(*args, **kwargs)
 
     return either
+
+
+class _Beginning(torch.autograd.Function):
+    """Its input. The backward pass of a layer begins with it, and with it the recomputation: later, the last module
+    would have been gathered for its backward pass already, and released again by being recomputed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        _ = ctx.saved_tensors
+        return gradient
 
 
 def _everything():

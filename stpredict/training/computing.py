@@ -3,6 +3,7 @@
 Learning is the same whatever is chosen here, but for rounding.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -72,7 +73,10 @@ def _check_deepspeed(settings: dict[str, Any]) -> dict[str, Any]:
         first, *rest = key.split(".")
         if first in WHOLE or (first in TUNABLE and rest and rest[0] in TUNABLE[first]):
             continue
-        raise ValueError(f"{key} is none of the settings that may be tuned here: {', '.join(_tunable())}")
+        names = {name.split(".")[-1]: name for name in _tunable()}
+        near = difflib.get_close_matches(key.split(".")[-1], names, n=1)
+        hint = f"did you mean {names[near[0]]!r}?" if near else f"there are {', '.join(_tunable())}"
+        raise ValueError(f"{key} is none of the settings that may be tuned here; {hint}")
     return settings
 
 

@@ -9,11 +9,13 @@ from data_pipeline.config import Config
 from data_pipeline.errors import UsageError
 from stpredict.training.computing import ActivationCheckpointingConfig, DeepSpeedSettings, OffloadConfig
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Config):
     kind: Literal["adam", "adamw", "sgd"] = Field("adamw", description="sgd: plain, without momentum")
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of adam and adamw")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of adam and adamw")
     eps: float = Field(1e-8, gt=0, description="of adam and adamw")
     weight_decay: float = Field(0.0, ge=0, description="of matrices and convolutions; norms and slopes never decay")
 
@@ -22,12 +24,27 @@ class DiscriminatorConfig(Config):
     """How a model's discriminator is trained. ``training.schedule`` shapes its learning rate too."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
+    # Left out where they are as they always were: runs that are older than the keys can be continued.
     start: int = Field(
-        0, ge=0, description="step (the first is 0) from which the model is judged and the discriminator learns"
+        0,
+        ge=0,
+        exclude_if=lambda value: value == 0,
+        description="step (the first is 0) from which the model is judged and the discriminator learns",
     )
-    every: int = Field(1, ge=1, description="steps per update of the discriminator")
-    model_every: int = Field(1, ge=1, description="steps per update of the model, from `start` on (WGAN's n_critic)")
-    adaptive_weight: bool = Field(False, description="VQGAN's: adversarial gradients as large as the others'")
+    every: int = Field(
+        1, ge=1, exclude_if=lambda value: value == 1, description="steps per update of the discriminator"
+    )
+    model_every: int = Field(
+        1,
+        ge=1,
+        exclude_if=lambda value: value == 1,
+        description="steps per update of the model, from `start` on (WGAN's n_critic)",
+    )
+    adaptive_weight: bool = Field(
+        False,
+        exclude_if=lambda value: not value,
+        description="VQGAN's: adversarial gradients as large as the others'",
+    )
 
     @model_validator(mode="after")
     def _somebody_learns(self):
@@ -219,6 +236,14 @@ class TrainingConfig(Config):
                 f"gets of batch_size {self.batch_size}"
             )
         return per_rank // micro
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "discriminator_optimizer" in values and "discriminator" not in values:
+            values = dict(values)
+            values["discriminator"] = {"optimizer": values.pop("discriminator_optimizer")}
+        return values
 
     @model_validator(mode="after")
     def _offload_is_sharded(self):

@@ -39,7 +39,8 @@ def _check_accumulation(accumulation: str, precision: str, zero_stage: int) -> N
         return
     where = f"training.accumulation_dtype {accumulation}"
     if accumulation != precision:
-        raise UsageError(f"{where} does not go with training.precision {precision}; use fp32 or {precision}")
+        use = precision if precision == "fp32" else f"fp32 or {precision}"
+        raise UsageError(f"{where} does not go with training.precision {precision}; use {use}")
     if zero_stage == 0:
         raise UsageError(f"{where}: ZeRO-0 has fp32 weights, and their gradients are fp32; use zero_stage 1, 2 or 3")
 

@@ -13,7 +13,7 @@ from tests.distributed.toy import WIDTH, ToyTask, main
 
 class Layer(nn.Module):
     """``seen`` is a state that a training step moves once; ``mark`` is as the toy has it. A frozen part first, and a
-    weight that stands in the layer itself."""
+    weight that stands in the layer itself. The backward pass begins in the module that is last, as a transformer's."""
 
     def __init__(self, dropout: float):
         super().__init__()
@@ -29,8 +29,8 @@ class Layer(nn.Module):
             self.runs += 1
             if not recomputing():
                 self.seen.add_(1)
-        hidden = torch.tanh(self.first(self.norm(x + self.frozen(x))))
-        return x + self.scale * self.second(self.dropout(hidden))
+        hidden = torch.tanh(self.first(self.norm(self.scale * x + self.frozen(x))))
+        return x + self.second(self.dropout(hidden))
 
 
 class DeepModel(nn.Module):
