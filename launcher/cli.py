@@ -75,10 +75,11 @@ def train(
     """Train a tokenizer or a prior: the config says which. Stopped, it continues from its last checkpoint.
 
     It may go on with other processes, another ZeRO stage and other intervals; what changes the result, more steps for
-    instance, needs --force.
+    instance, needs --force. docs/training.md explains every setting of `training`.
 
     \b
     stpredict train configs/tokenizers/demo.yaml run=runs/tokenizer
+    stpredict train configs/tokenizers/demo.yaml training.precision=fp32 training.zero_stage=1
     stpredict train runs/tokenizer/config.yaml     the same again
     """
     if force:

@@ -61,7 +61,7 @@ def test_run_of_another_job_is_resolved_by_whoever_knows_the_jobs(write, tmp_pat
     [
         ("traning: {}", r"unknown key 'traning'; did you mean 'training'\?"),
         ("data: {clip: {frame: 3}}", r"unknown key 'data.clip.frame'; did you mean 'frames'\?"),
-        ("training: {optimizer: {kind: sgd}}", r"key 'training.optimizer.kind': .*'adam' or 'adamw'"),
+        ("training: {optimizer: {kind: lion}}", r"key 'training.optimizer.kind': .*'adamw' or 'sgd'"),
         ("training: {steps: many}", r"key 'training.steps': .*valid integer"),
         ("training: {steps: 0}", r"key 'training.steps': .*greater than or equal to 1"),
         ("seed: ${sead}", r"key 'seed': .*'sead' not found"),
@@ -115,3 +115,13 @@ def test_configs_help_and_status_import_no_torch(code, tmp_path):
     script = f"import sys, atexit; {check}; {code.format(run=str(tmp_path))}"
     result = bounded([sys.executable, "-c", script])
     assert result.stdout.splitlines()[-1] == "FREE", result.stderr
+
+
+def test_a_value_where_keys_belong_is_answered_with_the_keys(write):
+    with pytest.raises(UsageError, match=r"key 'training.offload' holds keys, not a value: optimizer, parameters$"):
+        load(AnyJobConfig, write(BASE), ["training.offload=cpu"])
+
+
+def test_betas_lie_between_0_and_1(write):
+    with pytest.raises(UsageError, match=r"key 'training.optimizer.betas.1': Input should be less than 1"):
+        load(AnyJobConfig, write(BASE), ["training.optimizer.betas=[0.9,1.5]"])

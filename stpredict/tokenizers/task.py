@@ -78,8 +78,11 @@ class TokenizerTask(Task):
         }
 
     def _uses(self, ids: Tensor) -> Tensor:
-        """How often each code is among ``ids``: int64 ``(codes,)``."""
-        return torch.bincount(ids.flatten(), minlength=self.model.config.codebook_size)
+        """How often each code is among ``ids``: int64 ``(codes,)``. What is made of latents that are not finite is no
+        code and is not counted: such a step's loss is not finite either, and skipped."""
+        codes = self.model.config.codebook_size
+        ids = torch.where((ids >= 0) & (ids < codes), ids, codes)
+        return torch.bincount(ids.flatten(), minlength=codes + 1)[:codes]
 
     def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
         clips = batch["clip"][:PICTURED]

@@ -49,5 +49,6 @@ class EarlyStopping:
     @property
     def reason(self) -> str:
         now = self.waiting
-        best = "no value at all" if now.best is None else f"none better than {now.best:.4g} of step {now.step}"
+        delta = f" by more than {self.config.min_delta:g}" if self.config.min_delta else ""
+        best = "no value at all" if now.best is None else f"none better than {now.best:.4g} of step {now.step}{delta}"
         return f"{now.metric} of the last {now.since} validations: {best}"

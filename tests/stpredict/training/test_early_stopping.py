@@ -37,6 +37,13 @@ def test_it_is_over_after_so_many_validations_without_improvement(values, config
     assert ends_at(values, **config) == end
 
 
+def test_the_reason_names_what_was_demanded():
+    stopping = EarlyStopping(EarlyStoppingConfig(metric="psnr", patience=1, min_delta=0.5))
+    for step, value in ((10, 1.0), (20, 1.25)):
+        stopping.judge(step, {"psnr": value})
+    assert stopping.reason == "psnr of the last 1 validations: none better than 1 of step 10 by more than 0.5"
+
+
 def test_its_state_survives_the_checkpoint_even_when_the_best_is_infinite():
     stopping = EarlyStopping(EarlyStoppingConfig(metric="psnr", patience=2))
     for step, value in ((10, 1.0), (20, math.inf), (30, 5.0)):

@@ -1,0 +1,34 @@
+import torch
+
+from data_pipeline.config import ClipConfig, ClipDataConfig
+from stpredict.losses.config import ReconstructionLossConfig
+from stpredict.tokenizers.config import CausalCnnConfig
+from stpredict.tokenizers.task import TokenizerTask
+
+
+def test_a_clip_that_is_not_finite_gives_a_loss_that_is_not_and_counts_no_code(shards):
+    """The engine skips such a step; what is told about codes must not end it first."""
+    model = CausalCnnConfig(
+        patch=8,
+        channels=(16, 16),
+        blocks=(0, 0),
+        strides=((2, 1, 1),),
+        middle_blocks=0,
+        groups=8,
+        video_channels=1,
+        levels=(4, 4, 4),
+    )
+    data = ClipDataConfig(shards=shards, clip=ClipConfig(frames=9, size=(32, 32), channels=1))
+    torch.manual_seed(0)
+    task = TokenizerTask(model, ReconstructionLossConfig(l1=0, l2=1), data, seed=0)
+    clips = torch.randint(0, 256, (2, 9, 32, 32, 1), dtype=torch.uint8)
+
+    def forward(video):
+        video = video.clone()
+        video[1] = torch.nan
+        return task.model(video)
+
+    sums = task.training_step(forward, {"clip": clips})
+    assert sums["l2"].isnan()
+    assert sums["codebook"].sum() == 5 * 4 * 4  # of the first clip
+    assert torch.equal(sums["codebook"], task.training_step(task.model, {"clip": clips[:1]})["codebook"])
