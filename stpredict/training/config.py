@@ -189,7 +189,7 @@ class TrainingConfig(Config):
     offload: OffloadConfig = OffloadConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: Literal["auto"] | bool = Field(
-        "auto", description="torch.compile of each layer; auto: on CUDA, up to ZeRO-2, without recomputation"
+        "auto", description="torch.compile of each layer; auto: on CUDA, up to ZeRO-2, not with policy selective"
     )
     deepspeed: DeepSpeedSettings = Field({}, description="DeepSpeed's own settings: bucket sizes, overlap_comm, ...")
     deterministic: bool = Field(False, description="on CUDA: kernels that give the same bits every time, slower")
