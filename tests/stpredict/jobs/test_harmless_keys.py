@@ -1,10 +1,20 @@
 """Which keys decide what a job makes, and which it may be continued with others of."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from launcher.rundir import changed_keys, fingerprint
-from stpredict.config import as_yaml
-from stpredict.jobs.config import EncodeConfig, GenerateConfig, PriorJobConfig, ShardConfig, TokenizerJobConfig
+from stpredict.config import as_yaml, load
+from stpredict.jobs.config import (
+    AnyJobConfig,
+    EncodeConfig,
+    GenerateConfig,
+    PriorJobConfig,
+    ShardConfig,
+    TokenizerJobConfig,
+)
 from stpredict.run import Run
 
 TRAINING = {"steps": 1, "batch_size": 2}
@@ -64,3 +74,16 @@ def test_a_job_does_not_go_on_with_what_changes_its_result(kind, changes, key, t
     run.write_config(as_yaml(before))
     assert [change.split(":")[0] for change in changed_keys(run, after)] == [key]
     assert fingerprint(before) != fingerprint(after)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_run_of_the_first_version_continues_with_its_own_config_and_is_the_same_to_pipelines(kind, tmp_path):
+    """``first_version`` holds what commit c588178 wrote: new keys must be absent, or harmless, where they are off."""
+    run = Run(tmp_path)
+    shutil.copy(Path(__file__).parent / "first_version" / f"{kind}.yaml", run.config_path)
+    config = load(AnyJobConfig, run.config_path)
+    assert config.training.discriminator.optimizer.lr == 0.002
+    assert changed_keys(run, config) == []
+    assert fingerprint(config)[:16] == {"tokenizer": "c3f3d4b973f49cba", "prior": "bd10d1d2e966cbf6"}[kind]
+    other = config.model_copy(update={"training": config.training.model_copy(update={"ema_decay": 0.99})})
+    assert changed_keys(run, other) == ["training.ema_decay: 0.9 → 0.99"]

@@ -57,19 +57,3 @@ def test_a_run_continues_with_another_way_to_compute_it_and_as_one_that_is_older
     assert not differences(identity(), identity(**other))
     assert not [key for key in identity() if key.startswith("training.accumulation_dtype")]
     assert differences(identity(), identity(precision="bf16", accumulation_dtype="bf16"))
-
-
-def test_a_run_of_the_first_version_has_the_same_settings_and_its_config_is_read():
-    """It had ``discriminator_optimizer`` and no other key of ``discriminator``."""
-    first = {"kind": "tokenizer", "run": "r", "data": {"shards": "x"}, "training": {"steps": 1, "batch_size": 1}}
-    adam = {"kind": "adam", "lr": 0.002, "betas": [0.5, 0.9], "eps": 1e-08, "weight_decay": 0.0}
-    first["training"]["discriminator_optimizer"] = adam
-    config = TokenizerJobConfig(**first)
-    assert config.training.discriminator.optimizer.lr == 0.002
-    now = TokenizerJobConfig.decisive(flat(config.model_dump(mode="json")))
-    saved = TokenizerJobConfig.decisive(flat(first))
-    assert {key: value for key, value in now.items() if "discriminator" in key} == {
-        key: value for key, value in saved.items() if "discriminator" in key
-    }
-    later = TokenizerJobConfig(**{**first, "training": {**config.training.model_dump(), "discriminator": {"every": 2}}})
-    assert "training.discriminator.every" in TokenizerJobConfig.decisive(flat(later.model_dump(mode="json")))
