@@ -123,18 +123,25 @@ class CutForward:
 
     def _last(self, noted: list[tuple[Tensor, Tensor]], outputs: list[Tensor]) -> list[int]:
         """Which of the outputs are the last layer's. Compared in the first forward only: that waits for a GPU."""
-        adaptive = self.adaptive
-        if len(noted) == 1 and adaptive.last is None:
+        last = self.adaptive.last
+        if len(noted) == 1 and last is None:
             made = noted[0][1]
-            same = [output.shape == made.shape and output.dtype == made.dtype for output in outputs]
-            adaptive.last = [n for n, output in enumerate(outputs) if same[n] and torch.equal(output, made)]
-        if len(noted) != 1 or not adaptive.last:
+            last = [n for n, output in enumerate(outputs) if _are_equal(output, made)]
+            if made.isfinite().all():  # else this step is skipped, and outputs that are all NaN look alike
+                self.adaptive.last = last
+        if len(noted) != 1 or not last:
             raise ValueError(
                 "training.discriminator.adaptive_weight: the model has to call its last_layer once and return what "
                 f"comes out of it unchanged; it called it {len(noted)} times"
                 + (", and what came out is not among what it returned" if noted else "")
             )
-        return adaptive.last
+        return last
+
+
+def _are_equal(output: Tensor, made: Tensor) -> bool:
+    """To the bit, but that NaN is NaN."""
+    same = output.shape == made.shape and output.dtype == made.dtype
+    return same and torch.allclose(output, made, rtol=0, atol=0, equal_nan=True)
 
 
 def _gradients(loss: Tensor, ends: list[Tensor], retain_graph: bool = False) -> list[Tensor]:

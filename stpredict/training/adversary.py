@@ -15,7 +15,7 @@ from stpredict.training.config import DiscriminatorConfig
 from stpredict.training.deepspeed_setup import build_optimizer
 from stpredict.training.pieces import Held
 from stpredict.training.ranks import Ranks
-from stpredict.training.task import Batch, Sums, Task, weighted
+from stpredict.training.task import Batch, Sums, Task, add_to, weighted
 
 
 class Adversary:
@@ -74,8 +74,7 @@ class Adversary:
             with nullcontext() if place == len(micro_batches) else self.ddp.no_sync():
                 sums = self.task.discriminator_step(self.ddp, batch, number)
                 (weighted(sums, self.task.discriminator_weights, counts) * self.ranks.size).backward()
-            for name, value in sums.items():
-                total[name] = total.get(name, 0) + value.detach()
+            add_to(total, sums)
         return total
 
     def grad_norm(self) -> Tensor:

@@ -17,12 +17,12 @@ from stpredict.training.config import DiscriminatorConfig, TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
 from stpredict.training.guards import Guards
 from stpredict.training.pieces import Ema, Held, Piece, dealt, owned
-from stpredict.training.precision import NAMES, LossScale, resolve_precision
+from stpredict.training.precision import NAMES, TYPES, LossScale, resolve_precision
 from stpredict.training.ranks import Ranks
 from stpredict.training.schedule import apply_schedule, learning_rate_factor
 from stpredict.training.skipping import Buffers, Skippable
 from stpredict.training.stragglers import Stragglers
-from stpredict.training.task import Batch, Sums, Task, weighted
+from stpredict.training.task import Batch, Sums, Task, add_to, weighted
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,9 @@ class Learner:
         self.at = at
         self.task, self.training, self.ranks = task, training, ranks
         self.accumulation = training.accumulation_steps(ranks.size)
-        self.dtype = resolve_precision(training, ranks.device)
-        self.precision = NAMES[self.dtype]
+        # Where CPUs differ, so does what `auto` means.
+        self.precision = ranks.from_main(NAMES[resolve_precision(training, ranks.device)])
+        self.dtype = TYPES[self.precision]
         self.adaptive = None
         if task.discriminator is not None and training.discriminator.adaptive_weight:
             self.adaptive = AdaptiveWeight(task, ranks, self.accumulation)
@@ -94,10 +95,12 @@ class Learner:
         told = adversary.backward(number, micro_batches, counts) if self.discriminator_learned else {}
         skip = self.guards.refuses(number, *self._over_ranks(loss, told))
         self.at("update")
-        scale = self.loss_scale.scale if self.loss_scale else 0.0
+        scaled = self.loss_scale.state() if self.loss_scale else {}
         applied = self.update.step(skip) if self.model_learned else not skip
-        # A step that fp16 overflowed in is no bad one: the scale is lower now.
-        if skip or applied or not self.loss_scale or self.loss_scale.scale == scale:
+        if skip and scaled:
+            self.loss_scale.restore(scaled)  # which had no part in it
+        # A step that fp16 overflowed in is no bad one: the scale is lower now, or will be after the next.
+        if skip or applied or not self.loss_scale or not self.loss_scale.lowered_since(scaled):
             self.guards.took(number, applied)
         if not applied:
             self.buffers.put_back()
@@ -185,7 +188,8 @@ class Learner:
         but no NaN."""
         pieces = [piece for piece in self.owned() if piece.tensor.is_floating_point()]
         bad = [p.tensor.isnan().any() if p.kind == "buffer" else ~p.tensor.isfinite().all() for p in pieces]
-        flags = torch.stack(bad).tolist() if bad else []
+        # What is offloaded is on another device than the rest.
+        flags = torch.stack([flag.to(self.ranks.device) for flag in bad]).tolist() if bad else []
         found = self.ranks.gather([piece.key for piece, flag in zip(pieces, flags, strict=True) if flag])
         return sorted({key for keys in found for key in keys})
 
@@ -215,8 +219,3 @@ class Learner:
             f"{ranks.device.type}, batch {batch} = {ranks.size} ranks x {batch // (ranks.size * self.accumulation)} x "
             f"{self.accumulation} micro-batches"
         )
-
-
-def add_to(total: Sums, sums: Sums) -> None:
-    for name, value in sums.items():
-        total[name] = total.get(name, 0) + value.detach()

@@ -74,6 +74,11 @@ class LossScale:
     def scale(self) -> float:
         return self.state()["scale"]
 
+    def lowered_since(self, before: dict[str, float]) -> bool:
+        """Whether an overflow has lowered the scale or its ``hysteresis`` since ``state`` was ``before``."""
+        now = self.state()
+        return any(now[name] < before[name] for name in ("scale", "hysteresis") if name in now)
+
     def restore(self, state: dict[str, float]) -> None:
         steps = int(state["steps"])
         if isinstance(self._scaler, torch.amp.GradScaler):

@@ -33,7 +33,12 @@ class Skippable:
         if self._checked:
             self.engine.step()
             self.norm = float(self.engine.get_global_grad_norm())
-            return self.engine.was_step_applied()
+            applied = self.engine.was_step_applied()
+            if not applied and getattr(self.engine.optimizer, "cpu_offload", False):  # ZeRO-1 and 2
+                # DeepSpeed keeps this sum, to which the next step would add its gradient.
+                averaged = self.engine.optimizer.averaged_gradients
+                averaged.update(dict.fromkeys(averaged))
+            return applied
         if self.engine.torch_autocast_z0_gradscaler:  # fp16
             self.engine.torch_autocast_z0_gradscaler.unscale_(self.engine.optimizer)
         self._total = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])

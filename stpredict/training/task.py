@@ -131,3 +131,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {
         key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
     }
+
+
+def add_to(total: Sums, sums: Sums) -> None:
+    """Adds those of one more micro-batch, without their graph."""
+    for name, value in sums.items():
+        total[name] = total.get(name, 0) + value.detach()

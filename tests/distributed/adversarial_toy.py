@@ -50,6 +50,9 @@ class AdversarialToy(ToyTask):
         self.discriminator_weights = {"real": 1.0, "fake": 1.0, "lecam_real": lecam, "lecam_fake": lecam}
         self.discriminator_weights["r1"] = r1_every * R1 / 2
 
+    def layers(self) -> list[nn.Module]:
+        return [self.model.first, self.model.last]
+
     def counts(self, batch: Batch) -> dict[str, float]:
         samples, made = float(len(batch["x"])), float(batch["mask"].sum())
         everywhere = samples * WIDTH

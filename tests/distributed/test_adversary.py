@@ -27,7 +27,18 @@ HOW = {
     "adaptive_non_saturating": ({"model_every": 2, "adaptive_weight": True}, {"loss": "non_saturating"}),
 }
 OPTIMIZERS = {"sgd": SGD, "adam": ADAM}
-SKIPPED = 10  # a step at which model and discriminator would learn, and R1 not
+#: Steps that are skipped: one at which both would learn, one of the discriminator alone, and the first one judged, by
+#: which the adaptive weight tells the last layer's output.
+SKIPPED = {"hinge": 10, "non_saturating": 10, "adaptive": 2}
+EMA = 0.9
+#: How far weights of the model, and of the discriminator, whose training is in fp32, may be from those in fp32.
+ROUNDED = {"bf16": (2e-3, 1e-4), "fp16": (3e-4, 2e-5)}
+LOW = [("bf16", 0), ("bf16", 1), ("bf16", 3), ("fp16", 0), ("fp16", 2), ("fp16", 3)]
+#: The same training, computed in another way.
+OTHERWISE = {
+    "recomputed": {"activation_checkpointing": {"policy": "layers"}},
+    "gathered": {"deepspeed": {"zero_optimization": {"param_persistence_threshold": 0}}},
+}
 TERMS = {"loss", "l2", "effort", "deceived", "adaptive_weight", "real", "fake", "logit_real", "logit_fake"}
 TERMS |= {"lecam_real", "lecam_fake", "r1", "grad_norm", "lr", "discriminator_lr"}
 CASES = [(how, kind, 2) for how in HOW for kind in OPTIMIZERS]
@@ -45,6 +56,8 @@ def trial(name: str, how: str, optimizer: dict, ranks: int, stage: int, **change
         "clip_norm": 1.0 if how == "hinge" else None,
         "optimizer": optimizer,
         "discriminator": {"optimizer": {**optimizer, "lr": optimizer["lr"] / 2}, **discriminator},
+        "ema_decay": EMA,
+        "compile": False,
         "schedule": {"kind": "linear", "warmup_steps": 2, "final": 0.5},
         "log_every": 1,
         "validate_every": STEPS,
@@ -58,8 +71,8 @@ def trial(name: str, how: str, optimizer: dict, ranks: int, stage: int, **change
 def plain(
     how: str, optimizer: dict, skipped: int | None = None
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """The same training written out: weights and LeCam's averages after it, and what each step would log. Nobody learns
-    from step ``skipped``."""
+    """The same training written out: weights, their averages and LeCam's after it, and what each step would log. Nobody
+    learns from step ``skipped``."""
     settings, task = HOW[how]
     training = TrainingConfig.model_validate(trial("", how, optimizer, 1, 0)["training"])
     torch.manual_seed(0)
@@ -68,6 +81,7 @@ def plain(
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer["kind"]]
     arguments = {name: value for name, value in optimizer.items() if name != "kind"}
     ours, theirs = kind(model.parameters(), **arguments), kind(network.parameters(), **arguments)
+    averages = {name: value.detach().clone() for name, value in model.named_parameters()}
     real_average = fake_average = 0.0
     updates, rows = 0, []
     for step in range(STEPS):
@@ -112,6 +126,8 @@ def plain(
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm or float("inf"))
             row["grad_norm"] = norm.item()
             ours.step()
+            for name, value in model.named_parameters():
+                averages[name] = EMA * averages[name] + (1 - EMA) * value.detach()
         if learns and since >= 1:
             row["deceived"] = deceived
         if factors:
@@ -150,6 +166,7 @@ def plain(
         row |= {"lr": ours.param_groups[0]["lr"]}
         rows.append(row)
     found = {f"model/weight/{name}": value for name, value in model.named_parameters()}
+    found |= {f"model/ema/{name}": value for name, value in averages.items()}
     found |= {f"discriminator/weight/network.{name}": value for name, value in network.named_parameters()}
     found["discriminator/buffer/lecam.averages"] = torch.tensor([real_average, fake_average])
     found["discriminator/buffer/lecam.total"] = torch.tensor(1 - 0.9**updates)
@@ -169,9 +186,16 @@ def runs(tmp_path_factory) -> dict[int, tuple[Path, list[dict]]]:
         cases = [(how, kind, stage) for how, kind, of in CASES if of == ranks for stage in STAGES]
         trials = [trial("_".join(map(str, case)), case[0], OPTIMIZERS[case[1]], ranks, case[2]) for case in cases]
         if ranks == 2:
-            trials.append(trial("skipped", "hinge", SGD, ranks, 2, poison={SKIPPED * MICRO * MICROS + 3: "nan"}))
+            for how, step in SKIPPED.items():
+                poison = {step * MICRO * MICROS + 3: "nan"}
+                trials += [trial(f"skipped_{how}_{stage}", how, SGD, ranks, stage, poison=poison) for stage in (0, 2)]
+            for precision, stage in LOW:
+                settings = {"precision": precision}
+                trials.append(trial(f"rounded_{precision}_{stage}", "adaptive", SGD, ranks, stage, training=settings))
+            for name, settings in OTHERWISE.items():
+                trials.append(trial(name, "adaptive", SGD, ranks, 3, training=settings))
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        out[ranks] = folder, run_ranks(trials, folder, ranks)
+        out[ranks] = folder, run_ranks(trials, folder, ranks, timeout_s=400)
     return out
 
 
@@ -186,6 +210,23 @@ def test_model_discriminator_and_averages_equal_plain_pytorch(runs, references, 
     assert ("model/exp_avg/last.weight" in state) == (kind == "adam")
 
 
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_so_they_do_where_layers_are_recomputed_or_gathered_anew(runs, references, name):
+    state = whole_state(Run(runs[2][0] / name))
+    for key, value in references["adaptive", "sgd"][0].items():
+        assert (state[key] - value).abs().max() <= WITHIN["sgd"], key
+
+
+@pytest.mark.parametrize(("precision", "stage"), LOW)
+def test_in_lower_precision_they_are_equal_but_for_its_rounding(runs, references, precision, stage):
+    run = Run(runs[2][0] / f"rounded_{precision}_{stage}")
+    state, (expected, rows) = whole_state(run), references["adaptive", "sgd"]
+    for key, value in expected.items():
+        assert (state[key] - value).abs().max() <= ROUNDED[precision][key.startswith("discriminator")], key
+    logged = [row["adaptive_weight"] for row in run.metrics() if "adaptive_weight" in row]
+    assert logged == pytest.approx([row["adaptive_weight"] for row in rows if "adaptive_weight" in row], rel=0.02)
+
+
 @pytest.mark.parametrize(("how", "kind", "ranks"), CASES)
 def test_every_step_logs_the_terms_that_it_computed_and_their_means(runs, references, how, kind, ranks):
     _, expected = references[how, kind]
@@ -193,8 +234,7 @@ def test_every_step_logs_the_terms_that_it_computed_and_their_means(runs, refere
         rows = [row for row in Run(runs[ranks][0] / f"{how}_{kind}_{stage}").metrics() if row["split"] == "train"]
         assert len(rows) == STEPS
         for row, others in zip(rows, expected, strict=True):
-            names = TERMS - ({"grad_norm"} if stage == 0 else set())  # which reports none
-            row, others = ({k: v for k, v in values.items() if k in names} for values in (row, others))
+            row, others = ({k: v for k, v in values.items() if k in TERMS} for values in (row, others))
             assert row == pytest.approx(others, rel=1e-3, abs=1e-4)
 
 
@@ -203,9 +243,11 @@ def test_lecams_averages_are_the_same_on_every_rank(runs, ranks):
     assert [found["unequal"] for found in runs[ranks][1]] == [[]] * len(runs[ranks][1])
 
 
-def test_of_a_skipped_step_the_discriminator_and_lecam_learn_nothing_either(runs):
-    state = whole_state(Run(runs[2][0] / "skipped"))
-    for name, value in plain("hinge", SGD, skipped=SKIPPED)[0].items():
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("how", SKIPPED)
+def test_of_a_skipped_step_the_discriminator_and_lecam_learn_nothing_either(runs, how, stage):
+    state = whole_state(Run(runs[2][0] / f"skipped_{how}_{stage}"))
+    for name, value in plain(how, SGD, skipped=SKIPPED[how])[0].items():
         assert (state[name] - value).abs().max() <= WITHIN["sgd"], name
 
 

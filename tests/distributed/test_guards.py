@@ -16,6 +16,8 @@ from tests.distributed.toy import ToyTask, run_ranks, stack
 EVERY_STEP = {"ema_decay": 0.9, "checkpoint": {"every": 1, "keep": 100}}
 POISONED = 19  # of step 2 (from 0), for the second of two ranks, in the first of its two micro-batches
 KINDS = ("nan", "loss", "gradient")
+#: With the optimizer's state in the host's memory; micro-batches of 2, where the next step could add to what is left.
+OFFLOADED = [("bf16", 1, "gradient"), ("fp16", 1, "refused"), ("fp16", 2, "gradient"), ("bf16", 3, "gradient")]
 SETTINGS = [("fp32", stage) for stage in STAGES] + [("bf16", stage) for stage in (1, 2, 3)]
 
 
@@ -36,7 +38,12 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
                 trials.append(skipping(name, precision, stage, micro, poison={POISONED: kind}, watch_changes=True))
         for name, change in (("poisoned", {"poison": {POISONED: "nan"}}), ("refused", {"refuse": 2})):
             trials.append(skipping(f"{precision}_{stage}_{name}", precision, stage, 2, dropout=0.5, **change))
-    said = run_ranks(trials, out, 2)
+    for precision, stage, kind in OFFLOADED:
+        bad = {"refuse": 2} if kind == "refused" else {"poison": {POISONED: kind}}
+        offloaded = skipping(f"offloaded_{precision}_{stage}_{kind}", precision, stage, 2, watch_changes=True, **bad)
+        offloaded["training"]["offload"] = {"optimizer": "cpu"}
+        trials.append(offloaded)
+    said = run_ranks(trials, out, 2, timeout_s=400)
     return out, {trial["run"]: found for trial, found in zip(trials, said, strict=True)}
 
 
@@ -125,6 +132,17 @@ def test_the_steps_after_it_are_those_of_plain_pytorch_that_never_made_it(runs, 
         torch.testing.assert_close(ours[key], tensor, rtol=0, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
     rows = [row for row in run.metrics() if row["split"] == "train"]
     assert [rows[step]["loss"] for step in (0, 1, 3, 4, 5)] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "stage", "kind"), OFFLOADED)
+def test_no_gradient_of_a_skipped_step_is_left_where_the_optimizer_is_offloaded(runs, precision, stage, kind):
+    folder, said = runs
+    name = f"offloaded_{precision}_{stage}_{kind}"
+    assert said[name]["changed"] == [True, True, False, True, True, True]
+    ours = state_of(Run(folder / name), 6)
+    for key, tensor in plain_training({2}, 4)[0].items():
+        if "/frozen." not in key:  # which is rounded
+            torch.testing.assert_close(ours[key], tensor, rtol=0, atol=2e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize(("precision", "stage"), SETTINGS)

@@ -46,6 +46,14 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
         trials.append(trial(f"scaled_{stage}", training=settings, dropout=0.5))
         trials.append(trial(f"scaled_{stage}_resumed", training=settings, dropout=0.5, until=5))
         trials.append(trial(f"scaled_{stage}_resumed", training=settings, dropout=0.5))
+    for stage in STAGES:
+        impatient = {"fp16": {"hysteresis": 1}}
+        settings = {"precision": "fp16", "zero_stage": stage, "micro_batch_size": 2, "deepspeed": impatient}
+        trials.append(trial(f"refused_{stage}", training=settings, refuse=2, watch_changes=True))
+    for stage in (1, 2, 3):  # of ZeRO-0 the scale falls by the first overflow
+        patient = {"fp16": {"initial_scale_power": 20, "hysteresis": 3}}
+        settings = {"precision": "fp16", "zero_stage": stage, "deepspeed": patient, "guards": {"max_bad_steps": 1}}
+        trials.append(trial(f"patient_{stage}", training=settings))
     for before, after in ((0, 3), (2, 0)):
         settings = {**OVERFLOWING, "zero_stage": after}
         changed = {"copy_of": f"scaled_{before}", "resave": True, "training": settings}
@@ -138,6 +146,21 @@ def test_an_overflow_makes_its_step_void_and_halves_the_scale(runs, stage):
         assert {key.split("/")[1] for key in moved} == ({"weight", "exp_avg", "exp_avg_sq", "ema"} if made else set())
         voids += not made
     assert 3 <= voids <= 8
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_refused_by_the_guards_leaves_the_scale_alone(runs, stage):
+    out, results = runs
+    assert results[f"refused_{stage}"]["changed"] == [True, True, False, True, True, True]
+    rows = [row for row in Run(out / f"refused_{stage}").metrics() if row["split"] == "train"]
+    assert [(row["loss_scale"], row["steps_skipped"]) for row in rows] == [(2**16, step > 1) for step in range(6)]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_overflow_is_no_bad_step_where_the_scale_waits_for_more_of_them(runs, stage):
+    rows = [row for row in Run(runs[0] / f"patient_{stage}").metrics() if row["split"] == "train"]
+    assert [row["loss_scale"] for row in rows][:3] == [2**20, 2**20, 2**19]
+    assert [row["steps_skipped"] for row in rows] == [0] * 6
 
 
 @pytest.mark.parametrize("stage", STAGES)
