@@ -33,6 +33,7 @@ from stpredict.training.guards import GuardState
 FORMAT = 2
 MARKER, LATEST = "COMPLETE", "latest"
 INDEX, STATE = "index.json", "state.json"
+READ_AT_ONCE = 2**24  # bytes
 
 
 class CheckpointState(BaseModel):
@@ -172,8 +173,8 @@ def wrong_size(folder: Path, name: str, written: Written) -> str | None:
     return f"{name} has {size:,} bytes of {written.bytes:,}" if size != written.bytes else None
 
 
-def damage(folder: Path, files: Iterable[tuple[str, Written]]) -> list[str]:
-    """What is wrong with ``files`` of a checkpoint, after reading all their bytes."""
+def damage(folder: Path, files: Iterable[tuple[str, Written]], working: Callable[[], None] = lambda: None) -> list[str]:
+    """What is wrong with ``files`` of a checkpoint, after reading all their bytes. ``working`` is called meanwhile."""
     problems = []
     for name, written in files:
         if problem := wrong_size(folder, name, written):
@@ -181,7 +182,11 @@ def damage(folder: Path, files: Iterable[tuple[str, Written]]) -> list[str]:
             continue
         try:
             with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != written.sha256:
+                digest = hashlib.sha256()
+                while chunk := file.read(READ_AT_ONCE):
+                    digest.update(chunk)
+                    working()
+                if digest.hexdigest() != written.sha256:
                     problems.append(f"{name} differs from what was written")
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")

@@ -62,7 +62,8 @@ class Checkpointing:
         working: Callable[[], None],
     ):
         self.task, self.training, self.run, self.learner, self.ranks = task, training, run, learner, ranks
-        self.position, self.stopping, self.identity, self.seed, self.at = position, stopping, identity, seed, at
+        self.position, self.stopping, self.identity, self.seed = position, stopping, identity, seed
+        self.at, self.working = at, working
         self.saver = Saver(run.checkpoints, learner.owned, training.checkpoint, ranks, working)
         self.saved_step = -1
         self.unequal_buffers: set[str] = set()
@@ -70,10 +71,10 @@ class Checkpointing:
     def begin(self, force: bool, init_from: InitFromConfig | None) -> None:
         """Continues from the newest sound checkpoint; starts anew where there is none."""
         self.at("reading a checkpoint")
-        checkpoint = newest_sound_checkpoint(self.run.checkpoints, self.ranks)
+        checkpoint = newest_sound_checkpoint(self.run.checkpoints, self.ranks, self.working)
         if checkpoint is None:
             if init_from:
-                initialise(self.learner.held[0], init_from, self.ranks)
+                initialise(self.learner.held[0], init_from, self.ranks, self.working)
             self._seed()
             if self.learner.ema:
                 self.learner.ema.start()
@@ -84,7 +85,8 @@ class Checkpointing:
                     f"{checkpoint}: was saved under another config ({', '.join(changes)}); use another `run`, "
                     "or --force to continue with the new one"
                 )
-            log.warning("%s: was saved under another config: %s", checkpoint, ", ".join(changes))
+            said = "%s: was saved under another config: %s"
+            log.log(self.ranks.warning, said, checkpoint, ", ".join(changes))
         state = self._return_to(checkpoint)
         self.position.consumed = state.samples_consumed
         self.position.replaced = state.samples_replaced if self.ranks.is_main else 0
@@ -123,16 +125,17 @@ class Checkpointing:
         guards, step = self.learner.guards, self.position.step
         self.finish()
         self.at("going back to a checkpoint")
-        checkpoint = newest_sound_checkpoint(self.run.checkpoints, self.ranks)
+        checkpoint = newest_sound_checkpoint(self.run.checkpoints, self.ranks, self.working)
         if checkpoint is None:
             raise UserError(f"{self.run.path}: {guards.why()}, up to step {step}, and no checkpoint is there; {ADVICE}")
         guards.rolled_back(read_state(checkpoint).guards, step_of(checkpoint))
         self._return_to(checkpoint)
-        log.warning("step %d: back to %s, and on with the data after what has been seen", step, checkpoint)
+        said = "step %d: back to %s, and on with the data after what has been seen"
+        log.log(self.ranks.warning, said, step, checkpoint)
 
     def _return_to(self, checkpoint: Path) -> CheckpointState:
         """Everything that training changes becomes what it was at the checkpoint; the position in the data stays."""
-        state = restore(checkpoint, self.learner.held, self.learner.averages, self.ranks)
+        state = restore(checkpoint, self.learner.held, self.learner.averages, self.ranks, self.working)
         if self.learner.loss_scale and state.loss_scale:
             self.learner.loss_scale.restore(state.loss_scale)
         self.position.step = self.saved_step = state.step
@@ -181,7 +184,8 @@ class Checkpointing:
         sums = self.ranks.gather({piece.key: float(piece.tensor.double().sum()) for piece in pieces})
         unequal = {key for key in sums[0] if len({repr(of_rank[key]) for of_rank in sums}) > 1} - self.unequal_buffers
         if unequal:
-            log.warning("buffers that differ between ranks, of which one is saved: %s", ", ".join(sorted(unequal)))
+            said = "buffers that differ between ranks, of which one is saved: %s"
+            log.log(self.ranks.warning, said, ", ".join(sorted(unequal)))
             self.unequal_buffers |= unequal
 
     @contextmanager

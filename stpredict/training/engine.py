@@ -53,6 +53,14 @@ class Trainer:
         self.task, self.training, self.run, self.ranks, self.after_stop = task, training, run, ranks, after_stop
         self.position = Position()
         self.watchdog = Watchdog(run, ranks, training.guards.hang_timeout_s)
+        try:
+            self._build(identity, seed, force, init_from)
+        except BaseException:
+            self.watchdog.stop()
+            raise
+
+    def _build(self, identity: dict[str, Any], seed: int, force: bool, init_from: InitFromConfig | None) -> None:
+        task, training, run, ranks = self.task, self.training, self.run, self.ranks
         self._at("building the model's engine")
         self._check_metric_names()
         self.stopping = EarlyStopping(training.early_stopping) if training.early_stopping else None
@@ -97,7 +105,7 @@ class Trainer:
         if ranks.is_main:
             log.info("times, throughput, memory and the rest: %s and TensorBoard", self.run.metrics_path)
         self.engine.train()
-        meter.clock.restart()
+        meter.restart()
         profiler = Profiler(self.run, training.profile, ranks)
         with ExitStack() as stack:
             stack.callback(self.watchdog.stop)
@@ -127,8 +135,9 @@ class Trainer:
                 if profiler.step_done(self.step):
                     meter.skip()
                 if self.learner.guards.must_roll_back:
+                    profiler.close()
                     self._roll_back()
-                    meter.skip()
+                    meter.restart()
                     continue
                 last = self.step == training.steps
                 if self.step % training.log_every == 0 or last or self.step == 1:
@@ -176,7 +185,7 @@ class Trainer:
         self._at("logging")
         clock = self.meter.clock
         for line in self.learner.stragglers.compare(clock.waiting_s, clock.elapsed_s):
-            log.log(logging.WARNING if self.ranks.is_main else logging.DEBUG, "step %d: %s", self.step, line)
+            log.log(self.ranks.warning, "step %d: %s", self.step, line)
         values = self.meter.values(sums, counts, self.position.replaced)
         if self.logger:
             self.logger.scalars("train", self.step, values)

@@ -39,6 +39,7 @@ class Evaluation:
                 for name, value in self.task.validation_step(self.engine, to_device(batch, self.ranks.device)).items():
                     totals[name] = totals.get(name, 0) + value.double().cpu()
         metrics = self.task.validation_metrics({name: self.ranks.sum(total) for name, total in totals.items()})
+        metrics = self.ranks.from_main(metrics)  # to the bit: whether to stop hangs on it
         assert set(self.task.metrics) <= metrics.keys(), "a task gives the metrics that it names"
         return metrics
 

@@ -36,6 +36,9 @@ class ForwardFlops:
     def watch(self, engine: nn.Module) -> None:
         engine.register_forward_pre_hook(self._note, with_kwargs=True)
 
+    def forget(self) -> None:
+        self._calls = {}
+
     def take(self) -> float:
         """FLOPs of the forwards since the last call, on this rank; 0 if they cannot be counted."""
         calls, self._calls = self._calls, {}

@@ -32,20 +32,28 @@ class GuardState(BaseModel):
 class Guards:
     """Judges every step of a training."""
 
-    def __init__(self, config: GuardsConfig):
-        self.config = config
+    def __init__(self, config: GuardsConfig, warning: int = logging.WARNING):
+        self.config, self.warning = config, warning  # the level of what is said
         self.state = GuardState()
-        self._loss = 0.0
+        self._loss, self._why = 0.0, ""
         self._returns = (-1, 0)  # the step of the checkpoint last gone back to, and how often in succession
 
     def refuses(self, step: int, loss: float, finite: bool) -> bool:
         """Whether ``step``, from 0, of this loss over all ranks, must change nothing; ``finite``: what else it computed
         is."""
         self._loss = loss
-        if not (isfinite(loss) and finite):
+        if not isfinite(loss):
+            self._why = f"its loss is {loss}"
+            return True
+        if not finite:
+            self._why = "a loss or gradient of the discriminator is not finite"
             return True
         spike = self.config.spike
-        return spike is not None and self._is_spike(step, loss, spike) and spike.action == "skip"
+        if spike is not None and self._is_spike(step, loss, spike) and spike.action == "skip":
+            self._why = "its loss is a spike"
+            return True
+        self._why = "its gradient is not finite"  # if it is skipped all the same
+        return False
 
     def took(self, step: int, applied: bool) -> None:
         """Counts a step that changed the weights, or was skipped."""
@@ -53,7 +61,7 @@ class Guards:
         if not applied:
             state.steps_skipped += 1
             state.bad_in_a_row += 1
-            log.warning("step %d was skipped: its loss is %.4g (%d in a row)", step + 1, self._loss, state.bad_in_a_row)
+            log.log(self.warning, "step %d was skipped: %s (%d in a row)", step + 1, self._why, state.bad_in_a_row)
             return
         state.bad_in_a_row = 0
         if self.config.spike:
@@ -67,11 +75,11 @@ class Guards:
         deviation = TO_SIGMA * median(abs(value - usual) for value in losses)
         # Where losses hardly differ, rounding would do: a thousandth of the loss is no spike.
         far = usual + config.threshold * max(deviation, 1e-3 * abs(usual))
-        if loss > far:
-            log.warning(
-                "step %d: its loss of %.4g is a spike; usual are %.4g, and up to %.4g", step + 1, loss, usual, far
-            )
-        return loss > far
+        if not loss > far > usual:  # of losses that all are 0 nothing can be told
+            return False
+        said = "step %d: its loss of %.4g is a spike; usual are %.4g, and up to %.4g"
+        log.log(self.warning, said, step + 1, loss, usual, far)
+        return True
 
     @property
     def must_roll_back(self) -> bool:

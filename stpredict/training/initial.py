@@ -4,7 +4,7 @@ They are put into what each rank holds once the engine is built, in fp32, so tha
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -37,18 +37,20 @@ class Source(Protocol):
         """Sets ``out``, 1-D, to elements ``start`` and following of the flattened tensor ``name``."""
 
 
-def initialise(held: Held, config: InitFromConfig, ranks: Ranks) -> None:
-    """Sets weights and buffers of what ``held`` describes from ``config``, and nothing else. On all ranks.
+def initialise(held: Held, config: InitFromConfig, ranks: Ranks, working: Callable[[], None] = lambda: None) -> None:
+    """Sets weights and buffers of what ``held`` describes from ``config``, and nothing else. On all ranks. Calls
+    ``working`` while it reads.
 
     UsageError where the source is none, is damaged, or has not what is asked of it.
     """
-    source = open_source(config, ranks)
+    source = open_source(config, ranks, working)
     pieces = [piece for piece in held.pieces() if piece.kind in ("weight", "buffer")]
     here = {name: shape for part in ranks.gather({p.name: p.shape for p in pieces}) for name, shape in part.items()}
     taken = chosen(config, source.folder, here, source.shapes)
     for piece in pieces:
         if piece.name in taken:
             source.fill(piece.name, piece.start, piece.tensor)
+            working()
     held.refresh()
     elements = {name: prod(shape) for name, shape in here.items()}
     log.info(
@@ -60,11 +62,11 @@ def initialise(held: Held, config: InitFromConfig, ranks: Ranks) -> None:
     )
 
 
-def open_source(config: InitFromConfig, ranks: Ranks) -> Source:
+def open_source(config: InitFromConfig, ranks: Ranks, working: Callable[[], None] = lambda: None) -> Source:
     """The checkpoint or export that ``config.path`` is or, being a run, holds. UsageError where there is none."""
     path = config.path
     if is_checkpoint(path):
-        if problem := why_unusable_together(path, ranks):
+        if problem := why_unusable_together(path, ranks, working):
             raise UsageError(f"init_from {path}: {problem}; give another checkpoint")
         return CheckpointWeights(path, config.ema)
     for folder in (path, Run(path).export):

@@ -56,7 +56,7 @@ class Learner:
         if task.discriminator is not None:
             self.adversary = Adversary(task, training.discriminator, ranks)
         elif training.discriminator != DiscriminatorConfig():
-            log.warning("training.discriminator is ignored: this model has none")
+            log.log(ranks.warning, "training.discriminator is ignored: this model has none")
         self.held = [Held("model", task.model, self.engine.basic_optimizer, self.engine)]
         self.held += [self.adversary.held()] if self.adversary else []
         trained = {piece.key for piece in self.held[0].trained_weights()}
@@ -67,7 +67,7 @@ class Learner:
         shared = dealt((piece for part in self.held for piece in part.pieces()), ranks.size)
         self._replicated = [(piece, owner) for piece, owner in shared if piece.key in trained]
         self.stragglers = Stragglers(ranks, training.guards.slow_rank, training.zero_stage)
-        self.guards = Guards(training.guards)
+        self.guards = Guards(training.guards, ranks.warning)
         self.update = Skippable(self.engine)
         self.buffers = Buffers([part.model for part in self.held])
 

@@ -37,6 +37,12 @@ class Meter:
         """What was done since the last step is no part of the next one."""
         self.clock.skip()
 
+    def restart(self) -> None:
+        """The next line is about what comes now."""
+        self.clock.restart()
+        self.tokens, self.code_use = 0, {}
+        self.flops.forget()
+
     def values(self, sums: Sums, counts: dict[str, float], replaced: int) -> dict[str, float]:
         """The values, the same on all ranks but for times and FLOPs, which are rank 0's. ``sums`` and ``counts`` are
         the last step's; ``replaced`` samples were, on this rank, by others because they could not be read."""
@@ -58,8 +64,7 @@ class Meter:
         if self.tokens:
             values["tokens_per_s"] = self.tokens * self.ranks.size / clock.elapsed_s
         values |= self._throughput() | self._of_all_ranks(replaced) | self._code_use()
-        self.clock.restart()
-        self.tokens, self.code_use = 0, {}
+        self.restart()
         return values
 
     def _throughput(self) -> dict[str, float]:

@@ -70,6 +70,7 @@ class Profiler:
     def close(self) -> None:
         """Ends what is going on, without a trace."""
         if self._profile is not None:
+            log.log(self.ranks.warning, "no profile: steps %d to %d were not all made", self.first, self.last)
             self._span.__exit__(None, None, None)
             self._profile.stop()
             self._profile = None

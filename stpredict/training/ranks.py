@@ -1,5 +1,6 @@
 """This process's place among the ranks, and the few collectives that the engine needs besides DeepSpeed's."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def warning(self) -> int:
+        """The level of what all ranks would warn of alike: rank 0 does; in the others' files it is information."""
+        return logging.WARNING if self.is_main else logging.INFO
 
     def sum(self, tensor: Tensor) -> Tensor:
         """``tensor`` (on the CPU) summed over the ranks, in place."""

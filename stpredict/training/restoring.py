@@ -1,7 +1,7 @@
 """Reading weights and checkpoints into whatever a rank holds, piece by piece."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -103,17 +103,17 @@ class CheckpointReader:
         return self._files[rank]
 
 
-def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks) -> Path | None:
+def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, working: Callable[[], None] = lambda: None) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; logs which newer ones are skipped, and why. None
     where none was ever completed; UserError where some were and none can be used, so that training does not begin anew
-    by itself.
+    by itself. ``working`` is called while they are read.
 
     UsageError where the run has been trained by an earlier version: to begin anew would replace its checkpoints.
     """
     folders, begun = ranks.from_main((all_checkpoints(checkpoints)[::-1], has_completed(checkpoints)))
     skipped = []
     for folder in folders:
-        problem = why_unusable_together(folder, ranks)
+        problem = why_unusable_together(folder, ranks, working)
         if problem is None:
             return folder
         if ranks.from_main(is_former(folder)):
@@ -129,18 +129,25 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks) -> Path | None:
     return None
 
 
-def why_unusable_together(folder: Path, ranks: Ranks) -> str | None:
+def why_unusable_together(folder: Path, ranks: Ranks, working: Callable[[], None] = lambda: None) -> str | None:
     """Why a checkpoint cannot be used; None where it is sound. The ranks read a share of the files each."""
     files = ranks.from_main(read_marker(folder) if ranks.is_main else None)
     if isinstance(files, str):
         return files
-    found = ranks.gather(damage(folder, list(files.items())[ranks.rank :: ranks.size]))
+    found = ranks.gather(damage(folder, list(files.items())[ranks.rank :: ranks.size], working))
     problems = "; ".join(problem for part in found for problem in part)
     return f"is damaged ({problems})" if problems else None
 
 
-def restore(folder: Path, held: Sequence[Held], averages: Iterable[Piece], ranks: Ranks) -> CheckpointState:
-    """Sets modules, moments, step counts, ``averages`` and, at the world size of the checkpoint, random states.
+def restore(
+    folder: Path,
+    held: Sequence[Held],
+    averages: Iterable[Piece],
+    ranks: Ranks,
+    working: Callable[[], None] = lambda: None,
+) -> CheckpointState:
+    """Sets modules, moments, step counts, ``averages`` and, at the world size of the checkpoint, random states; calls
+    ``working`` after each of their pieces.
 
     UsageError where the checkpoint is of another model. On all ranks.
     """
@@ -149,10 +156,12 @@ def restore(folder: Path, held: Sequence[Held], averages: Iterable[Piece], ranks
     refuse_other_model(folder, pieces, reader.index, ranks)
     for piece in pieces:
         reader.fill(piece.key, piece.start, piece.tensor)
+        working()
     for piece in averages:
         # An average that begins now begins at the weights.
         key = piece.key if piece.key in reader.index else piece.key.replace("/ema/", "/weight/", 1)
         reader.fill(key, piece.start, piece.tensor)
+        working()
     for part in held:
         steps = state.optimizer_steps
         part.set_steps({name: steps.get(f"{part.module}/{name}", steps[part.module]) for name in part.steps()})

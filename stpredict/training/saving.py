@@ -148,7 +148,8 @@ class Saver:
         self._writing = None
         found: list[tuple[bool, str | None, Files]] = self.ranks.gather((late, failure, files))
         if due is not None and any(late for late, *_ in found):
-            log.warning(
+            log.log(
+                self.ranks.warning,
                 "step %d: training waited for the checkpoint of step %d, which took %.1f s to write; "
                 "raise training.checkpoint.every, or use a faster disk",
                 due,

@@ -69,6 +69,9 @@ class Watchdog:
         self._prefix = f"stpredict/watchdog/{next(_numbers)}/"  # the same on every rank
         if timeout_s is None:
             return
+        run.logs.mkdir(parents=True, exist_ok=True)
+        # Where torchrun or srun started the ranks, standard error is not the log.
+        self._stacks = run.log_path(ranks.rank).open("a")
         self.period_s = min(30.0, timeout_s / 20)
         for work in (self._watch, self._exchange) if ranks.size > 1 else (self._watch,):
             threading.Thread(target=work, name="watchdog", daemon=True).start()
@@ -98,10 +101,11 @@ class Watchdog:
             if self._still_s > self.timeout_s:
                 self._end()
         faulthandler.cancel_dump_traceback_later()
+        self._stacks.close()
 
     def _arm(self) -> None:
         """Where C code keeps the interpreter, so that this thread cannot run, the stacks are written all the same."""
-        faulthandler.dump_traceback_later(self.timeout_s + self.period_s, exit=self.ranks.size == 1)
+        faulthandler.dump_traceback_later(self.timeout_s + self.period_s, exit=self.ranks.size == 1, file=self._stacks)
 
     def _exchange(self) -> None:
         """Publishes and reads, each period, over a connection of its own. It may block: the store is rank 0's."""
@@ -112,7 +116,7 @@ class Watchdog:
             try:
                 store = store or _connected(self.timeout_s)
                 store.set(keys[self.ranks.rank], json.dumps(asdict(self._place(beat))))
-                there = [rank for rank, key in enumerate(keys) if store.check([key])]
+                there = [rank for rank, key in enumerate(keys) if self._heard[rank].place or store.check([key])]
                 for rank, text in zip(there, store.multi_get([keys[rank] for rank in there]), strict=True):
                     self._hear(rank, Place(**json.loads(text)))
             except RuntimeError:  # rank 0 has ended: what follows from it is said elsewhere
@@ -135,42 +139,41 @@ class Watchdog:
         return Place(self._host, marks, step, phase, marks + self._ticks, where, waits, beat)
 
     def _end(self) -> None:
+        # Nothing below may keep this process: a file system that has died may be why nothing moves.
+        anyhow = threading.Timer(6 * self.period_s, os._exit, (1,))
+        anyhow.daemon = True
+        anyhow.start()
+        try:
+            self._say_why()
+        finally:
+            os._exit(1)
+
+    def _say_why(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._heard[self.ranks.rank] = Heard(self._place(0))
         culprits = self._culprits()
         line = f"nothing has moved for {self.timeout_s:g} s (training.guards.hang_timeout_s): {self._named(culprits)}"
         log.error("%s\nThis rank is at %s. Its threads:", line, _told(self._heard[self.ranks.rank].place))
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         blamed = self.ranks.rank in culprits
         if blamed:  # its own word is the first
             self._leave_word(line)
         time.sleep(3 * self.period_s)  # until all have come here: when one ends, the others lose their peer
-        try:
-            if not blamed:
-                self._leave_word(line)
-            if self.ranks.is_main:
-                self.run.update_status(state="failed", finished=now(), error=line)
-        finally:
-            os._exit(1)
+        if not blamed:
+            self._leave_word(line)
+        if self.ranks.is_main:
+            self.run.update_status(state="failed", finished=now(), error=line)
 
     def _leave_word(self, line: str) -> None:
         write_atomically(self.run.error_path(self.ranks.rank), f"{line}\n")
 
     def _culprits(self) -> list[int]:
-        """Ranks that have fallen silent; or those behind the others; or, of ranks that are all at one mark, those that
-        do not wait for another. All of them where that tells nothing."""
+        """Ranks that have fallen silent; where there are none, those whose places give them away."""
         at = time.monotonic()
         if self.ranks.size > 1 and at - self._exchanged > self.timeout_s / 2:
             return [0]  # its process holds the store
-        places = [heard.place for heard in self._heard]
         silent = [rank for rank, heard in enumerate(self._heard) if at - heard.since > self.timeout_s / 2]
-        if silent:
-            return silent
-        least = min(place.marks for place in places)
-        behind = [rank for rank, place in enumerate(places) if place.marks == least]
-        if len(behind) < len(places):
-            return behind
-        return [rank for rank in behind if not places[rank].waits] or behind
+        return silent or culprits([heard.place for heard in self._heard])
 
     def _named(self, ranks: list[int]) -> str:
         if len(ranks) == self.ranks.size > 1:
@@ -189,6 +192,16 @@ class Watchdog:
             else:
                 told.append(f"rank {rank} on {heard.place.host} is at {_told(heard.place)}; its stack is in its log")
         return "; ".join(told) + (f"; and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+
+
+def culprits(places: list[Place]) -> list[int]:
+    """The ranks behind the others; or, of ranks that are all at one mark, those that do not wait for another. All of
+    them where that tells nothing."""
+    least = min(place.marks for place in places)
+    behind = [rank for rank, place in enumerate(places) if place.marks == least]
+    if len(behind) < len(places):
+        return behind
+    return [rank for rank in behind if not places[rank].waits] or behind
 
 
 def _told(place: Place) -> str:

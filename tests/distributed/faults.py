@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from stpredict.training import saving
-from stpredict.training.checkpoint import folder_of
+from stpredict.training import checkpointing, saving
+from stpredict.training.checkpoint import complete_checkpoints, folder_of
 from tests.distributed import toy
 
 BALLAST = "ballast"
@@ -96,3 +96,32 @@ def narrower(_rank: int) -> None:
             self.first, self.second = nn.Linear(toy.WIDTH, 12), nn.Linear(12, toy.WIDTH)
 
     toy.ToyModel = Narrower
+
+
+def fails_late_on_rank_1(rank: int) -> None:
+    """The file of step 4 is still being written three steps later, and then cannot be."""
+
+    def late(folder: Path) -> None:
+        time.sleep(5)
+        (folder / "random_00001.pt").symlink_to("/dev/full")
+
+    if rank == 1:
+        while_writing(4, late)
+
+
+def damaged_before_going_back(rank: int) -> None:
+    """A bit of the newest checkpoint flips before a training goes back to it."""
+    newest_sound_checkpoint = checkpointing.newest_sound_checkpoint
+    flipped = []
+
+    def flipping(checkpoints, ranks, *arguments):
+        there = complete_checkpoints(checkpoints)
+        if there and not flipped:
+            flipped.append(there[-1])
+            if rank == 0:
+                path = there[-1] / "rank_00001.safetensors"
+                path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+        ranks.barrier()
+        return newest_sound_checkpoint(checkpoints, ranks, *arguments)
+
+    checkpointing.newest_sound_checkpoint = flipping

@@ -418,8 +418,8 @@ class Proof:
         return Outcome(kill, where, ended["signals"], found.group(1) if found else "", skipped, differences)
 
 
-def last_lines(log: Path) -> str:
-    return "\n".join(path.read_text()[-1500:] for path in sorted(log.glob("rank_*.log")))
+def last_lines(log: Path, characters: int = 1500) -> str:
+    return "\n".join(path.read_text()[-characters:] for path in sorted(log.glob("rank_*.log")))
 
 
 def survivors(run: Path) -> list[tuple[str, bool]]:

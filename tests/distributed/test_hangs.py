@@ -35,7 +35,7 @@ def launched(folder: Path, delay: dict, training: dict, ranks: int = 2) -> tuple
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr(local, "GRACE_FAILED_S", 2.0)
+    monkeypatch.setattr(local, "GRACE_FAILED_S", 5.0)  # for the stacks to be written, on a busy machine too
 
 
 @pytest.mark.parametrize(
