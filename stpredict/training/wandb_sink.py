@@ -66,4 +66,6 @@ class WandbSink:
         self._run.log({"step": step, name: self._wandb.Image(picture)})
 
     def close(self) -> None:
+        """When it returns all is on disk, or sent: W&B's own process, which writes it, has ended."""
         self._run.finish()
+        self._wandb.teardown()
