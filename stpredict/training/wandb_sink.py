@@ -14,15 +14,16 @@ OFFLINE = "training.wandb.mode=offline writes to the run directory, to be sent l
 
 
 def check_wandb(config: WandbConfig) -> None:
-    """UsageError where W&B is not installed, or its server is asked for and nobody has logged in."""
+    """UsageError where W&B is not installed, or not whole, or its server is asked for and nobody has logged in."""
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder of that name, which W&B leaves where it is used, is no package
         raise UsageError("training.wandb: W&B is not installed; pip install 'stpredict[wandb]', or leave that key out")
-    if config.mode == "online":
+    try:
         import wandb
-
-        if not wandb.login(prompt=False, verify=False):
-            raise UsageError(f"training.wandb: not logged in; run `wandb login`, or set WANDB_API_KEY; {OFFLINE}")
+    except ImportError as error:
+        raise UsageError(f"training.wandb: W&B cannot be imported ({error}); pip install 'stpredict[wandb]'") from error
+    if config.mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise UsageError(f"training.wandb: not logged in; run `wandb login`, or set WANDB_API_KEY; {OFFLINE}")
 
 
 class WandbSink:

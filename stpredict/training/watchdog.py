@@ -195,12 +195,10 @@ class Watchdog:
 
 
 def culprits(places: list[Place]) -> list[int]:
-    """The ranks behind the others; or, of ranks that are all at one mark, those that do not wait for another. All of
-    them where that tells nothing."""
+    """Of the ranks that are behind, which may be all, those that do not wait for another; all of them where they all
+    do."""
     least = min(place.marks for place in places)
     behind = [rank for rank, place in enumerate(places) if place.marks == least]
-    if len(behind) < len(places):
-        return behind
     return [rank for rank in behind if not places[rank].waits] or behind
 
 

@@ -63,6 +63,7 @@ def out(nursery, tmp_path_factory) -> Path:
             preempted,
             trial("from_2_past_8", without=[16, 48]),
             trial("from_2_past_7", without=[16, 40]),
+            trial("from_4_past_7", without=[32, 24]),
         ],
     ]
     for number, trials in enumerate(starts):
@@ -128,6 +129,12 @@ def test_past_a_damaged_checkpoint_to_the_one_before(nursery, out, tmp_path):
     assert_ended_alike(ours, Run(out / "from_2_past_8"))
     assert complete_checkpoints(ours.checkpoints) == [folder_of(ours.checkpoints, step) for step in (6, 8)]
     assert [why_unusable(folder) for folder in complete_checkpoints(ours.checkpoints)] == [None, None]
+
+
+def test_while_a_checkpoint_is_being_written_to_that_one(nursery, out, tmp_path):
+    ended = nursery.start([trial("run", poison=bad(4, 5, 6))], tmp_path, tmp_path / "log", fault="slow_disk")
+    assert ended["signals"] == [0, 0], last_lines(tmp_path / "log")
+    assert_ended_alike(Run(tmp_path / "run"), Run(out / "from_4_past_7"))
 
 
 def test_while_a_checkpoint_is_being_written_that_cannot_be(nursery, out, tmp_path):

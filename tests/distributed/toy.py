@@ -342,6 +342,7 @@ def _delay(task: ToyTask, ranks: list[int], how: str, s: float = 0.0, from_call:
                         os.kill(os.getpid(), signal.SIGKILL)
                     case "hold":
                         time.sleep(1)
+                        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the launcher's would wake it
                         ctypes.PyDLL(None).sleep(int(s))
                     case _:
                         time.sleep(s)

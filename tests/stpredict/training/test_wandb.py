@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -83,4 +84,13 @@ def test_without_a_login_it_says_how_to_get_one(monkeypatch, tmp_path):
 def test_where_it_is_not_installed_it_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'stpredict\[wandb\]'"):
+        check_wandb(CONFIG)
+
+
+def test_where_a_part_of_it_is_missing_it_names_that(monkeypatch, tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("import a_part_of_it")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UsageError, match=r"cannot be imported \(No module named 'a_part_of_it'\)"):
         check_wandb(CONFIG)

@@ -23,6 +23,7 @@ def place(marks: int, waits: bool = False) -> Place:
         ([place(5), place(4), place(5)], [1]),
         ([place(5, waits=True), place(4, waits=True)], [1]),  # behind the others, whatever it waits for
         ([place(4, waits=True), place(4), place(4, waits=True)], [1]),
+        ([place(5), place(4, waits=True), place(4), place(5)], [2]),
         ([place(4, waits=True), place(4, waits=True)], [0, 1]),
         ([place(4), place(4)], [0, 1]),
     ],
