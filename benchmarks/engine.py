@@ -58,7 +58,7 @@ NEVER = 10**9
 #: Of ``steps``: processes and ZeRO stage.
 STEPS_AT = [(1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)]
 #: Of ``memory``: precision and ZeRO stage.
-MEMORY_AT = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+MEMORY_AT = [(precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 
 
 class Export(Config):
@@ -124,15 +124,18 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="of `steps`")
     parser.add_argument("--layers", type=int, default=4, help="of the model of `steps`")
     parser.add_argument("--width", type=int, default=256, help="of the model of `steps`")
-    parser.add_argument("--batch", type=int, default=2, help="samples per rank in `steps`")
+    parser.add_argument("--batch", type=int, default=4, help="samples per rank in `steps`")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="of `memory`")
     parser.add_argument("--parameters", type=float, default=16e6, help="of the model of `memory`")
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part == "rank":
         with join_ranks() as ranks:
-            {"steps": steps_rank, "memory": memory_rank}[arguments.work](arguments, ranks, arguments.folder)
+            found = {"steps": steps_rank, "memory": memory_rank}[arguments.work](arguments, ranks)
+            if ranks.is_main:
+                print("RESULT " + json.dumps(found), flush=True)
         leave(0)
     print(f"{machine()}\n", flush=True)
     with TemporaryDirectory() as folder:
@@ -144,15 +147,17 @@ def steps(arguments: argparse.Namespace) -> None:
     print("| processes | ZeRO | precision | bare step ms | engine's step ms | ratio | 95 % of it | of the sums |")
     print("|---|---|---|---|---|---|---|---|")
     gpus = torch.cuda.device_count() or max(ranks for ranks, _ in STEPS_AT)
-    for ranks in sorted({ranks for ranks, _ in STEPS_AT if ranks <= gpus}):
-        for found in in_ranks("steps", arguments, ranks):
-            ratios = [engine / bare for engine, bare in found["pairs"]]
-            engine, bare = (median(turn) * 1e3 for turn in zip(*found["pairs"], strict=True))
-            whole = sum(engine for engine, _ in found["pairs"]) / sum(bare for _, bare in found["pairs"])
-            low, high = interval(ratios)
-            cells = [ranks, found["stage"], found["precision"], f"{bare:.1f}", f"{engine:.1f}"]
-            cells += [f"**{median(ratios):.3f}**", f"{low:.3f} to {high:.3f}", f"{whole:.3f}"]
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    for ranks, stage in STEPS_AT:
+        if ranks > gpus:
+            continue
+        found = in_ranks("steps", arguments, ranks, stage, arguments.precision)
+        ratios = [engine / bare for engine, bare in found["pairs"]]
+        engine, bare = (median(turn) * 1e3 for turn in zip(*found["pairs"], strict=True))
+        whole = sum(engine for engine, _ in found["pairs"]) / sum(bare for _, bare in found["pairs"])
+        low, high = interval(ratios)
+        cells = [ranks, stage, found["precision"], f"{bare:.1f}", f"{engine:.1f}"]
+        cells += [f"**{median(ratios):.3f}**", f"{low:.3f} to {high:.3f}", f"{whole:.3f}"]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(f"\nLoad average afterwards {os.getloadavg()[0]:.1f}.")
 
 
@@ -166,13 +171,7 @@ def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
     return values[max(0, cut - 1)], values[n - max(1, cut)]
 
 
-def steps_rank(arguments: argparse.Namespace, ranks: Ranks, folder: Path) -> None:
-    for size, stage in STEPS_AT:
-        if size == ranks.size:
-            report(ranks, stage=stage, **turns(arguments, ranks, folder / f"{size}_{stage}", stage))
-
-
-def turns(arguments: argparse.Namespace, ranks: Ranks, folder: Path, stage: int) -> dict:
+def steps_rank(arguments: argparse.Namespace, ranks: Ranks) -> dict:
     """Seconds of the engine's step and of the bare one, pair by pair."""
     config = NextBlockConfig(
         layers=arguments.layers, width=arguments.width, heads=4, mlp_width=3 * arguments.width, block=BLOCK, dropout=0
@@ -186,13 +185,13 @@ def turns(arguments: argparse.Namespace, ranks: Ranks, folder: Path, stage: int)
         steps=WARM_UP + arguments.pairs + 1,
         batch_size=arguments.batch * ranks.size,
         precision=arguments.precision,
-        zero_stage=stage,
+        zero_stage=arguments.stage,
         schedule={"kind": "constant"},
         validate_every=NEVER,
         picture_every=NEVER,
         checkpoint={"every": NEVER},
     )
-    trainer = trainer_of(task, training, folder, ranks)
+    trainer = trainer_of(task, training, arguments.folder, ranks)
     bare = bare_engine(trainer, other, training)
     pairs: list[tuple[float, float]] = []
     resumed: list[float] = []  # when the engine last got a batch
@@ -251,23 +250,24 @@ def memory(arguments: argparse.Namespace) -> None:
     print("| ranks | precision | ZeRO | textbook | after a step | most during a step | when | besides, MB |")
     print("|---|---|---|---|---|---|---|---|")
     for ranks in arguments.ranks:
-        for found in in_ranks("memory", arguments, ranks):
+        for precision, stage in MEMORY_AT:
+            found = in_ranks("memory", arguments, ranks, stage, precision)
             large, small = found["large"], found["small"]
             more = large["parameters"] - small["parameters"]
             each = {name: (size - small["bytes"][name]) / more for name, size in large["bytes"].items()}
             when = max(each, key=each.get)
             fixed = large["bytes"][when] - each[when] * large["parameters"]
-            cells = [ranks, found["precision"], found["stage"], f"{textbook(found, ranks):.2f}"]
+            cells = [ranks, precision, stage, f"{textbook(precision, stage, ranks):.2f}"]
             cells += [f"{each['after a step']:.2f}", f"{each[when]:.2f}", when, f"{fixed / 1e6:,.0f}"]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(f"\nBytes per parameter of the rank that has most, from {large['parameters']:,} and {small['parameters']:,}.")
 
 
-def textbook(found: dict, ranks: int) -> float:
+def textbook(precision: str, stage: int, ranks: int) -> float:
     """Bytes per parameter and rank: parameters and gradients in the precision, gradients accumulated in fp32; Adam's
-    two moments, and in bf16 the fp32 weights, as Rajbhandari et al. 2020 (arXiv:1910.02054) divide them."""
-    parameters, gradients, optimizer = (4, 4, 8) if found["precision"] == "fp32" else (2, 4, 12)
-    stage = found["stage"]
+    two moments, and in bf16 the fp32 weights, as Rajbhandari et al. 2020 (arXiv:1910.02054) divide them. ZeRO-0 has
+    fp32 weights in any precision."""
+    parameters, gradients, optimizer = (4, 4, 8) if precision == "fp32" or stage == 0 else (2, 4, 12)
     return (
         parameters / (ranks if stage >= 3 else 1)
         + gradients / (ranks if stage >= 2 else 1)
@@ -275,18 +275,14 @@ def textbook(found: dict, ranks: int) -> float:
     )
 
 
-def memory_rank(arguments: argparse.Namespace, ranks: Ranks, folder: Path) -> None:
-    for precision, stage in MEMORY_AT:
-        found = {}
-        for name, parameters in (("large", arguments.parameters), ("small", arguments.parameters / 4)):
-            place = folder / f"{name}_{ranks.size}_{precision}_{stage}"
-            found[name] = measured(parameters, ranks, place, precision, stage)
-            gc.collect()
-        report(ranks, precision=precision, stage=stage, **found)
+def memory_rank(arguments: argparse.Namespace, ranks: Ranks) -> dict:
+    sizes = {"large": arguments.parameters, "small": arguments.parameters / 4}
+    return {name: measured(size, ranks, arguments, arguments.folder / name) for name, size in sizes.items()}
 
 
-def measured(parameters: float, ranks: Ranks, folder: Path, precision: str, stage: int) -> dict:
+def measured(parameters: float, ranks: Ranks, arguments: argparse.Namespace, folder: Path) -> dict:
     """Bytes of live tensors on the rank that has most, before and at each moment of the third step."""
+    gc.collect()
     width = round((parameters / 8) ** 0.5)
     before = live_bytes(None)
     torch.manual_seed(0)
@@ -297,8 +293,8 @@ def measured(parameters: float, ranks: Ranks, folder: Path, precision: str, stag
     training = TrainingConfig(
         steps=4,
         batch_size=ranks.size,
-        precision=precision,
-        zero_stage=stage,
+        precision=arguments.precision,
+        zero_stage=arguments.stage,
         validate_every=NEVER,
         picture_every=NEVER,
         checkpoint={"every": NEVER},
@@ -344,18 +340,16 @@ def live_bytes(model: nn.Module | None) -> int:
     return sum(storages.values())
 
 
-def report(ranks: Ranks, **found: object) -> None:
-    if ranks.is_main:
-        print("RESULT " + json.dumps(found), flush=True)
-
-
-def in_ranks(work: str, arguments: argparse.Namespace, ranks: int) -> Iterator[dict]:
-    """Results of ``work`` in so many processes, as they come."""
+def in_ranks(work: str, arguments: argparse.Namespace, ranks: int, stage: int, precision: str) -> dict:
+    """The result of ``work`` in so many processes of its own: DeepSpeed remembers, for as long as a process lives, that
+    one engine in it used autocast."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "benchmarks.engine", "rank", "--work", work]
-    for name in ("folder", "pairs", "precision", "layers", "width", "batch", "parameters"):
+    command += ["--stage", str(stage), "--precision", precision]
+    command += ["--folder", str(arguments.folder / f"{work}_{ranks}_{stage}_{precision}")]
+    for name in ("pairs", "layers", "width", "batch", "parameters"):
         command += [f"--{name}", str(getattr(arguments, name))]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // ranks))
@@ -365,12 +359,11 @@ def in_ranks(work: str, arguments: argparse.Namespace, ranks: int) -> Iterator[d
         out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         processes.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
     try:
-        for line in processes[0].stdout:
-            if line.startswith("RESULT "):
-                yield json.loads(line.removeprefix("RESULT "))
+        results = [line.removeprefix("RESULT ") for line in processes[0].stdout if line.startswith("RESULT ")]
         for process in processes:
             if process.wait() != 0:
                 raise SystemExit(f"{work}: a rank ended with {process.returncode}")
+        return json.loads(results[0])
     finally:
         for process in processes:
             process.kill()  # those that are left where one has failed
