@@ -28,6 +28,7 @@ from stpredict.layers.batch_norm import BatchNorm
 from stpredict.run import Run
 from stpredict.training import precision
 from stpredict.training.config import InitFromConfig, TrainingConfig
+from stpredict.training.determinism import make_deterministic
 from stpredict.training.engine import Trainer
 from stpredict.training.ranks import join_ranks
 from stpredict.training.signals import Preempted
@@ -194,13 +195,15 @@ def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
     with join_ranks() as ranks:
         for trial in json.loads(given):
             torch.manual_seed(0)
-            if trial["training"].get("precision") == "fp16":
+            if trial["training"].get("precision") == "fp16" and ranks.device.type == "cpu":
                 _compute_in_fp16()
             task = build(trial)
             task.model.mark.fill_(ranks.rank)
             if trial.get("quarantine"):
                 task.quarantined[f"met by rank {ranks.rank}"] = "its worker died"
             training = TrainingConfig.model_validate(trial["training"])
+            if training.deterministic:
+                make_deterministic()
             run = Run(out / trial["run"])
             if ranks.is_main:
                 run.update_status(kind="toy", state="running")
@@ -235,7 +238,7 @@ def main(out: Path, build: Callable[[dict], Task] = toy_task) -> None:
                 trainer.train()
             except (Preempted, LostError) as stopped:
                 error = str(stopped)
-            marks = [torch.empty(3) for _ in range(ranks.size)]
+            marks = [torch.empty_like(task.model.mark) for _ in range(ranks.size)]
             torch.distributed.all_gather(marks, task.model.mark)
             if ranks.is_main:
                 found = {"step": trainer.step, "stopped": error, "marks": [m.tolist() for m in marks]}
@@ -377,9 +380,11 @@ def _signal_after(trainer: Trainer, step: int) -> None:
     trainer.learner.step = step_then_signal
 
 
-def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 500, script: str = __file__) -> list[dict]:
-    """Runs the trials by ``script`` in ``ranks`` processes; returns rank 0's lines. AssertionError with the log if one
-    fails."""
+def run_ranks(
+    trials: list[dict], out: Path, ranks: int, timeout_s: float = 500, script: str = __file__, cuda: bool = False
+) -> list[dict]:
+    """Runs the trials by ``script`` in ``ranks`` processes, on CPU unless ``cuda``; returns rank 0's lines.
+    AssertionError with the log if one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -394,6 +399,7 @@ def run_ranks(trials: list[dict], out: Path, ranks: int, timeout_s: float = 500,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""}),
         }
         command = [sys.executable, script, str(out)]
         processes.append(
