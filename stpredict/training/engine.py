@@ -162,7 +162,9 @@ class Trainer:
         if self.step < training.steps:
             log.info("step %d/%d  training ends here: %s", self.step, training.steps, self.stopping.reason)
             if ranks.is_main:
-                self.run.update_status(note=f"stopped at step {self.step} of {training.steps}: {self.stopping.reason}")
+                self.run.update_status(
+                    step=self.step, note=f"stopped at step {self.step} of {training.steps}: {self.stopping.reason}"
+                )
 
     @property
     def _stops_early(self) -> bool:
