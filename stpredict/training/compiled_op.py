@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -24,6 +25,7 @@ def extensions_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
 
 
+@cache  # a second engine of this process need not wait for its turn
 def load_compiled_op(builder_name: str = SHARED_MEMORY) -> None:
     """Loads an op: the one that DeepSpeed communicates by on a CPU, or the Adam of offloaded optimizers. Compiles it
     (about 20 s) where that was not done yet. UserError where it cannot be.
