@@ -14,7 +14,7 @@ from stpredict.run import Run
 from tests.distributed import toy
 from tests.distributed.test_engine import trial
 
-TIMEOUT_S = 6.0
+TIMEOUT_S = 10.0
 WARM = trial(
     "warm", training={"steps": 1, "batch_size": 12, "validate_every": 1, "picture_every": 1}
 )  # everything is imported
