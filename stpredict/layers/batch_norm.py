@@ -43,9 +43,8 @@ class BatchNorm(_BatchNorm):
             momentum, running = 0.0, (self.running_mean, self.running_var)
             if keeping:
                 momentum = self._momentum()
-            elif (
-                self.running_mean is not None
-            ):  # a second forward has to save as many tensors for backward as the first
+            elif self.running_mean is not None:
+                # A second forward has to save as many tensors for backward as the first.
                 running = tuple(tensor.clone() for tensor in running)
             return F.batch_norm(x, *running, weight, bias, True, momentum, self.eps)
         normalised, mean, variance, count = _Normalised.apply(x, weight, bias, self.eps)

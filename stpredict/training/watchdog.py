@@ -24,11 +24,8 @@ from stpredict.run import Run, now, write_atomically
 from stpredict.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
-WAITING = (
-    "/torch/distributed/",
-    "/torch/autograd/",
-    "/deepspeed/",
-)  # where Python stands while a rank waits for others
+# Where Python stands while a rank waits for others.
+WAITING = ("/torch/distributed/", "/torch/autograd/", "/deepspeed/")
 _numbers = itertools.count()
 
 
