@@ -170,16 +170,16 @@ def launch(
     stpredict launch configs/pipelines/demo.yaml run=runs/mine
     stpredict launch configs/pipelines/demo.yaml --rerun prior
     """
-    from launcher.config import ClusterConfig, load_cluster
+    from launcher.config import LocalCluster, load_cluster
     from launcher.launch import launch, show_plan
     from launcher.pipeline import load_pipeline
 
-    where = load_cluster(cluster, pipeline) if cluster else ClusterConfig()
+    where = load_cluster(cluster, pipeline) if cluster else LocalCluster()
     config, jobs = load_pipeline(pipeline, overrides or ())
     if dry_run:
         show_plan(jobs, rerun or ())
     else:
-        raise typer.Exit(launch(config, jobs, where, rerun or ()))
+        raise typer.Exit(launch(config, jobs, where, rerun or (), cluster or "local"))
 
 
 @app.command()

@@ -3,13 +3,24 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from data_pipeline.config import Config
 from data_pipeline.errors import UsageError
 from stpredict.config import load
+from stpredict.jobs.config import JobConfig, TimeLimit, minutes
 
-JobName = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$")]
+LAUNCHER = "launcher"  # folder of a pipeline's run, and so no job's name
+
+
+def _not_reserved(name: str) -> str:
+    if name == LAUNCHER:
+        raise ValueError(f"{name!r} is the folder of what a launch writes; give the job another name")
+    return name
+
+
+JobName = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$"), AfterValidator(_not_reserved)]
+JobKind = Literal["shard", "tokenizer", "encode", "prior", "generate", "evaluate", "report", "merge"]
 
 
 class PipelineJob(Config):
@@ -18,6 +29,7 @@ class PipelineJob(Config):
     config: Path = Field(description="a job's YAML, relative to the pipeline file")
     needs: tuple[JobName, ...] = ()
     set: dict[str, Any] = Field({}, description="merged over the job's config; ${run:JOB} is the run of a needed job")
+    array: int | None = Field(None, ge=1, description="tasks that write its shards together; a merge job follows them")
 
 
 class PipelineConfig(Config):
@@ -30,20 +42,100 @@ class PipelineConfig(Config):
     jobs: dict[JobName, PipelineJob] = Field(min_length=1)
 
 
-class ClusterConfig(Config):
+class LocalCluster(Config):
     """This machine: every rank is a process here, and jobs run one after another."""
 
     kind: Literal["local"] = "local"
     threads: int | None = Field(None, ge=1, description="CPU threads per rank, where the job does not say")
 
 
+class Apptainer(Config):
+    """Ranks run in an image by Apptainer (Singularity)."""
+
+    kind: Literal["apptainer"] = "apptainer"
+    image: str = Field(description=".sif file or image URL")
+    binds: tuple[str, ...] = Field((), description="folders of the host seen inside: /scratch or /host:/inside")
+    options: tuple[str, ...] = Field(("--nv",), description="further words for `apptainer exec`")
+
+
+class Pyxis(Config):
+    """Ranks run in an image by Pyxis, the container plug-in of srun (Enroot)."""
+
+    kind: Literal["pyxis"] = "pyxis"
+    image: str = Field(description=".sqsh file or image name")
+    mounts: tuple[str, ...] = Field((), description="/host:/inside")
+    options: tuple[str, ...] = Field((), description="further words for srun: --container-...")
+
+
+def _one_line(line: str) -> str:
+    if "\n" in line:
+        raise ValueError("is several lines; give a list of lines")
+    return line
+
+
+class SlurmOptions(Config):
+    """What SLURM is asked for on behalf of one job. What a job's own ``resources`` say comes first."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = Field(None, description="nodes not to use, in SLURM's form: gpu[003-006],gpu9")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs of a node; a job with fewer ranks there asks for fewer")
+    ranks_per_node: int | None = Field(None, ge=1, description="ranks that a node takes (default: one per GPU, or one)")
+    cpus_per_rank: int = Field(1, ge=1)
+    memory_gb: float | None = Field(None, gt=0, description="memory of a node that the job gets (default: SLURM's own)")
+    time: TimeLimit = Field("24:00:00", description="limit, [D-]HH:MM:SS in quotes")
+    exclusive: bool = Field(False, description="whole nodes, shared with nobody")
+    options: dict[str, str | int | Literal[True]] = Field({}, description="any further option of sbatch, by its name")
+
+    @property
+    def minutes(self) -> int:
+        return minutes(self.time)
+
+
+class SlurmCluster(SlurmOptions):
+    """A cluster under SLURM, and how to become ourselves on its compute nodes."""
+
+    kind: Literal["slurm"] = "slurm"
+    kinds: dict[JobKind, SlurmOptions] = Field({}, description="what differs for jobs of a kind")
+    signal_delay_s: int = Field(
+        300, ge=10, description="before its time limit a job is told to save: a step and a save"
+    )
+    retries: int = Field(2, ge=0, description="starts after failures of a job (not of its config), on other nodes")
+    array_parallelism: int = Field(256, ge=1, description="tasks of an array that run at once")
+    container: Apptainer | Pyxis | None = Field(None, discriminator="kind")
+    python: str | None = Field(None, description="Python on the nodes (default: this one; in a container `python3`)")
+    setup: tuple[Annotated[str, AfterValidator(_one_line)], ...] = Field(
+        (), description="lines of the batch script before anything else: module load, source venv/bin/activate"
+    )
+    environment: dict[str, str] = Field({}, description="variables of the ranks: NCCL_*, GLOO_*")
+
+    def options_of(self, kind: JobKind, config: JobConfig | None = None) -> SlurmOptions:
+        """What SLURM is asked for by a job of ``kind``: the cluster's words, those for the kind, those of the job."""
+        own = {}
+        if config:
+            resources = config.resources
+            own = {"cpus_per_rank": resources.threads, "memory_gb": resources.memory_gb, "time": resources.time}
+        general = {name: getattr(self, name) for name in SlurmOptions.model_fields}
+        of_kind = self.kinds[kind].model_dump(exclude_unset=True) if kind in self.kinds else {}
+        return SlurmOptions(**general | of_kind | {name: value for name, value in own.items() if value is not None})
+
+
+ClusterConfig = LocalCluster | SlurmCluster
+AnyCluster = Annotated[ClusterConfig, Field(discriminator="kind")]
+
+
 def load_cluster(name: str, pipeline: Path) -> ClusterConfig:
-    """The cluster ``name``: a YAML file, or the name of one in ``clusters/`` beside the folder of the pipeline file."""
+    """The cluster ``name``: a YAML file, or the name of one in ``clusters/`` beside the folder of the pipeline file, or
+    in configs/clusters here."""
     if name.endswith((".yaml", ".yml")):
-        return load(ClusterConfig, name)
-    folder = pipeline.resolve().parent.parent / "clusters"
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "none"
-        raise UsageError(f"no cluster {name!r}: {path} does not exist; clusters there: {known}; or give a .yaml file")
-    return load(ClusterConfig, path)
+        return load(AnyCluster, name)
+    folders = [pipeline.resolve().parent.parent / "clusters", Path("configs/clusters")]
+    path = next((folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()), None)
+    if path is None:
+        known = ", ".join(sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})) or "none"
+        raise UsageError(
+            f"no cluster {name!r} in {' or '.join(map(str, folders))}; there: {known}; or give a .yaml file"
+        )
+    return load(AnyCluster, path)

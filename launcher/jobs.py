@@ -36,7 +36,7 @@ def run(config: JobConfig) -> int:
     place = ranks.join()
     if place is not None:
         with StopRequest():  # while it waits for the directory, too
-            leave(_join(config, place))
+            leave(join(config, place))
     code = local.run_job(config)
     if code == 0:
         _print_result(config)
@@ -59,8 +59,10 @@ def _print_result(config: JobConfig) -> None:
         print(line, file=sys.stderr)
 
 
-def _join(config: JobConfig, place: ranks.Ranks) -> int:
-    """Only rank 0 touches what the run directory says of itself: should it be refused, the other ranks, which cannot
+def join(config: JobConfig, place: ranks.Ranks, print_of: str | None = None) -> int:
+    """Does the job as one of its ranks, and returns its exit status. ``print_of`` is its fingerprint in a pipeline.
+
+    Only rank 0 touches what the run directory says of itself: should it be refused, the other ranks, which cannot
     know, change nothing there of the job that is going on."""
     run = Run(config.home)
     if whole_is_done(config):
@@ -72,7 +74,7 @@ def _join(config: JobConfig, place: ranks.Ranks) -> int:
         if is_done(run, config):
             return 0
         config.check_ranks(place.world_size)
-        before = prepare(run, config) if place.rank == 0 else None
+        before = prepare(run, config, print_of) if place.rank == 0 else None
         code = start(config, shared_terminal=True)
         if code == UsageError.exit_status:
             put_back(run, before)

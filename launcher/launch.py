@@ -1,23 +1,60 @@
-"""Running a pipeline on this machine: one job after another, only what is missing, and a table at the end."""
+"""Launching a pipeline: what is missing is planned, recorded, and given to the executor of the cluster."""
 
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launcher.config import ClusterConfig, PipelineConfig
-from launcher.jobs import result_of
-from launcher.local import run_job
+from data_pipeline.errors import UsageError
+from launcher.config import LAUNCHER, ClusterConfig, PipelineConfig, SlurmCluster
 from launcher.pipeline import Action, Job, plan
-from launcher.progress import format_seconds
+from launcher.record import JobRecord, PipelineRun, Record
 from launcher.rundir import locked, refuse_foreign
+from launcher.slurm import queue
+from launcher.snapshot import snapshot
 from stpredict.config import as_yaml
-from stpredict.run import write_atomically
+from stpredict.run import now, write_atomically
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What an executor is given. ``record`` knows the jobs; the executor adds who does them."""
+
+    run: PipelineRun
+    jobs: Sequence[Job]
+    actions: dict[str, Action]
+    record: Record
+    code: Path
+
+
+class Executor(Protocol):
+    """Where jobs are done."""
+
+    def check(self) -> None:
+        """UsageError where this machine cannot give it jobs."""
+
+    def run(self, launch: Launch) -> int:
+        """Does the jobs that the launch's actions name, or sees to it that they will be done. Returns an exit
+        status."""
+
+    def scripts(self, launch: Launch) -> dict[str, str]:
+        """What would be submitted: name → text of the batch script. Empty where nothing is."""
+
+
+def executor_of(cluster: ClusterConfig) -> Executor:
+    if isinstance(cluster, SlurmCluster):
+        from launcher.slurm.executor import SlurmExecutor
+
+        return SlurmExecutor(cluster)
+    from launcher.local_pipeline import LocalExecutor
+
+    return LocalExecutor(cluster)
 
 
 def launch(
@@ -25,37 +62,39 @@ def launch(
     jobs: Sequence[Job],
     cluster: ClusterConfig,
     rerun: Collection[str] = (),
-    run_job: Callable[..., int] = run_job,
+    cluster_name: str = "local",
+    executor: Executor | None = None,
 ) -> int:
-    """Runs ``jobs`` in order up to the first that does not end well; returns its exit status, otherwise 0."""
-    refuse_foreign(pipeline.run, "pipeline.yaml", pipeline.jobs)
-    with locked(pipeline.run):
-        actions = plan(jobs, rerun)
-        write_atomically(pipeline.run / "pipeline.yaml", as_yaml(pipeline))
+    """Has the ``jobs`` done that are missing or unfinished, each after those it needs. Returns an exit status."""
+    executor = executor or executor_of(cluster)
+    executor.check()
+    run = PipelineRun(pipeline.run)
+    refuse_foreign(run.path, "pipeline.yaml", {LAUNCHER, *pipeline.jobs})
+    if run.name() not in (None, pipeline.name):
+        raise UsageError(
+            f"{run.path} is the run of pipeline {run.name()!r}, not of {pipeline.name!r}; give another `run`"
+        )
+    with locked(run.path):
+        before = run.record()
+        queued = queue.queued_jobs(before) if before else {}
+        actions = plan(jobs, rerun, {name: before.jobs[name].fingerprint for name in queued})
+        code = snapshot(run.code)
         for job in jobs:
             if actions[job.name] == "rerun":
                 _set_aside(job.run.path)
-        seconds: dict[str, float] = {}
-        code = 0
-        for job in jobs:
-            if actions[job.name] == "skip":
-                console.print(f"{job.name}: up to date")
-                continue
-            began = time.monotonic()
-            code = run_job(job.config, job.name, job.fingerprint, cluster.threads)
-            seconds[job.name] = time.monotonic() - began
-            console.print(f"{job.name}: {job.run.status().state} in {format_seconds(seconds[job.name])}")
-            if code:
-                break
-    console.print(_table(jobs, actions, seconds))
-    if code:
-        waiting = [job.name for job in jobs if actions[job.name] != "skip" and job.name not in seconds]
-        console.print(f"not run: {', '.join(waiting)}" if waiting else "")
-    else:
-        for job in jobs:
-            if job.config.kind == "report":
-                print(result_of(job.config))
-    return code
+            if actions[job.name] not in ("skip", "queued"):
+                run.write_config(job.name, job.config)
+        record = Record(
+            pipeline=pipeline.name,
+            cluster_name=cluster_name,
+            cluster=cluster,
+            code=code.name,
+            launched=now(),
+            jobs={job.name: _job_record(job, actions[job.name], before) for job in jobs},
+        )
+        write_atomically(run.pipeline_path, as_yaml(pipeline))
+        run.write_record(record)
+        return executor.run(Launch(run, jobs, actions, record, code))
 
 
 def show_plan(jobs: Sequence[Job], rerun: Collection[str] = ()) -> None:
@@ -67,6 +106,12 @@ def show_plan(jobs: Sequence[Job], rerun: Collection[str] = ()) -> None:
     console.print(table)
 
 
+def _job_record(job: Job, action: Action, before: Record | None) -> JobRecord:
+    old = before.jobs.get(job.name) if before and action != "rerun" else None
+    submitted = old.submitted if old else []
+    return JobRecord(needs=job.needs, fingerprint=job.fingerprint, array=job.array, submitted=submitted)
+
+
 def _set_aside(path: Path) -> None:
     """Renames a run directory to the first free NAME.old-K."""
     number = 1
@@ -75,12 +120,3 @@ def _set_aside(path: Path) -> None:
     with locked(path):
         path.rename(old)
     console.print(f"{path} is now {old}")
-
-
-def _table(jobs: Sequence[Job], actions: dict[str, Action], seconds: dict[str, float]) -> Table:
-    table = Table("job", "state", "time", box=box.SIMPLE)
-    for job in jobs:
-        status = job.run.status()
-        time_of = "up to date" if actions[job.name] == "skip" else format_seconds(seconds.get(job.name))
-        table.add_row(job.name, status.state if status else "not run", time_of)
-    return table

@@ -22,6 +22,7 @@ from data_pipeline.errors import UsageError
 from launcher.parts import whole_is_done
 from launcher.progress import Watch
 from launcher.rundir import is_done, locked, prepare, put_back, refuse_foreign
+from launcher.snapshot import environment_for
 from stpredict.jobs.config import JobConfig, TrainingJobConfig
 from stpredict.run import Run, now
 
@@ -45,8 +46,10 @@ def run_job(
     print_of: str | None = None,
     threads: int | None = None,
     command: Command = rank_command,
+    code: Path | None = None,
 ) -> int:
-    """Runs ``config`` to its end and returns its exit status. ``print_of`` is its fingerprint in a pipeline.
+    """Runs ``config`` to its end and returns its exit status. ``print_of`` is its fingerprint in a pipeline, ``code``
+    the copy of the packages that its ranks import (default: these here).
 
     Raises UsageError when the run directory is in use or holds the work of another config.
     """
@@ -62,7 +65,7 @@ def run_job(
             return 0
         config.check_ranks(config.resources.processes)
         before = prepare(run, config, print_of)
-        ranks = _start(run, config.resources.processes, config.resources.threads or threads, command(run), lock)
+        ranks = _start(run, config.resources.processes, config.resources.threads or threads, command(run), lock, code)
         with Watch(run, name, console) as watch:
             ended = supervise(ranks, stops, watch.show)
         code = _conclude(run, name, ended)
@@ -77,7 +80,7 @@ def run_job(
 
 
 def _start(
-    run: Run, processes: int, threads: int | None, command: Sequence[str], lock: IO[str]
+    run: Run, processes: int, threads: int | None, command: Sequence[str], lock: IO[str], code: Path | None
 ) -> list[subprocess.Popen]:
     """Starts the ranks, each in a session of its own: a terminal's Ctrl-C is for the launcher alone."""
     shared = {
@@ -87,6 +90,7 @@ def _start(
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": str(threads or max(1, len(os.sched_getaffinity(0)) // processes)),
         "PYTHONUNBUFFERED": "1",
+        **(environment_for(code) if code else {}),
     }
     run.logs.mkdir(parents=True, exist_ok=True)
     for error in run.logs.glob("rank_*.error"):  # of an earlier start, perhaps with more ranks

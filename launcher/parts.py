@@ -49,8 +49,9 @@ def part_runs(path: Path) -> list[Run]:
     return [Run(folder) for folder in sorted(found, key=lambda folder: int(folder.name.partition("-of-")[0]))]
 
 
-def merge(path: Path) -> dict[Path, Manifest]:
+def merge(path: Path, print_of: str | None = None) -> dict[Path, Manifest]:
     """Folds the shard sets in ``path``, a run or one set, into their manifests; a run that parts wrote is then done.
+    ``print_of`` is its fingerprint in a pipeline.
 
     UserError if a part or a shard is missing or of another set: then nothing is changed."""
     folders = [folder for folder in (path / split for split in SPLITS) if folder.is_dir()]
@@ -67,7 +68,7 @@ def merge(path: Path) -> dict[Path, Manifest]:
         for folder, manifest in manifests.items():
             write_manifest(folder, manifest)
         if config and run == path:
-            _conclude(Run(run), config.whole, parts)
+            _conclude(Run(run), config.whole, parts, print_of)
     return manifests
 
 
@@ -90,7 +91,7 @@ def _refuse_unfinished(path: Path, config: PartedJobConfig, parts: Sequence[Run]
         )
 
 
-def _conclude(run: Run, config: PartedJobConfig, parts: Sequence[Run]) -> None:
+def _conclude(run: Run, config: PartedJobConfig, parts: Sequence[Run], print_of: str | None) -> None:
     """Leaves the status and, last, the config of the whole: it is by the config that a run counts as merged."""
     statuses = [status for part in parts if (status := part.status()) is not None]
     run.update_status(
@@ -101,6 +102,6 @@ def _conclude(run: Run, config: PartedJobConfig, parts: Sequence[Run]) -> None:
         unit=statuses[0].unit,
         started=min(status.started for status in statuses),
         finished=max(status.finished for status in statuses),
-        fingerprint=fingerprint(config),
+        fingerprint=print_of or fingerprint(config),
     )
     run.write_config(as_yaml(config))

@@ -3,7 +3,7 @@
 Everything here is known before anything starts, and all that can be wrong with a pipeline file is said then.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -13,12 +13,14 @@ from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError
 from launcher.config import PipelineConfig
+from launcher.parts import WRITTEN, part_runs
+from launcher.record import part_config
 from launcher.rundir import changed_keys, fingerprint, is_empty, refuse_foreign
 from stpredict.config import apply_overrides, read_yaml, resolve, validate
-from stpredict.jobs.config import AnyJobConfig, JobConfig
+from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
 from stpredict.run import Run
 
-Action = Literal["skip", "run", "continue", "rerun"]
+Action = Literal["skip", "run", "continue", "rerun", "queued"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,20 @@ class Job:
     needs: tuple[str, ...]
     config: JobConfig
     fingerprint: str
+    array: int | None = None
 
     @property
     def run(self) -> Run:
         return Run(self.config.run)
+
+    @property
+    def parts(self) -> list[PartedJobConfig]:
+        """The configs of an array's tasks; none where it is no array."""
+        return [part_config(self.config, part, self.array) for part in range(self.array or 0)]
+
+    def missing_parts(self) -> list[int]:
+        """The parts that are not done with this config."""
+        return [config.part for config in self.parts if not _is_done(Run(config.home), self.fingerprint)]
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineConfig, list[Job]]:
@@ -51,20 +63,39 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineCo
     for name in _order(pipeline, path):
         needs = pipeline.jobs[name].needs
         config = _job_config(pipeline, path, name)
-        jobs[name] = Job(name, needs, config, fingerprint(config, [jobs[need].fingerprint for need in needs]))
+        upstream = [jobs[need].fingerprint for need in needs]
+        jobs[name] = Job(name, needs, config, fingerprint(config, upstream), pipeline.jobs[name].array)
     return pipeline, list(jobs.values())
 
 
-def plan(jobs: Sequence[Job], rerun: Collection[str] = ()) -> dict[str, Action]:
-    """What a launch does with each job. UsageError where it would touch the work of another config."""
+def plan(
+    jobs: Sequence[Job], rerun: Collection[str] = (), queued: Mapping[str, str] | None = None
+) -> dict[str, Action]:
+    """What a launch does with each job. UsageError where it would touch the work of another config.
+
+    ``queued`` are the jobs that SLURM is to do already, with their fingerprints.
+    """
+    queued = queued or {}
     if unknown := set(rerun) - {job.name for job in jobs}:
         raise UsageError(f"--rerun {min(unknown)}: no such job; jobs: {', '.join(job.name for job in jobs)}")
+    if rerun and queued:
+        raise UsageError(
+            f"--rerun: {', '.join(queued)} queued or running; first: stpredict cancel {jobs[0].run.path.parent}"
+        )
     actions: dict[str, Action] = {}
     asked = set(rerun)
     for job in jobs:
         if asked & set(job.needs):
             asked.add(job.name)
-        refuse_foreign(job.run.path)
+        refuse_foreign(job.run.path, known=WRITTEN if job.array else ())
+        if job.name in queued:
+            if queued[job.name] != job.fingerprint:
+                raise UsageError(
+                    f"job {job.name!r} is queued or running with another config; first: "
+                    f"stpredict cancel {job.run.path.parent}"
+                )
+            actions[job.name] = "queued"
+            continue
         anew = [need for need in job.needs if actions[need] == "run"]
         if is_empty(job.run):
             actions[job.name] = "run"
@@ -82,13 +113,22 @@ def plan(jobs: Sequence[Job], rerun: Collection[str] = ()) -> dict[str, Action]:
 
 def _continue_or_skip(job: Job) -> Action:
     status = job.run.status()
-    if status is None or status.fingerprint != job.fingerprint:
-        changes = ", ".join(changed_keys(job.run, job.config)) or "made outside this pipeline, or from other runs"
+    begun = [run for run in part_runs(job.run.path) if run.status()] if status is None else [job.run]
+    other = next((run for run in begun if run.status().fingerprint != job.fingerprint), None)
+    if not begun or other:
+        run = other or job.run
+        changed = changed_keys(run, job.config, but=() if run is job.run else ("part", "parts"))
+        changes = ", ".join(changed) or "made outside this pipeline, or from other runs"
         raise UsageError(
             f"job {job.name!r}: {job.run.path} has another config ({changes}); --rerun {job.name} makes it and what "
             "needs it anew (the old ones are kept), or give another `run`"
         )
-    return "skip" if status.state == "done" else "continue"
+    return "skip" if status is not None and status.state == "done" else "continue"
+
+
+def _is_done(run: Run, fingerprint: str) -> bool:
+    status = run.status()
+    return status is not None and (status.state, status.fingerprint) == ("done", fingerprint)
 
 
 def _order(pipeline: PipelineConfig, path: Path) -> list[str]:
@@ -115,5 +155,7 @@ def _job_config(pipeline: PipelineConfig, path: Path, name: str) -> JobConfig:
     where = f"{path}: job {name!r} ({job.config})"
     config = validate(AnyJobConfig, resolve(node, where, run_of), where)
     if config.home != config.run:
-        raise UsageError(f"{where}: `parts` are for jobs submitted by hand; here, set resources.processes")
+        raise UsageError(f"{where}: `parts` are for jobs submitted by hand; here, set jobs.{name}.array")
+    if job.array and not isinstance(config, PartedJobConfig):
+        raise UsageError(f"{where}: `array` is for jobs that write shards (shard, encode), not for {config.kind}")
     return config

@@ -33,13 +33,13 @@ def join() -> Ranks | None:
     return Ranks(int(step["RANK"]), int(step["WORLD_SIZE"]))
 
 
-def slurm_step(environment: os._Environ | dict[str, str]) -> dict[str, str] | None:
-    """torch.distributed's variables for a task of an srun step; None outside a step and in a step of one task.
+def slurm_step(environment: os._Environ | dict[str, str], least: int = 2) -> dict[str, str] | None:
+    """torch.distributed's variables for a task of an srun step; None outside a step and in one of less than ``least``.
 
     (`srun --pty bash` is a step of one task: what is started there is a person's own command.) Which GPUs are
     visible stays as SLURM set it: DeepSpeed picks its own by LOCAL_RANK among all of the node's.
     """
-    if "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+    if "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < least:
         return None
     tasks = expand_tasks(environment["SLURM_STEP_TASKS_PER_NODE"])
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])

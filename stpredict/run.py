@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -21,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.disk import renamed
 from data_pipeline.errors import UsageError
+from stpredict.source import output, source_state
 
-_SOURCE = str(Path(__file__).parent)
+_SOURCE = Path(__file__).parents[1]
 State = Literal["pending", "running", "done", "failed", "preempted"]
 
 
@@ -114,10 +114,9 @@ class Run:
             "directory": str(Path.cwd()),
             "cpus": os.cpu_count(),
             "cpu": _cpu(),
-            "gpus": (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
+            "gpus": (output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
             "packages": {d.name: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())},
-            "git_commit": _output("git", "-C", _SOURCE, "rev-parse", "HEAD"),
-            "git_diff": _output("git", "-C", _SOURCE, "diff", "HEAD"),
+            **source_state(_SOURCE),
         }
         write_atomically(self.environment_path, json.dumps(environment, indent=1) + "\n")
 
@@ -168,14 +167,6 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         error.filename = error.filename or str(path)  # a write that failed does not know its file
         raise
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints, or None where there is no such command or it fails (no git checkout, no GPU)."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _cpu() -> str | None:

@@ -1,5 +1,7 @@
 """One config class per job. ``kind`` says which job it is; ``run`` is the run directory it fills."""
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -13,6 +15,9 @@ from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, Tok
 from stpredict.training.config import InitFrom, TrainingConfig
 
 PARTS = "parts"  # folder of a run
+TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
+# Of ``resources``: where a job runs and how long it may. What it makes depends on none of them.
+RESOURCES = ("threads", "nodes", "memory_gb", "time")
 FORCE = "STPREDICT_FORCE"  # environment variable: training continues under another config than it began with
 # Of reading shards: how fast, and how much of it may fail. The order of the samples depends on none of them.
 LOADING = ("data.workers", "data.timeout_s", "data.max_bad_fraction", "data.buffer_bytes", "data.cache")
@@ -42,11 +47,32 @@ COMPUTING = (
 )
 
 
+def minutes(time: str) -> int:
+    """Minutes, rounded up, of a time as SLURM writes it, [D-]HH:MM:SS."""
+    days, hours, minutes, seconds = (int(part or 0) for part in TIME.fullmatch(time).groups())
+    return math.ceil(days * 1440 + hours * 60 + minutes + seconds / 60)
+
+
+def _time_limit(time: Any) -> Any:
+    if not isinstance(time, str) or not TIME.fullmatch(time) or minutes(time) == 0:  # YAML takes 24:00:00 for a number
+        raise ValueError(f"{time!r} is no time limit; write HH:MM:SS or D-HH:MM:SS, in quotes")
+    return time
+
+
+TimeLimit = Annotated[str, BeforeValidator(_time_limit)]
+
+
 class Resources(Config):
-    """What a job runs on: ``processes`` ranks in all, ``threads`` CPU threads each (default: cores / processes)."""
+    """What a job runs on: ``processes`` ranks in all, ``threads`` CPU threads each (default: cores / processes). The
+    others are for SLURM, which otherwise takes them from the cluster's profile."""
 
     processes: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1)
+    nodes: int | None = Field(
+        None, ge=1, description="nodes that share the ranks evenly (default: as few as hold them)"
+    )
+    memory_gb: float | None = Field(None, gt=0, description="of each node")
+    time: TimeLimit | None = Field(None, description="limit of one start, [D-]HH:MM:SS in quotes")
 
 
 def _folder(run: Any) -> Any:
@@ -61,7 +87,7 @@ class JobConfig(Config):
     resources: Resources = Resources()
 
     #: Keys, with those below them, that change nothing in what the job makes: it may be continued with others.
-    harmless: ClassVar[tuple[str, ...]] = ("run", "resources.threads")
+    harmless: ClassVar[tuple[str, ...]] = ("run", *(f"resources.{key}" for key in RESOURCES))
 
     @property
     def home(self) -> Path:

@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from data_pipeline.errors import UsageError
-from launcher.config import ClusterConfig, load_cluster
+from launcher.config import LocalCluster, load_cluster
 from launcher.launch import launch
+from launcher.local_pipeline import LocalExecutor
 from launcher.pipeline import load_pipeline, plan
 from stpredict.run import Run
 
@@ -39,7 +40,11 @@ class Pipeline:
         return load_pipeline(self.path, overrides)
 
     def launch(self, *ranks, rerun=(), overrides=()):
-        return launch(*self.load(*overrides), ClusterConfig(), rerun, run_job=self.fake(*(ranks or ["ok"])))
+        return self.launch_with(self.fake(*(ranks or ["ok"])), rerun, overrides)
+
+    def launch_with(self, run_job, rerun=(), overrides=(), cluster=LocalCluster()):  # noqa: B008
+        executor = LocalExecutor(cluster, run_job)
+        return launch(*self.load(*overrides), cluster, rerun, executor=executor)
 
     def run(self, job):
         return Run(self.folder / "runs" / "p" / job)
@@ -108,14 +113,15 @@ def test_a_job_that_is_not_done_stops_the_pipeline_and_the_next_launch_goes_on_f
 ):
     calls = []
 
-    def run_job(config, name, *rest):
+    def run_job(config, name, *rest, **more):
         calls.append(name)
-        return pipeline.fake(status if name == "second" and calls.count("second") == 1 else "ok")(config, name, *rest)
+        rank = status if name == "second" and calls.count("second") == 1 else "ok"
+        return pipeline.fake(rank)(config, name, *rest, **more)
 
-    assert launch(*pipeline.load(), ClusterConfig(), run_job=run_job) == int(status)
+    assert pipeline.launch_with(run_job) == int(status)
     assert pipeline.run("second").status().state == state
     assert "not run: page" in capsys.readouterr().out
-    assert launch(*pipeline.load(), ClusterConfig(), run_job=run_job) == 0
+    assert pipeline.launch_with(run_job) == 0
     assert calls == ["first", "second", "second", "page"]
 
 
@@ -199,12 +205,12 @@ def test_a_cluster_is_a_file_or_a_name_beside_the_pipelines(pipeline):
     (clusters / "mine.yaml").write_text("kind: local\nthreads: 3\n")
     assert load_cluster("mine", pipeline.path).threads == 3
     assert load_cluster(str(clusters / "mine.yaml"), pipeline.path).threads == 3
-    with pytest.raises(UsageError, match=r"no cluster 'other'.*clusters there: mine"):
+    with pytest.raises(UsageError, match=r"no cluster 'other'.*; there: .*mine"):
         load_cluster("other", pipeline.path)
 
 
 def test_the_cluster_sets_the_threads_of_ranks(pipeline):
-    launch(*pipeline.load(), ClusterConfig(threads=5), run_job=pipeline.fake("ok"))
+    pipeline.launch_with(pipeline.fake("ok"), cluster=LocalCluster(threads=5))
     assert "threads 5" in pipeline.run("first").log_path(0).read_text()
     assert json.loads(pipeline.run("first").status_path.read_text())["state"] == "done"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.record import PipelineRun, Record
 from tests.processes import succeeding
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,31 @@ class Slurm:
         while not condition():
             assert time.monotonic() < end, self.run("squeue")
             time.sleep(0.1)
+
+
+class Pipelines:
+    """tests/slurm/pipeline.yaml on a real SLURM, launched as a person would."""
+
+    path = ROOT / "tests" / "slurm" / "pipeline.yaml"
+
+    def __init__(self, slurm: Slurm):
+        self.slurm = slurm
+
+    def launch(self, run: Path, *words: str) -> Record:
+        """Launches it into ``run``; ``words`` are further ones of the command line."""
+        self.slurm.run("stpredict", "launch", self.path, "--cluster", "slurm_single_machine", f"run={run}", *words)
+        return PipelineRun(run).record()
+
+    def wait(self, run: Path, timeout_s: float = 240) -> None:
+        """Until SLURM has none of its jobs."""
+        ids = {name.partition("_")[0] for name in PipelineRun(run).record().slurm_ids()}
+        queue = ["squeue", "--noheader", "--format=%F"]
+        self.slurm.wait_for(lambda: not ids & set(self.slurm.run(*queue).split()), timeout_s)
+
+
+@pytest.fixture(scope="session")
+def pipelines(slurm) -> Pipelines:
+    return Pipelines(slurm)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,110 @@
+"""What a launch leaves in the pipeline's run for the jobs, and for the commands that look after them:
+
+pipeline.yaml             the pipeline, resolved
+launcher/record.json      where it was launched, its jobs, and who does them
+launcher/configs/JOB.yaml the jobs' configs, resolved
+launcher/code/HASH/       the code that they run
+launcher/slurm/JOB/       batch scripts and logs of SLURM
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from data_pipeline.errors import UsageError
+from launcher.config import LAUNCHER, AnyCluster, LocalCluster
+from stpredict.config import as_yaml, load
+from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
+from stpredict.run import Run, write_atomically
+
+
+class Submitted(BaseModel):
+    """A SLURM job that does a job or, of an array's job, one ``part`` or the ``merge``."""
+
+    slurm_id: str
+    part: int | None = None
+    merge: bool = False
+
+
+class JobRecord(BaseModel):
+    needs: tuple[str, ...] = ()
+    fingerprint: str
+    array: int | None = None
+    submitted: list[Submitted] = []
+
+
+class Record(BaseModel):
+    """``cluster`` is the profile, ``cluster_name`` what it was called; ``code`` the hash of the code's copy."""
+
+    pipeline: str
+    cluster_name: str
+    cluster: AnyCluster = LocalCluster()
+    code: str
+    launched: str
+    cancelled: str | None = None
+    jobs: dict[str, JobRecord]
+
+    def slurm_ids(self) -> Iterator[str]:
+        for job in self.jobs.values():
+            for submitted in job.submitted:
+                yield submitted.slurm_id
+
+
+class PipelineRun:
+    """Paths and small files of a pipeline's run."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    pipeline_path = property(lambda self: self.path / "pipeline.yaml")
+    record_path = property(lambda self: self.path / LAUNCHER / "record.json")
+    code = property(lambda self: self.path / LAUNCHER / "code")
+
+    def config_path(self, job: str) -> Path:
+        return self.path / LAUNCHER / "configs" / f"{job}.yaml"
+
+    def slurm_folder(self, job: str) -> Path:
+        return self.path / LAUNCHER / "slurm" / job
+
+    def record(self) -> Record | None:
+        """UsageError where it is damaged."""
+        try:
+            return Record.model_validate_json(self.record_path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise UsageError(f"{self.record_path}: damaged ({error.errors()[0]['msg']}); launch again") from None
+
+    def write_record(self, record: Record) -> None:
+        self.record_path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.record_path, record.model_dump_json(indent=1) + "\n")
+
+    def write_config(self, job: str, config: JobConfig) -> None:
+        path = self.config_path(job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, as_yaml(config))
+
+    def config(self, job: str) -> JobConfig:
+        return load(AnyJobConfig, self.config_path(job))
+
+    def name(self) -> str | None:
+        """The name of the pipeline whose run this is; None where it is none."""
+        try:
+            return yaml.safe_load(self.pipeline_path.read_text())["name"]
+        except (FileNotFoundError, TypeError, KeyError):
+            return None
+
+
+def part_config(config: JobConfig, part: int | None, parts: int | None) -> JobConfig:
+    """``config``, or that of its ``part`` of ``parts``."""
+    if part is None:
+        return config
+    assert isinstance(config, PartedJobConfig)
+    return config.model_copy(update={"part": part, "parts": parts})
+
+
+def home_of(config: JobConfig, part: int | None, parts: int | None) -> Run:
+    """The run directory of one who does ``config``."""
+    return Run(part_config(config, part, parts).home)

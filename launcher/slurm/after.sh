@@ -1,0 +1,16 @@
+# The last line of every batch script sources this:  source after.sh STATUS COMMAND...
+# STATUS is srun's. Of a job that did not end well, COMMAND decides whether SLURM is to start it again, and it is here,
+# outside of any container, that SLURM is told so: the same job, with the same id, so that its dependents go on waiting.
+status=$1
+shift
+((status == 0)) && exit 0
+job=$SLURM_JOB_ID
+[[ -n ${SLURM_ARRAY_JOB_ID:-} ]] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+state=$(scontrol --oneliner show job "$job" | sed -n 's/.* JobState=\([A-Z_]*\) .*/\1/p')
+if [[ $state != RUNNING ]]; then # cancelled, out of time, or requeued already
+    exit "$status"
+fi
+if verdict=$("$@" --status="$status" --nodes="$(sinfo --noheader --Node --format='%N %T %P')"); then
+    scontrol requeue "$job" && [[ -n $verdict ]] && scontrol update JobId="$job" ExcNodeList="$verdict"
+fi
+exit "$status"

@@ -1,0 +1,66 @@
+"""What SLURM knows of jobs, and what it is told: squeue, scancel, scontrol."""
+
+import getpass
+import shutil
+import subprocess
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from data_pipeline.errors import UserError
+from launcher.record import Record
+
+TIMEOUT_S = 60.0
+# Of a job that has ended and will not start again.
+OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "REVOKED"}
+
+
+class Queued(NamedTuple):
+    """A job that SLURM has: its state (PENDING, RUNNING, COMPLETING, ...), why it is pending, its nodes."""
+
+    state: str
+    reason: str
+    nodes: str
+
+
+def here() -> bool:
+    """Whether this machine can ask SLURM."""
+    return shutil.which("squeue") is not None
+
+
+def queued(ids: Iterable[str]) -> dict[str, Queued]:
+    """Of the jobs ``ids`` of this user those that are waiting, running or ending. Tasks of arrays are ARRAY_TASK."""
+    wanted = set(ids)
+    if not wanted:
+        return {}
+    # Not --jobs: where SLURM has forgotten one of them, it may refuse to tell of the others.
+    out = _ask("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "--format=%i|%T|%r|%N")
+    rows = (line.split("|") for line in out.splitlines())
+    return {name: Queued(*rest) for name, *rest in rows if name in wanted and rest[0] not in OVER}
+
+
+def queued_jobs(record: Record) -> dict[str, list[str]]:
+    """Job → the SLURM jobs that are still to do something of it, where SLURM is here and has any."""
+    if not here():
+        return {}
+    alive = queued(record.slurm_ids())
+    found = {name: [s.slurm_id for s in job.submitted if s.slurm_id in alive] for name, job in record.jobs.items()}
+    return {name: ids for name, ids in found.items() if ids}
+
+
+def cancel(ids: Collection[str]) -> None:
+    if ids:
+        _ask("scancel", *ids)
+
+
+def release(ids: Collection[str]) -> None:
+    """Lets held jobs start."""
+    _ask("scontrol", "release", ",".join(ids))
+
+
+def _ask(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"{command[0]}: {' '.join(error.stderr.split()) or f'ended with {error.returncode}'}") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]}: no answer from SLURM's controller in {TIMEOUT_S:g} s; try again") from None

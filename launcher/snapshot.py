@@ -1,0 +1,52 @@
+"""The code that a pipeline's jobs run: a copy made when it is launched. What is edited afterwards reaches no job."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from stpredict.source import SOURCE_STATE, source_state
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("data_pipeline", "stpredict", "launcher")
+
+
+def snapshot(folder: Path, root: Path = ROOT) -> Path:
+    """Copies the packages in ``root`` to ``folder``/HASH, unless that is there, and returns it."""
+    files = [path for package in PACKAGES for path in sorted((root / package).rglob("*")) if _is_code(path)]
+    if not files:
+        raise FileNotFoundError(f"{root}: no {' '.join(PACKAGES)} here")
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    code = folder / digest.hexdigest()[:12]
+    if code.is_dir():
+        return code
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{code.name}.", dir=folder))
+    try:
+        for path in files:
+            copy = temporary / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        (temporary / SOURCE_STATE).write_text(json.dumps(source_state(root), indent=1) + "\n")
+        temporary.chmod(0o755)
+        temporary.rename(code)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return code
+
+
+def environment_for(code: Path) -> dict[str, str]:
+    """Variables by which Python imports the packages from ``code``, wherever it starts and whatever is installed."""
+    before = os.environ.get("PYTHONPATH")
+    path = f"{code.absolute()}{os.pathsep}{before}" if before else str(code.absolute())
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def _is_code(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
