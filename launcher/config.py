@@ -50,20 +50,22 @@ class LocalCluster(Config):
 
 
 class Apptainer(Config):
-    """Ranks run in an image by Apptainer (Singularity)."""
+    """Ranks run in an image by Apptainer (Singularity). What jobs read and write has to be seen inside under the paths
+    that it has outside; the home and the folder of the launch are."""
 
     kind: Literal["apptainer"] = "apptainer"
     image: str = Field(description=".sif file or image URL")
-    binds: tuple[str, ...] = Field((), description="folders of the host seen inside: /scratch or /host:/inside")
+    binds: tuple[str, ...] = Field((), description="further folders of the host seen inside: /scratch")
     options: tuple[str, ...] = Field(("--nv",), description="further words for `apptainer exec`")
 
 
 class Pyxis(Config):
-    """Ranks run in an image by Pyxis, the container plug-in of srun (Enroot)."""
+    """Ranks run in an image by Pyxis, the container plug-in of srun (Enroot). What jobs read and write, and the folder
+    of the launch, have to be seen inside under the paths that they have outside."""
 
     kind: Literal["pyxis"] = "pyxis"
     image: str = Field(description=".sqsh file or image name")
-    mounts: tuple[str, ...] = Field((), description="/host:/inside")
+    mounts: tuple[str, ...] = Field((), description="folders of the host seen inside: /scratch:/scratch")
     options: tuple[str, ...] = Field((), description="further words for srun: --container-...")
 
 
@@ -82,6 +84,11 @@ class SlurmOptions(Config):
     constraint: str | None = None
     exclude: str | None = Field(None, description="nodes not to use, in SLURM's form: gpu[003-006],gpu9")
     gpus_per_node: int = Field(0, ge=0, description="GPUs of a node; a job with fewer ranks there asks for fewer")
+    gpu_request: str = Field(
+        "gpus-per-node={gpus}",
+        pattern=r"^[a-z-]+=.*\{gpus\}",
+        description="sbatch's option that asks for GPUs of a node: gpus-per-node=a100:{gpus}, gres=gpu:a100:{gpus}",
+    )
     ranks_per_node: int | None = Field(None, ge=1, description="ranks that a node takes (default: one per GPU, or one)")
     cpus_per_rank: int = Field(1, ge=1)
     memory_gb: float | None = Field(None, gt=0, description="memory of a node that the job gets (default: SLURM's own)")
@@ -105,7 +112,9 @@ class SlurmCluster(SlurmOptions):
     retries: int = Field(2, ge=0, description="starts after failures of a job (not of its config), on other nodes")
     array_parallelism: int = Field(256, ge=1, description="tasks of an array that run at once")
     container: Apptainer | Pyxis | None = Field(None, discriminator="kind")
-    python: str | None = Field(None, description="Python on the nodes (default: this one; in a container `python3`)")
+    python: str | None = Field(
+        None, description="Python on the nodes: VENV/bin/python (default: this one; in a container `python3`)"
+    )
     setup: tuple[Annotated[str, AfterValidator(_one_line)], ...] = Field(
         (), description="lines of the batch script before anything else: module load, source venv/bin/activate"
     )

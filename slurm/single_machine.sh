@@ -3,7 +3,7 @@
 #
 #   slurm/single_machine.sh start        then:  export SLURM_CONF=DIR/slurm.conf   (start prints it)
 #   slurm/single_machine.sh status
-#   slurm/single_machine.sh stop         ends its jobs and daemons and removes DIR
+#   slurm/single_machine.sh stop         ends its jobs and daemons and removes DIR; also what a crash left of it
 #
 # DIR, which holds all that it writes, is $STPREDICT_SLURM_DIR, by default /tmp/stpredict-slurm-USER; its three ports
 # follow $STPREDICT_SLURM_PORT (26817). Needs slurmctld, slurmd and munged (Debian: apt-get install slurm-wlm munge).
@@ -16,7 +16,7 @@ dir=${STPREDICT_SLURM_DIR:-/tmp/stpredict-slurm-$user}
 port=${STPREDICT_SLURM_PORT:-26817}
 ours=.made_by_single_machine # without it, nothing is removed
 nodes=(one-a one-b)
-hosts_mark="# single_machine.sh in $dir"
+hosts_mark="# single_machine.sh [$dir]"
 export SLURM_CONF=$dir/slurm.conf
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -24,7 +24,7 @@ main() {
     case "${1:-}" in
         start) start ;;
         stop) stop ;;
-        status) sinfo && squeue ;;
+        status) status ;;
         *)
             sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
             exit 2
@@ -41,14 +41,12 @@ start() {
         echo "error: not found: ${missing[*]}; install SLURM and munge (Debian: apt-get install slurm-wlm munge)" >&2
         exit 1
     fi
-    if [[ -e $dir ]]; then
-        echo "error: $dir is there; run $0 stop, or set STPREDICT_SLURM_DIR" >&2
-        exit 1
-    fi
+    check_free
     mkdir -p "$dir"/{munge,state}
     touch "$dir/$ours"
     chmod 755 "$dir" "$dir/munge"
-    trap 'echo "error: no SLURM; the last lines of the logs in $dir:" >&2; tail -n 3 "$dir"/*.log >&2' ERR
+    trap 'echo "error: no SLURM; after this, $0 stop. The last lines of the logs in $dir:" >&2; tail -n 3 "$dir"/*.log >&2' \
+        ERR
     # A key of its own: this SLURM and a cluster's do not know each other.
     (umask 077 && head -c 1024 /dev/urandom >"$dir/munge/key")
     # --force: its home is in /tmp, which others may write to.
@@ -63,6 +61,46 @@ start() {
     wait_until_idle
     trap - ERR
     echo "export SLURM_CONF=$SLURM_CONF"
+}
+
+# One line and the end, where the folder or the ports are somebody's.
+check_free() {
+    local number
+    if [[ -e $dir && ! -e $dir/$ours ]]; then
+        echo "error: $dir is there and not of this script; set STPREDICT_SLURM_DIR to a folder that is not there" >&2
+        exit 1
+    elif [[ -e $dir ]] && running "$dir/slurmctld.pid" slurmctld >/dev/null; then
+        echo "error: it runs already: export SLURM_CONF=$SLURM_CONF (or first: $0 stop)" >&2
+        exit 1
+    elif [[ -e $dir ]]; then
+        echo "error: $dir is left of a SLURM that was killed; clear it away: $0 stop" >&2
+        exit 1
+    fi
+    for number in "$port" $((port + 1)) $((port + 2)); do
+        if (: <"/dev/tcp/127.0.0.1/$number") 2>/dev/null; then
+            echo "error: port $number is in use (another SLURM?); set STPREDICT_SLURM_PORT to the first of three that are" \
+                "free" >&2
+            exit 1
+        fi
+    done
+}
+
+# Prints the process whose id is in the file if it is alive and the daemon of that name: after a reboot it may be
+# anybody's.
+running() {
+    local pid
+    [[ -s $1 ]] && pid=$(<"$1") && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "$2" ]] && echo "$pid"
+}
+
+status() {
+    if [[ ! -e $dir/$ours ]]; then
+        echo "error: no SLURM in $dir: $0 start" >&2
+        exit 1
+    elif ! running "$dir/slurmctld.pid" slurmctld >/dev/null; then
+        echo "error: the SLURM in $dir was killed: $0 stop, then start" >&2
+        exit 1
+    fi
+    sinfo && squeue
 }
 
 write_config() {
@@ -105,6 +143,7 @@ CONF
 
 resolve_nodes() {
     local node
+    forget_nodes # of a start that a reboot ended
     for node in "${nodes[@]}"; do
         if [[ -w /etc/hosts ]]; then
             echo "127.0.0.1 $node $hosts_mark" >>/etc/hosts
@@ -129,7 +168,7 @@ stop() {
         echo "error: $dir holds no SLURM that $0 started" >&2
         exit 1
     fi
-    if [[ -e $SLURM_CONF ]]; then
+    if running "$dir/slurmctld.pid" slurmctld >/dev/null; then
         timeout 10 scancel --user="$user" 2>/dev/null || true
         for _ in {1..50}; do # what has ended needs no daemon to end it
             [[ -z $(timeout 10 squeue --noheader 2>/dev/null) ]] && break
@@ -137,19 +176,45 @@ stop() {
         done
     fi
     for file in "$dir"/slurmd-*.pid "$dir/slurmctld.pid" "$dir/munge/pid"; do
-        [[ -s $file ]] || continue
-        pid=$(<"$file")
-        kill "$pid" 2>/dev/null || continue
-        for _ in {1..50}; do
-            kill -0 "$pid" 2>/dev/null || break
-            sleep 0.2
-        done
+        pid=$(running "$file" "$(daemon_of "$file")") && end "$pid"
     done
+    end_orphans
+    forget_nodes
+    rm -rf "$dir"
+}
+
+daemon_of() {
+    case "$1" in
+        */slurmd-*) echo slurmd ;;
+        */slurmctld.pid) echo slurmctld ;;
+        *) echo munged ;;
+    esac
+}
+
+end() {
+    kill "$1" 2>/dev/null || return 0
+    for _ in {1..50}; do
+        kill -0 "$1" 2>/dev/null || return 0
+        sleep 0.2
+    done
+}
+
+# The jobs of daemons that were killed run on, with nobody to end them.
+end_orphans() {
+    local process
+    for process in /proc/[0-9]*; do
+        if { tr '\0' '\n' <"$process/environ" | grep -q -x -F "SLURM_CONF=$SLURM_CONF" &&
+            tr '\0' '\n' <"$process/environ" | grep -q '^SLURM_JOB_ID='; } 2>/dev/null; then
+            kill -9 "${process#/proc/}" 2>/dev/null || true
+        fi
+    done
+}
+
+forget_nodes() {
     if [[ -w /etc/hosts ]] && grep -q -F "$hosts_mark" /etc/hosts; then
         local kept # not by `sed -i`: in a container /etc/hosts is a mount and cannot be replaced
         kept=$(grep -v -F "$hosts_mark" /etc/hosts) && printf '%s\n' "$kept" >/etc/hosts
     fi
-    rm -rf "$dir"
 }
 
 main "$@"

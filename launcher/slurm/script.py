@@ -16,6 +16,8 @@ from launcher.config import Apptainer, JobKind, Pyxis, SlurmCluster
 from launcher.snapshot import environment_for
 from stpredict.jobs.config import JobConfig
 
+CODE_INSIDE = {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}  # beside PYTHONPATH, in a container
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -62,9 +64,12 @@ def parameters(
     cpus = max(options.cpus_per_rank, threads or 1)
     gpus = min(options.gpus_per_node, shape.ranks_per_node) if not options.exclusive else options.gpus_per_node
     additional: dict[str, Any] = {"requeue": True, "hold": True, "chdir": str(Path.cwd()), **options.options}
+    if gpus:
+        option, _, value = options.gpu_request.partition("=")
+        additional[option] = value.format(gpus=gpus)
     if dependencies:
         additional |= {"dependency": "afterok:" + ":".join(dependencies), "kill-on-invalid-dep": "yes"}
-    variables = {"OMP_NUM_THREADS": str(threads or cpus), **environment_for(code), **cluster.environment}
+    variables = {"OMP_NUM_THREADS": str(threads or cpus), **_code_for(cluster, code), **cluster.environment}
     setup = [
         *cluster.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
@@ -81,7 +86,6 @@ def parameters(
         "nodes": shape.nodes,
         "ntasks_per_node": shape.ranks_per_node,
         "cpus_per_task": cpus,
-        "gpus_per_node": gpus or None,
         "mem": f"{math.ceil(options.memory_gb * 1024)}M" if options.memory_gb else None,
         "time": options.minutes,
         "exclusive": options.exclusive or None,
@@ -104,6 +108,17 @@ def srun_arguments(cluster: SlurmCluster, cpus: int) -> list[str]:
     return arguments
 
 
+def _code_for(cluster: SlurmCluster, code: Path) -> dict[str, str]:
+    """Variables by which ranks import the packages from ``code``, whatever else their container has."""
+    if cluster.container is None:
+        return environment_for(code)
+    # The login node's own PYTHONPATH, and packages in the home, are for another Python than the image's.
+    variables = {**CODE_INSIDE, "PYTHONPATH": str(code.absolute())}
+    if isinstance(cluster.container, Apptainer):  # under this name a variable wins over the image's
+        return variables | {f"APPTAINERENV_{name}": value for name, value in variables.items()}
+    return variables
+
+
 def python_of(cluster: SlurmCluster) -> str:
     """The words by which a rank starts Python, in its container if there is one."""
     python = cluster.python or ("python3" if cluster.container else shlex.quote(sys.executable))
@@ -123,4 +138,7 @@ def python_on_host(cluster: SlurmCluster) -> str:
 
 def _pyxis(container: Pyxis) -> list[str]:
     mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-    return [f"--container-image={container.image}", *mounts, *container.options]
+    # Of a variable that the image has too, srun's value holds for those named here.
+    ours = f"--container-env=PYTHONPATH,{','.join(CODE_INSIDE)}"
+    where = f"--container-workdir={Path.cwd()}"
+    return [f"--container-image={container.image}", *mounts, where, ours, *container.options]

@@ -1,0 +1,58 @@
+"""slurm/single_machine.sh itself: what it says where it cannot start, and that it clears away what a crash left."""
+
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.conftest import SCRIPT, Slurm
+
+pytestmark = pytest.mark.slurm
+
+
+def refused(slurm: Slurm, word: str) -> str:
+    """What the script says, in one line, where it does not do ``word``."""
+    told = subprocess.run([SCRIPT, word], env=slurm.environment, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 1
+    assert told.stderr.count("\n") == 1
+    return told.stderr
+
+
+def test_a_second_start_says_in_one_line_that_it_runs_or_that_the_port_is_taken_and_makes_nothing(slurm, tmp_path):
+    assert f"it runs already: export SLURM_CONF={slurm.environment['SLURM_CONF']}" in refused(slurm, "start")
+    other = Slurm(tmp_path / "other")
+    other.environment["STPREDICT_SLURM_PORT"] = slurm.environment["STPREDICT_SLURM_PORT"]
+    assert "is in use" in refused(other, "start")
+    assert not (tmp_path / "other").exists()
+    assert "no SLURM in" in refused(other, "status")
+    (tmp_path / "other").mkdir()
+    assert "not of this script" in refused(other, "start")
+    assert "holds no SLURM" in refused(other, "stop")
+
+
+def test_after_a_crash_start_says_what_to_do_and_stop_ends_the_jobs_left_and_removes_everything(slurm, tmp_path):
+    other = Slurm(tmp_path / "crashed")
+    subprocess.run([SCRIPT, "start"], env=other.environment, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "crashed"
+    job = None
+    try:
+        other.submit(f"--output={tmp_path}/job.log", "--wrap", f"echo $$ > {tmp_path}/pid; exec sleep 600")
+        other.wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
+        job = psutil.Process(int((tmp_path / "pid").read_text()))
+        for file in (*folder.glob("slurm*.pid"), folder / "munge" / "pid"):
+            daemon = psutil.Process(int(file.read_text()))
+            daemon.send_signal(signal.SIGKILL)
+            with suppress(psutil.TimeoutExpired):
+                daemon.wait(5)
+        assert "is left of a SLURM that was killed" in refused(other, "start")
+        assert job.is_running()
+    finally:
+        subprocess.run([SCRIPT, "stop"], env=other.environment, check=True, timeout=60)
+    psutil.wait_procs([job], timeout=5)
+    assert not job.is_running() or job.status() == psutil.STATUS_ZOMBIE
+    assert not folder.exists()
+    assert os.getuid() or str(folder) not in Path("/etc/hosts").read_text()
