@@ -103,5 +103,7 @@ def _conclude(run: Run, config: PartedJobConfig, parts: Sequence[Run], print_of:
         started=min(status.started for status in statuses),
         finished=max(status.finished for status in statuses),
         fingerprint=print_of or fingerprint(config),
+        error=None,
+        note=None,
     )
     run.write_config(as_yaml(config))

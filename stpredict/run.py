@@ -10,7 +10,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -51,6 +51,16 @@ class Status(BaseModel):
     note: str | None = None  # what else there is to say of how it ended
 
 
+class RankError(BaseModel):
+    """Contents of an .error file: why a rank failed, with which exit status, on which node, and, under SLURM, in which
+    start of the job."""
+
+    error: str
+    exit_status: int = 1
+    node: str
+    start: str | None = None
+
+
 class Run:
     """Paths and small files of one run directory. Nothing is created before something is written."""
 
@@ -71,16 +81,23 @@ class Run:
         return self.logs / f"rank_{rank}.log"
 
     def error_path(self, rank: int) -> Path:
-        """One line: why this rank failed. There only if it did, in the last start."""
+        """Why this rank failed, a RankError. There only if it did."""
         return self.logs / f"rank_{rank}.error"
 
-    def first_error(self, ranks: Iterable[int]) -> tuple[int, str] | None:
-        """Which of ``ranks`` failed first, and why: it knows the cause, the others only lost their peer."""
+    def write_error(self, rank: int, error: str, exit_status: int = 1) -> None:
+        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        said = RankError(error=error, exit_status=exit_status, node=node, start=slurm_start(os.environ))
+        write_atomically(self.error_path(rank), said.model_dump_json(indent=1) + "\n")
+
+    def errors(self, ranks: Iterable[int]) -> list[tuple[int, RankError]]:
+        """Those of ``ranks`` that failed, the first one first: it knows the cause, the others only lost their peer."""
         files = [(path.stat().st_mtime_ns, rank) for rank in ranks if (path := self.error_path(rank)).is_file()]
-        if not files:
-            return None
-        _, rank = min(files)
-        return rank, self.error_path(rank).read_text().strip()
+        return [(rank, RankError.model_validate_json(self.error_path(rank).read_text())) for _, rank in sorted(files)]
+
+    def first_error(self, ranks: Iterable[int]) -> tuple[int, str] | None:
+        """Which of ``ranks`` failed first, and why."""
+        errors = self.errors(ranks)
+        return (errors[0][0], errors[0][1].error) if errors else None
 
     def status(self) -> Status | None:
         """What status.json says, or None where there is none. UsageError where it is damaged."""
@@ -153,6 +170,12 @@ class Progress:
         if self.steps is None or step <= first_step:
             return None
         return round((self.steps - step) * (at - first_at) / (step - first_step), 1)
+
+
+def slurm_start(environment: Mapping[str, str]) -> str | None:
+    """Names this start of this SLURM job (a requeued one has the same id); None outside of SLURM."""
+    job = environment.get("SLURM_JOB_ID")
+    return job and f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def now() -> str:

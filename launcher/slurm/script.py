@@ -13,6 +13,7 @@ from typing import Any
 
 from data_pipeline.errors import UsageError
 from launcher.config import Apptainer, JobKind, Pyxis, SlurmCluster
+from launcher.slurm.failure import BEGIN
 from launcher.snapshot import environment_for
 from stpredict.jobs.config import JobConfig
 
@@ -71,6 +72,7 @@ def parameters(
         additional |= {"dependency": "afterok:" + ":".join(dependencies), "kill-on-invalid-dep": "yes"}
     variables = {"OMP_NUM_THREADS": str(threads or cpus), **_code_for(cluster, code), **cluster.environment}
     setup = [
+        BEGIN,
         *cluster.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
     ]

@@ -11,7 +11,7 @@ from data_pipeline.errors import UserError
 from stpredict.jobs.config import JobConfig
 from stpredict.jobs.rank_log import log_to
 from stpredict.jobs.requeue import requeue
-from stpredict.run import Run, State, now, write_atomically
+from stpredict.run import Run, State, now
 from stpredict.training.signals import AGAIN, Preempted, StopRequest
 
 log = logging.getLogger(__name__)
@@ -111,16 +111,17 @@ def _failed(run: Run, rank: int, error: Exception) -> int:
     mendable = full is not None or isinstance(error, UserError)
     text = (full or str(error)) if mendable else f"{type(error).__name__}: {error}"
     log.error("%s", full or error, exc_info=None if mendable and not os.environ.get("STPREDICT_DEBUG") else error)
-    _leave_word(run, rank, "failed", text.splitlines()[0] if text else repr(error))
-    return error.exit_status if isinstance(error, UserError) else 1
+    code = error.exit_status if isinstance(error, UserError) else 1
+    _leave_word(run, rank, "failed", text.splitlines()[0] if text else repr(error), code)
+    return code
 
 
-def _leave_word(run: Run, rank: int, state: State, line: str) -> None:
+def _leave_word(run: Run, rank: int, state: State, line: str, code: int = EXIT_PREEMPTED) -> None:
     """Says how this rank ended in its .error file if it failed and, on rank 0, in status.json. Where even that cannot
     be written, the log alone says it."""
     try:
         if state == "failed":
-            write_atomically(run.error_path(rank), f"{line}\n")
+            run.write_error(rank, line, code)
         if rank == 0:
             first = run.first_error(range(int(os.environ.get("WORLD_SIZE", 1)))) if state == "failed" else None
             run.update_status(state=state, finished=now(), error=first[1] if first else line)

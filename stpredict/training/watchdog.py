@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from stpredict.run import Run, now, write_atomically
+from stpredict.run import Run, now
 from stpredict.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -154,15 +154,12 @@ class Watchdog:
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         blamed = self.ranks.rank in culprits
         if blamed:  # its own word is the first
-            self._leave_word(line)
+            self.run.write_error(self.ranks.rank, line)
         time.sleep(3 * self.period_s)  # until all have come here: when one ends, the others lose their peer
         if not blamed:
-            self._leave_word(line)
+            self.run.write_error(self.ranks.rank, line)
         if self.ranks.is_main:
             self.run.update_status(state="failed", finished=now(), error=line)
-
-    def _leave_word(self, line: str) -> None:
-        write_atomically(self.run.error_path(self.ranks.rank), f"{line}\n")
 
     def _culprits(self) -> list[int]:
         """Ranks that have fallen silent; where there are none, those whose places give them away."""

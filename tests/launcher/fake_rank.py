@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def fail(run, rank, error):
-    write_atomically(run.error_path(rank), f"{error}\n")
+    run.write_error(rank, error)
     if rank == 0:
         run.update_status(state="failed", error=error)
     return 1

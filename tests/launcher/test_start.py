@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import signal
+import socket
 import sys
 from contextlib import nullcontext
 
@@ -12,7 +13,7 @@ import pytest
 from data_pipeline.errors import UsageError
 from stpredict.jobs import start as module
 from stpredict.jobs.start import start
-from stpredict.run import Run, write_atomically
+from stpredict.run import Run
 from stpredict.training.signals import StopRequest
 from tests.processes import bounded
 
@@ -46,7 +47,8 @@ def test_only_rank_0_writes_the_status(rank):
     code, run = rank(1, UsageError("no videos in /nowhere\ngive others"))
     assert code == 2
     assert run.status() is None
-    assert run.error_path(1).read_text() == "no videos in /nowhere\n"
+    ((_, said),) = run.errors([1])
+    assert (said.error, said.exit_status, said.node) == ("no videos in /nowhere", 2, socket.gethostname())
     code, run = rank(0, RuntimeError("connection closed by peer"))
     assert code == 1
     assert run.status().state == "failed"
@@ -98,7 +100,6 @@ def test_the_exit_status_is_kept_when_the_status_file_cannot_be_written(rank, ca
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(module, "write_atomically", full)
     monkeypatch.setattr("stpredict.run.write_atomically", full)
     code, _ = rank(0)
     assert code == 1
@@ -109,7 +110,7 @@ def test_the_first_error_is_the_oldest(tmp_path):
     run = Run(tmp_path)
     assert run.first_error(range(3)) is None
     for rank, at in ((0, 30), (2, 10), (1, 20)):
-        write_atomically(run.error_path(rank), f"error of {rank}\n")
+        run.write_error(rank, f"error of {rank}")
         os.utime(run.error_path(rank), (at, at))
     assert run.first_error(range(2)) == (1, "error of 1")
 
