@@ -148,7 +148,7 @@ def report(
         _run(run, overrides, "report")
     if overrides:
         raise UsageError(f"{run} is no config file: there is nothing that {overrides[0]} could change")
-    from launcher.status import runs_of
+    from launcher.overview import runs_of
     from stpredict.evaluation.report import write_report
 
     runs = {name: job.path for name, job in runs_of(run).items() if job.config_path.is_file()}
@@ -183,17 +183,40 @@ def launch(
 
 
 @app.command()
-def status(run: RunPath, json: Json = False) -> None:
-    """Show state, progress, loss and time left of a run, or of every job of a pipeline."""
+def status(
+    run: RunPath,
+    json: Json = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="go on until all jobs have ended; Ctrl-C leaves")
+    ] = False,
+) -> None:
+    """Show state, progress, loss and time left of a run, or of every job of a pipeline, also of those in SLURM's queue.
+
+    \b
+    queued (why)   SLURM has it; (Dependency): it waits for jobs that it needs
+    requeued       it was preempted, or failed and is tried again: it continues by itself
+    cancelled      it will not start, since a job that it needs failed, or since somebody cancelled it
+    lost           it says that it is running, but its process, or SLURM's job, is gone
+    up to date     an earlier launch did it
+
+    The exit status is 0 whatever the states are. stpredict resume RUN goes on with what is not done.
+    """
     from rich.console import Console
 
-    from launcher.status import rows, show
+    from launcher import status as tables
+    from launcher.overview import Slurm, rows
 
-    found = rows(run)
+    slurm = Slurm()
+    try:
+        found = tables.watch(run, Console(stderr=json), slurm) if watch else rows(run, slurm)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+    if slurm.note:
+        print(f"note: {slurm.note}", file=sys.stderr)
     if json:
         print_json([row.model_dump() for row in found])
-    else:
-        show(found, Console())
+    elif not watch:
+        tables.show(found, Console())
 
 
 @app.command()

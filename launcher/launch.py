@@ -82,7 +82,7 @@ def launch(
         for job in jobs:
             if actions[job.name] == "rerun":
                 _set_aside(job.run.path)
-            if actions[job.name] not in ("skip", "queued"):
+            if actions[job.name] not in ("skip", "queued") or not run.config_path(job.name).is_file():
                 run.write_config(job.name, job.config)
         record = Record(
             pipeline=pipeline.name,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_pipeline.errors import UsageError
-from launcher.status import is_lost, runs_of
+from launcher.overview import is_lost, runs_of
 from stpredict.run import Run
 
 

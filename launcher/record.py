@@ -9,12 +9,13 @@ launcher/slurm/JOB/       batch scripts and logs of SLURM
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_serializer
 
 from data_pipeline.errors import UsageError
-from launcher.config import LAUNCHER, AnyCluster, LocalCluster
+from launcher.config import LAUNCHER, AnyCluster, ClusterConfig, LocalCluster
 from stpredict.config import as_yaml, load
 from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
 from stpredict.run import Run, write_atomically
@@ -45,6 +46,11 @@ class Record(BaseModel):
     launched: str
     cancelled: str | None = None
     jobs: dict[str, JobRecord]
+
+    @field_serializer("cluster")
+    def _only_what_is_set(self, cluster: ClusterConfig) -> dict[str, Any]:
+        # Read back, ``kinds`` must still tell what a kind of job changes from what it leaves as it is.
+        return {"kind": cluster.kind, **cluster.model_dump(mode="json", exclude_unset=True)}
 
     def slurm_ids(self) -> Iterator[str]:
         for job in self.jobs.values():

@@ -154,6 +154,19 @@ def locked(folder: Path) -> Iterator[IO[str]]:
         yield file
 
 
+def owner(folder: Path) -> str | None:
+    """Who holds the lock of a run directory, "process PID on HOST"; None where nobody does."""
+    try:
+        with (folder / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:  # no lock file, or no locks on this file system
+        return None
+    return None
+
+
 def _entries(folder: Path) -> set[str]:
     """Names in ``folder``, without what a killed process was about to rename."""
     return {entry.name for entry in folder.iterdir() if not is_temporary(entry)} if folder.exists() else set()

@@ -1,122 +1,129 @@
-"""What ``stpredict status`` shows: one row per job, from status.json files alone."""
+"""What ``stpredict status`` shows: a table of a run's jobs, once or until all have ended."""
 
-import socket
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-import yaml
-from pydantic import BaseModel
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from data_pipeline.errors import UsageError
-from launcher.parts import part_runs
+from launcher.overview import Row, Slurm, rows
 from launcher.progress import format_seconds, format_values
-from stpredict.run import Run, Status
+from stpredict.run import Status
 
 WIDE = 110  # characters, from which on there is room for a column of values
-COLOURS = {"done": "green", "running": "cyan", "preempted": "yellow", "failed": "red", "lost": "red"}
-
-
-class Row(BaseModel):
-    """One job. ``state`` is that of its run, or ``lost``: said to be running, but its process is gone."""
-
-    job: str
-    state: str
-    status: Status | None = None
-    elapsed_s: float | None = None
-    heartbeat_age_s: float | None = None
-    eta_s: float | None = None
-
-
-def runs_of(path: Path) -> dict[str, Run]:
-    """Job → run: those of a pipeline's run directory in its order, those of the parts of a run that is not merged
-    yet, or the one run that ``path`` is."""
-    if (path / "pipeline.yaml").is_file():
-        jobs = yaml.safe_load((path / "pipeline.yaml").read_text())["jobs"]
-        return {name: Run(path / name) for name in jobs}
-    if not Run(path).status_path.is_file() and (parts := part_runs(path)):
-        return {part.path.name: part for part in parts}
-    if not Run(path).status_path.is_file():
-        raise UsageError(f"{path} is not a run directory: it has neither status.json nor pipeline.yaml")
-    return {path.resolve().name: Run(path)}
-
-
-def rows(path: Path) -> list[Row]:
-    return [_row(name, run.status()) for name, run in runs_of(path).items()]
+VERY_WIDE = 150  # and for what SLURM calls the job, and where it is
+ASK_EVERY_S = 5.0  # squeue loads the controller that all users share
+LOOK_EVERY_S = 1.0
+COLOURS = {
+    **dict.fromkeys(("done", "up to date"), "green"),
+    **dict.fromkeys(("running", "starting", "merging", "ending"), "cyan"),
+    **dict.fromkeys(("preempted", "requeued", "cancelled"), "yellow"),
+    **dict.fromkeys(("failed", "lost"), "red"),
+}
+ENDED_BADLY = ("failed", "lost", "preempted", "requeued", "cancelled")
 
 
 def show(rows: list[Row], console: Console) -> None:
     """A table, and below it what went wrong. On a narrow terminal the values, too, stand below it."""
+    console.print(as_table(rows, console.width), soft_wrap=False)
+    for line in below(rows, console.width):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def watch(path: Path, console: Console, slurm: Slurm, ask_every_s: float = ASK_EVERY_S) -> list[Row]:
+    """Shows the table until all jobs have ended; returns the last rows. squeue is asked every ``ask_every_s``, run
+    directories are read in between."""
+    asked_at = time.monotonic()
+    found = rows(path, slurm)
+    note = slurm.note
+
+    def view() -> RenderableType:
+        lines = [*below(found, console.width), *([f"note: {note}"] if note else [])]
+        return Group(as_table(found, console.width), *map(Text, lines))
+
+    with Live(view(), console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        while any(row.live for row in found):
+            time.sleep(LOOK_EVERY_S)
+            ask = time.monotonic() - asked_at >= ask_every_s
+            if ask:
+                asked_at = time.monotonic()
+            found = rows(path, slurm, ask)
+            note = slurm.note
+            live.update(view(), refresh=True)
+    return found
+
+
+def as_table(rows: list[Row], width: int) -> Table:
     live = any(row.state in ("running", "lost") for row in rows)
-    wide = console.width >= WIDE
-    columns = [
-        "job",
-        "state",
-        "progress",
-        *(["values"] * wide),
-        "elapsed",
-        *(["left", "heartbeat" if wide else "seen"] * live),
-    ]
+    wide, slurm = width >= WIDE, width >= VERY_WIDE and any(row.slurm_ids for row in rows)
+    columns: dict[str, Callable[[Row], str]] = {
+        "job": lambda row: row.job,
+        "state": lambda row: f"[{COLOURS.get(row.state, 'default')}]{row.state}[/]{_reason(row) if wide else ''}",
+        "progress": lambda row: _progress(row, wide),
+    }
+    if wide:
+        columns["values"] = lambda row: format_values(row.status) if row.status else ""
+    columns["elapsed"] = lambda row: format_seconds(row.elapsed_s)
+    if live:
+        columns["left"] = lambda row: format_seconds(row.eta_s)
+        columns["heartbeat" if wide else "seen"] = lambda row: (
+            format_seconds(row.heartbeat_age_s) if row.state in ("running", "lost") else ""
+        )
+    if slurm:
+        columns["node"] = lambda row: row.nodes or ""
+        columns["SLURM"] = short_ids
     table = Table(*columns, box=box.SIMPLE, pad_edge=False, show_edge=False)
     for column in table.columns:
-        column.no_wrap = column.header != ("values" if wide else "job")
+        column.no_wrap = column.header not in (("values", "state") if wide else ("job",))
         column.overflow = "fold"
-    for row in rows:
-        cells = [row.job, f"[{COLOURS.get(row.state, 'default')}]{row.state}[/]"]
-        if row.status:
-            values = [format_values(row.status)] if wide else []
-            cells += [_progress(row.status, wide), *values, format_seconds(row.elapsed_s)]
-        if row.state in ("running", "lost"):
-            cells += [format_seconds(row.eta_s), format_seconds(row.heartbeat_age_s)]
-        table.add_row(*cells)
-    console.print(table)
-    for row in rows:
-        values = format_values(row.status) if row.status and not wide else None
-        for line in (values, row.status.error, row.status.note) if row.status else ():
-            if line:
-                console.print(f"{row.job}: {line}", markup=False, highlight=False, soft_wrap=True)
+    for row in with_parts(rows):
+        table.add_row(*(cell(row) for cell in columns.values()))
+    return table
 
 
-def _progress(status: Status, wide: bool) -> str:
+def with_parts(rows: list[Row]) -> list[Row]:
+    """The rows, each with those of its parts that did not end well below it."""
+    return [shown for row in rows for shown in (row, *row.bad_parts)]
+
+
+def below(rows: list[Row], width: int) -> list[str]:
+    """Lines under the table: what has no column at this width, and how jobs ended."""
+    lines = []
+    for row in with_parts(rows):
+        status = row.status
+        details = []
+        if width < WIDE:
+            details += [_reason(row).strip(" ()"), format_values(status) if status else ""]
+        if width < VERY_WIDE and row.live:
+            details += [f"SLURM {short_ids(row)}{f' on {row.nodes}' if row.nodes else ''}" if row.slurm_ids else ""]
+        if details := "  ".join(filter(None, details)):
+            lines.append(f"{row.job}: {details}")
+        if status:
+            error = status.error if row.state in (*ENDED_BADLY, "pending", "running", "ending") else None
+            lines += [f"{row.job}: {line}" for line in (error, status.note) if line and line != row.reason]
+    return lines
+
+
+def short_ids(row: Row) -> str:
+    """SLURM's numbers for a job: an array's tasks have one together."""
+    return ",".join(dict.fromkeys(id.partition("_")[0] for id in row.slurm_ids))
+
+
+def _reason(row: Row) -> str:
+    return f" ({row.reason})" if row.reason else ""
+
+
+def _progress(row: Row, wide: bool) -> str:
+    parts = f"{row.parts_done}/{row.parts} parts" if row.parts and row.parts_done != row.parts else ""
+    return "  ".join(filter(None, (parts, _step(row.status, wide) if row.status else "")))
+
+
+def _step(status: Status, wide: bool) -> str:
     if not status.step:
         return status.phase
     of = f"/{status.steps}" if status.steps else ""
     return f"{status.step}{of}" + (f" {status.unit}s" if wide or status.unit != "step" else "")
-
-
-def is_lost(status: Status) -> bool:
-    """Unfinished by a process of this host that no longer is."""
-    here = status.host == socket.gethostname() and status.pid is not None
-    return status.state in ("pending", "running") and here and not _is_alive(status.pid)
-
-
-def _is_alive(pid: int) -> bool:
-    """False for a zombie too: dead, but its parent has not asked for it."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _row(name: str, status: Status | None) -> Row:
-    if status is None:
-        return Row(job=name, state="not started")
-    state = "lost" if is_lost(status) else status.state
-    age = _seconds_since(status.heartbeat)
-    ended = age if state == "lost" else _seconds_since(status.finished) if status.finished else 0.0
-    started = _seconds_since(status.started)
-    return Row(
-        job=name,
-        state=state,
-        status=status,
-        elapsed_s=None if started is None else started - ended,
-        heartbeat_age_s=age,
-        eta_s=max(0.0, status.eta_s - age) if state == "running" and status.eta_s is not None else None,
-    )
-
-
-def _seconds_since(at: str | None) -> float | None:
-    return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() if at else None

@@ -44,7 +44,7 @@ class Status(BaseModel):
     finished: str | None = None
     host: str | None = None
     pid: int | None = None
-    slurm_job_id: str | None = None
+    slurm_job_id: str | None = None  # of an array's task ARRAY_TASK
     fingerprint: str | None = None
     error: str | None = None
     continued_from: int | None = None  # the step of the checkpoint that this start began with

@@ -130,7 +130,8 @@ def _tell(run: Run, fingerprint: str, kind: str, **changes: object) -> None:
         with locked(run.path):
             status = run.status()
             if status is None or status.fingerprint == fingerprint:
-                run.update_status(**{"kind": kind, "fingerprint": fingerprint, **changes})
+                who = {"kind": kind, "fingerprint": fingerprint, "slurm_job_id": job_id(os.environ)}
+                run.update_status(**who, **changes)
     except UsageError as error:
         print(f"after: {error}", file=sys.stderr)
 

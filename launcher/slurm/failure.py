@@ -25,7 +25,7 @@ WORDS = {
 
 
 class Failure(NamedTuple):
-    """``node`` is that of the rank that failed first, where it is known; ``usage``: no other start would fare better."""
+    """``node`` is that of the rank that failed first, where it is known; ``usage``: no other start would do better."""
 
     error: str
     node: str | None = None

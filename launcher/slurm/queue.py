@@ -10,16 +10,25 @@ from data_pipeline.errors import UserError
 from launcher.record import Record
 
 TIMEOUT_S = 60.0
+FORMAT = "%i|%T|%r|%N|%j"
 # Of a job that has ended and will not start again.
-OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "REVOKED"}
+OVER = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+}
 
 
 class Queued(NamedTuple):
-    """A job that SLURM has: its state (PENDING, RUNNING, COMPLETING, ...), why it is pending, its nodes."""
+    """A job that SLURM has: its state (PENDING, RUNNING, COMPLETING, ...), why it is pending, its nodes, its name."""
 
     state: str
-    reason: str
-    nodes: str
+    reason: str = ""
+    nodes: str = ""
+    name: str = ""
+
+    @property
+    def over(self) -> bool:
+        return self.state in OVER
 
 
 def here() -> bool:
@@ -27,15 +36,25 @@ def here() -> bool:
     return shutil.which("squeue") is not None
 
 
-def queued(ids: Iterable[str]) -> dict[str, Queued]:
-    """Of the jobs ``ids`` of this user those that are waiting, running or ending. Tasks of arrays are ARRAY_TASK."""
+def known(ids: Iterable[str], user: str | None = None) -> dict[str, Queued]:
+    """Of the jobs ``ids`` of ``user`` (default: this one) those that are waiting, running or ending, and those that
+    ended some minutes ago at most. Tasks of arrays are ARRAY_TASK. One question for all of them."""
     wanted = set(ids)
     if not wanted:
         return {}
     # Not --jobs: where SLURM has forgotten one of them, it may refuse to tell of the others.
-    out = _ask("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "--format=%i|%T|%r|%N")
-    rows = (line.split("|") for line in out.splitlines())
-    return {name: Queued(*rest) for name, *rest in rows if name in wanted and rest[0] not in OVER}
+    user = f"--user={user or getpass.getuser()}"
+    return parse(_ask("squeue", "--noheader", "--array", "--states=all", user, f"--format={FORMAT}"), wanted)
+
+
+def parse(out: str, wanted: Collection[str]) -> dict[str, Queued]:
+    rows = (line.split("|", maxsplit=4) for line in out.splitlines())
+    return {name: Queued(*rest) for name, *rest in rows if name in wanted}
+
+
+def queued(ids: Iterable[str]) -> dict[str, Queued]:
+    """Of the jobs ``ids`` of this user those that are waiting, running or ending."""
+    return {name: job for name, job in known(ids).items() if not job.over}
 
 
 def queued_jobs(record: Record) -> dict[str, list[str]]:

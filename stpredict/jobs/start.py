@@ -10,7 +10,7 @@ from signal import SIGUSR2
 from data_pipeline.errors import UserError
 from stpredict.jobs.config import JobConfig
 from stpredict.jobs.rank_log import log_to
-from stpredict.jobs.requeue import requeue
+from stpredict.jobs.requeue import job_id, requeue
 from stpredict.run import Run, State, now
 from stpredict.training.signals import AGAIN, Preempted, StopRequest
 
@@ -101,7 +101,7 @@ def _begin(config: JobConfig, run: Run) -> None:
         continued_from=None,
         host=socket.gethostname(),
         pid=os.getpid(),
-        slurm_job_id=os.environ.get("SLURM_JOB_ID"),
+        slurm_job_id=job_id(os.environ),
     )
     run.write_environment()
 

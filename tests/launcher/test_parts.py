@@ -13,9 +13,9 @@ import pytest
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.video_files import write_mp4
 from launcher import parts
+from launcher.overview import rows
 from launcher.pipeline import load_pipeline, plan
 from launcher.rundir import is_done, prepare
-from launcher.status import rows
 from stpredict.jobs import shard
 from stpredict.jobs.config import ShardConfig
 from stpredict.run import Run, now

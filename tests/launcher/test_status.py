@@ -7,8 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 from rich.console import Console
 
+from launcher.overview import rows
 from launcher.progress import Watch, format_seconds
-from launcher.status import rows, show
+from launcher.status import show
 from stpredict.run import Progress, Run, Status
 
 
