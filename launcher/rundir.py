@@ -3,7 +3,9 @@
 import fcntl
 import hashlib
 import os
+import re
 import socket
+import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +18,11 @@ from data_pipeline.disk import is_temporary
 from data_pipeline.errors import UsageError, UserError
 from stpredict.config import as_yaml, differences, flat
 from stpredict.jobs.config import FORCE, JobConfig, TrainingJobConfig
-from stpredict.run import Run, now
+from stpredict.run import Run, now, slurm_start
 
 ORPHANS_END_S = 15.0  # data workers notice within seconds that their rank is gone
+STARTS_END_S = 180.0  # SLURM kills what is left of a start; of a lost node, a file server frees the locks
+OWNER = re.compile(r"process (?P<pid>\d+) on (?P<host>\S+)(?: \(SLURM job (?P<start>\d+\.\d+)\))?")
 # What a start leaves behind before the job itself has made anything.
 OF_THE_START = {"config.yaml", "status.json", "environment.json", "logs", ".lock"}
 
@@ -109,26 +113,47 @@ def prepare(run: Run, config: JobConfig, print_of: str | None = None) -> str | N
     return before
 
 
-def _lock(file: IO[str]) -> None:
-    """Takes the lock. Where the launcher that holds it is dead, its last processes are about to end: waits for them."""
-    deadline = time.monotonic() + ORPHANS_END_S
+def _lock(file: IO[str], folder: Path) -> None:
+    """Takes the lock. Waits for one who holds it, but is about to end."""
+    began, told = time.monotonic(), False
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            if _alive(file.read()) or time.monotonic() > deadline:
+            owner = file.read().strip()
+            wait_s = _ends_in_s(owner)
+            if time.monotonic() >= began + wait_s:
                 raise
+            if wait_s > ORPHANS_END_S and not told:
+                print(
+                    f"{folder}: waiting up to {wait_s:g} s for an earlier start of this job, {owner}", file=sys.stderr
+                )
+                told = True
             time.sleep(0.2)
 
 
-def _alive(owner: str) -> bool:
-    """Whether the launcher that wrote ``owner`` into the lock file may still be at that run. This process, which asks
-    for the lock, is not: what it started there is about to end."""
-    match owner.split():
-        case ["process", pid, "on", host] if host == socket.gethostname():
-            return pid != str(os.getpid()) and (Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists())
-    return True
+def _ends_in_s(owner: str) -> float:
+    """After how many seconds the lock whose file says ``owner`` will be free; 0 if that is not known."""
+    match = OWNER.fullmatch(owner)
+    if match is None:
+        return 0.0
+    if earlier_start(match["start"]):
+        return STARTS_END_S
+    # A launcher that is dead, or this process, which asks for the lock: what it started there is about to end.
+    alive = match["pid"] != str(os.getpid()) and (
+        Path(f"/proc/{match['pid']}").exists() or not Path("/proc/self").exists()
+    )
+    return ORPHANS_END_S if match["host"] == socket.gethostname() and not alive else 0.0
+
+
+def earlier_start(start: str | None) -> bool:
+    """Whether ``start`` (see ``slurm_start``) is one of this SLURM job before this one: SLURM has ended it."""
+    mine = slurm_start(os.environ)
+    if not start or not mine:
+        return False
+    (job, number), (my_job, my_number) = start.split("."), mine.split(".")
+    return job == my_job and int(number) < int(my_number)
 
 
 @contextmanager
@@ -138,10 +163,15 @@ def locked(folder: Path) -> Iterator[IO[str]]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         try:
-            _lock(file)
+            _lock(file, folder)
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
+            if _ends_in_s(owner) == STARTS_END_S:
+                raise UserError(
+                    f"{folder}: an earlier start of this job, {owner}, holds it after {STARTS_END_S:g} s: SLURM "
+                    "has lost that node but its processes go on, or the file server keeps their lock"
+                ) from None
             raise UsageError(f"{folder} is in use by {owner}; wait for it, or give another `run`") from None
         except OSError as error:
             raise UserError(
@@ -149,7 +179,8 @@ def locked(folder: Path) -> Iterator[IO[str]]:
                 "there at once; give a `run` on another one"
             ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        start = slurm_start(os.environ)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f' (SLURM job {start})' if start else ''}\n")
         file.flush()
         yield file
 

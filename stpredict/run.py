@@ -52,8 +52,8 @@ class Status(BaseModel):
 
 
 class RankError(BaseModel):
-    """Contents of an .error file: why a rank failed, with which exit status, on which node, and, under SLURM, in which
-    start of the job."""
+    """Contents of an .error file: why a rank failed, with which exit status, the node to blame, and, under SLURM, in
+    which start of the job."""
 
     error: str
     exit_status: int = 1
@@ -84,9 +84,10 @@ class Run:
         """Why this rank failed, a RankError. There only if it did."""
         return self.logs / f"rank_{rank}.error"
 
-    def write_error(self, rank: int, error: str, exit_status: int = 1) -> None:
-        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        said = RankError(error=error, exit_status=exit_status, node=node, start=slurm_start(os.environ))
+    def write_error(self, rank: int, error: str, exit_status: int = 1, node: str | None = None) -> None:
+        """``node`` is the one to blame (default: this one)."""
+        start = slurm_start(os.environ)
+        said = RankError(error=error, exit_status=exit_status, node=node or node_name(), start=start)
         write_atomically(self.error_path(rank), said.model_dump_json(indent=1) + "\n")
 
     def errors(self, ranks: Iterable[int]) -> list[tuple[int, RankError]]:
@@ -170,6 +171,11 @@ class Progress:
         if self.steps is None or step <= first_step:
             return None
         return round((self.steps - step) * (at - first_at) / (step - first_step), 1)
+
+
+def node_name() -> str:
+    """This machine, as SLURM calls it if it is a node of its."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def slurm_start(environment: Mapping[str, str]) -> str | None:

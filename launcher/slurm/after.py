@@ -20,8 +20,8 @@ from data_pipeline.errors import UsageError
 from launcher.config import SlurmCluster
 from launcher.record import PipelineRun, home_of
 from launcher.rundir import locked
-from launcher.slurm.failure import Failure, batch_log, read, this_start, was_asked, what_happened
-from stpredict.jobs.requeue import job_id
+from launcher.slurm.failure import Failure, batch_log, failures_path, read, this_start, was_asked, what_happened
+from stpredict.jobs.requeue import continues, job_id
 from stpredict.run import Run, now, slurm_start, write_atomically
 from stpredict.training.signals import AGAIN
 
@@ -29,8 +29,7 @@ USABLE = {"idle", "mixed", "allocated", "completing", "planned", "reserved"}
 
 
 class Failures(BaseModel):
-    """How often a SLURM job has failed, and where it is not to start again: launcher/slurm/JOB/ID.failures.json of the
-    pipeline's run."""
+    """How often a SLURM job has failed, and where it is not to start again (see ``failures_path``)."""
 
     errors: list[str] = []
     excluded: list[str] = []
@@ -92,9 +91,12 @@ def after(pipeline: PipelineRun, name: str, part: int | None, merge: bool, sinfo
     logs = pipeline.slurm_folder(f"{name}.merge" if merge else name)
     if was_asked(this_start(read(batch_log(logs, job)))):
         # The job asks for a new start itself, where it can: in a container there may be no scontrol.
-        _tell(run, record.jobs[name].fingerprint, config.kind, state="preempted")
+        status = run.status()
+        stopped = ((status and status.error) or "stopped").partition(";")[0]
+        told = {"state": "preempted", "error": f"{stopped}; {continues(job)}"}
+        _tell(run, record.jobs[name].fingerprint, config.kind, **told)
         return Verdict(True, None, None)
-    path = logs / f"{job}.failures.json"
+    path = failures_path(logs, job)
     failures = Failures.model_validate_json(path.read_text()) if path.exists() else Failures()
     ranks = 1 if merge else config.resources.processes
     failure = what_happened(run, ranks, slurm_start(os.environ), logs, job)

@@ -17,6 +17,7 @@ from launcher.launch import Launch
 from launcher.pipeline import Job
 from launcher.record import Submitted
 from launcher.slurm import queue
+from launcher.slurm.failure import failures_path
 from launcher.slurm.script import parameters, python_of
 from launcher.slurm.task import work
 
@@ -98,6 +99,8 @@ class SlurmExecutor:
                 for part in parts
             ]
         ids = [one.job_id for one in submitted]
+        for id in ids:  # another SLURM, or one that began to count anew, may have had a job of that id here
+            failures_path(launch.run.slurm_folder(name), id).unlink(missing_ok=True)
         new += sorted({id.partition("_")[0] for id in ids})
         launch.record.jobs[job.name].submitted += [
             Submitted(slurm_id=id, part=part, merge=kind == "merge") for id, part in zip(ids, parts, strict=True)

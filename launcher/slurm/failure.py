@@ -16,7 +16,8 @@ BEGIN = 'echo "=== start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID
 BAD_USAGE = 2
 ENDED = re.compile(r"srun: error: (\S+): tasks? (\d+)\S*: (.+)")
 NOT_BEGUN = re.compile(r"srun: error: .*failed on node ([\w.-]+)")  # Task launch for StepId=1.0 failed on node N: why
-SAID_BY_SLURM = re.compile(r"srun: |slurmstepd|===|Terminated$|submitit ")
+NOT_FOUND = re.compile(r"slurmstepd\S*: error: (execve\(\): .+)")
+SAID_BY_SLURM = re.compile(r"srun: |slurmstepd(?!\S*: error: execve)|===|Terminated$|submitit ")
 ASKED = ("Terminated", "User defined signal 2", f"Exited with exit code {EXIT_PREEMPTED}")  # by srun; before a handler
 WORDS = {
     "Killed": "was killed (SIGKILL: out of memory?)",
@@ -25,7 +26,8 @@ WORDS = {
 
 
 class Failure(NamedTuple):
-    """``node`` is that of the rank that failed first, where it is known; ``usage``: no other start would do better."""
+    """``node`` is that of the rank that failed first, where it is known; ``usage``: another start would fare no
+    better."""
 
     error: str
     node: str | None = None
@@ -42,7 +44,7 @@ class Ended(NamedTuple):
 
 def this_start(log: str) -> str:
     """The part of a batch script's log that the last start wrote."""
-    return log.rpartition("=== start ")[2]
+    return re.split(r"^=== start .*$", log, flags=re.MULTILINE)[-1]
 
 
 def endings(log: str) -> list[Ended]:
@@ -79,21 +81,25 @@ def what_happened(run: Run, ranks: int, start: str, logs: Path, job: str) -> Fai
 def _wordless(ended: list[Ended], logs: Path, job: str) -> Failure:
     node, rank, how = ended[0]
     log = rank_log(logs, job, rank)
-    text = this_start(read(log)) if rank == 0 else read(log)
-    # Python was not found there, for instance: it may be elsewhere. (execve's failure ends with 2, too.)
-    launched = not re.search(r"slurmstepd.*: error: execve", text)
+    last = _last_line(read(log))
+    not_found = NOT_FOUND.match(last)
     code = re.fullmatch(r"Exited with exit code (\d+)", how)
     said = f"rank {rank} on {node} {f'ended with status {code[1]}' if code else WORDS.get(how, f'died: {how}')}"
-    last = _last_line(text) if launched else re.search(r"execve\(\): (.+)", text)[1]
     if last and how not in WORDS:  # what is killed says nothing; its data workers do, and that they lost it
-        said += f"; last in its log: {last}"
-    usage = launched and any(one.how == f"Exited with exit code {BAD_USAGE}" for one in ended)
+        said += f"; last in its log: {not_found[1] if not_found else last}"
+    # Where Python was not found, the status is 2 as well; on another node it may be there.
+    usage = not not_found and any(one.how == f"Exited with exit code {BAD_USAGE}" for one in ended)
     return Failure(f"{said} (log: {log})", node if re.fullmatch(r"[\w.-]+", node) else None, usage)
 
 
 def batch_log(logs: Path, job: str) -> Path:
     """srun's words, and rank 0's."""
     return rank_log(logs, job, 0)
+
+
+def failures_path(logs: Path, job: str) -> Path:
+    """How often the SLURM job has failed so far."""
+    return logs / f"{job}.failures.json"
 
 
 def rank_log(logs: Path, job: str, rank: int) -> Path:

@@ -17,18 +17,12 @@ def last_words(folder: Path, slurm_id: str) -> str | None:
     files = log_files(folder, slurm_id)
     if not files:
         return None
-    lines = [line.strip() for file in files for line in _this_start(_end(file)) if line.strip()]
+    lines = [line.strip() for file in files for line in this_start(_end(file)).splitlines() if line.strip()]
     words = [
         line for line in lines if not line.startswith(("submitit ", "slurmstepd: ", "srun: ")) or "error: " in line
     ]
     own = [line for line in words if line.startswith("error: ")]
     return (own or words or ["ended without a word"])[-1].removeprefix("error: ")
-
-
-def _this_start(log: str) -> list[str]:
-    """Lines of the last start, without the one that begins it."""
-    lines = this_start(log).splitlines()
-    return lines[1:] if "=== start " in log else lines
 
 
 def _end(path: Path, size: int = 8192) -> str:

@@ -28,6 +28,8 @@ def requeue(received: Collection[signal.Signals]) -> str:
     # Where SLURM did not start several ranks itself, a SIGTERM may be from a person or the launcher: Ctrl-C in a
     # notebook's job, say, which must not be requeued.
     if signal.SIGUSR2 not in received and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        if requeued := already_requeued():
+            return requeued
         return f"{AGAIN} (in a SLURM job of one task, only SIGUSR2 requeues)"
     if shutil.which("scontrol") is None:
         return f"SLURM job {job} is not requeued, since there is no scontrol here: {AGAIN}"
@@ -36,16 +38,32 @@ def requeue(received: Collection[signal.Signals]) -> str:
         if attempt:
             time.sleep(PAUSE_S)
         try:
-            about = dict(re.findall(r"\b(\w+)=(\S+)", _scontrol("--oneliner", "show", "job", job)))
+            about = _about(job)
+            if _is_requeued(about):
+                return continues(job)
             if why := _why_not(about, received):
                 return f"SLURM job {job} is not requeued, since {why}: {AGAIN}"
             _scontrol("requeue", job)
-            return f"SLURM job {job} is requeued and continues by itself"
+            return continues(job)
         except subprocess.CalledProcessError as error:
             problem = error.stderr.strip()
         except (OSError, subprocess.SubprocessError) as error:
             problem = str(error)
     return f"SLURM job {job} is not requeued: {problem or 'scontrol failed'}: {AGAIN}"
+
+
+def already_requeued() -> str | None:
+    """What happens next, if SLURM ends this process's job in order to start it again (preemption, `scontrol requeue`);
+    None if not, or if SLURM does not say."""
+    job = job_id(os.environ)
+    try:
+        return continues(job) if job and shutil.which("scontrol") and _is_requeued(_about(job)) else None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def continues(job: str) -> str:
+    return f"SLURM job {job} is requeued and continues by itself"
 
 
 def job_id(environment: Mapping[str, str]) -> str | None:
@@ -54,6 +72,16 @@ def job_id(environment: Mapping[str, str]) -> str | None:
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment.get("SLURM_JOB_ID")
+
+
+def _about(job: str) -> dict[str, str]:
+    """What scontrol tells of a job: JobState, Restarts, Reason, ..."""
+    return dict(re.findall(r"\b(\w+)=(\S+)", _scontrol("--oneliner", "show", "job", job)))
+
+
+def _is_requeued(about: Mapping[str, str]) -> bool:
+    """Whether SLURM counts another start already than this one."""
+    return int(about.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def _why_not(about: Mapping[str, str], received: Collection[signal.Signals]) -> str | None:

@@ -10,7 +10,7 @@ from signal import SIGUSR2
 from data_pipeline.errors import UserError
 from stpredict.jobs.config import JobConfig
 from stpredict.jobs.rank_log import log_to
-from stpredict.jobs.requeue import job_id, requeue
+from stpredict.jobs.requeue import already_requeued, job_id, requeue
 from stpredict.run import Run, State, now
 from stpredict.training.signals import AGAIN, Preempted, StopRequest
 
@@ -86,8 +86,10 @@ def _work_until(stop: StopRequest, config: JobConfig, run: Run, rank: int) -> No
         if not isinstance(error, Preempted):  # it went wrong by the signal: a peer left, a worker process died
             log.warning("since the signal: %r", error)
     _leave_word(run, rank, "preempted", f"stopped; {AGAIN}")
-    # A SIGTERM may also mean that another rank died.
-    raise Preempted(f"stopped; {requeue(stop.received) if rank == 0 and SIGUSR2 in stop.received else AGAIN}")
+    then = None
+    if rank == 0:  # a SIGTERM may also mean that another rank died: nothing is requeued for it
+        then = requeue(stop.received) if SIGUSR2 in stop.received else already_requeued()
+    raise Preempted(f"stopped; {then or AGAIN}")
 
 
 def _begin(config: JobConfig, run: Run) -> None:

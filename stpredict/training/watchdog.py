@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from stpredict.run import Run, now
+from stpredict.run import Run, node_name, now
 from stpredict.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Watchdog:
         self._marked = (0, 0, "starting")
         self._ticks = 0
         self._still_s = 0.0
-        self._host = socket.gethostname()
+        self._host = node_name()
         self._heard = [Heard() for _ in range(ranks.size)]
         self._exchanged = time.monotonic()
         self._stopped = threading.Event()
@@ -149,15 +148,17 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._heard[self.ranks.rank] = Heard(self._place(0))
         culprits = self._culprits()
+        place = self._heard[culprits[0]].place
+        node = place.host if place and len(culprits) < self.ranks.size else None
         line = f"nothing has moved for {self.timeout_s:g} s (training.guards.hang_timeout_s): {self._named(culprits)}"
         log.error("%s\nThis rank is at %s. Its threads:", line, _told(self._heard[self.ranks.rank].place))
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         blamed = self.ranks.rank in culprits
         if blamed:  # its own word is the first
-            self.run.write_error(self.ranks.rank, line)
+            self.run.write_error(self.ranks.rank, line, node=node)
         time.sleep(3 * self.period_s)  # until all have come here: when one ends, the others lose their peer
         if not blamed:
-            self.run.write_error(self.ranks.rank, line)
+            self.run.write_error(self.ranks.rank, line, node=node)
         if self.ranks.is_main:
             self.run.update_status(state="failed", finished=now(), error=line)
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import UsageError, UserError
+from launcher import rundir
 from launcher.rundir import locked
 
 HOLD = "import sys, time; print('held', flush=True); time.sleep(float(sys.argv[1]))"
@@ -49,3 +50,47 @@ def test_a_living_launcher_is_not_waited_for(tmp_path, orphan):
     with pytest.raises(UsageError, match=f"is in use by process {os.getppid()} on"), locked(tmp_path):
         pass
     assert time.monotonic() - before < 5
+
+
+@pytest.fixture
+def requeued(monkeypatch):
+    """This process is the third start of SLURM job 12."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+
+
+def held_by(folder, start):
+    (folder / ".lock").write_text(f"process 1 on lost-node (SLURM job {start})\n")
+
+
+@pytest.mark.parametrize("start", ["12.0", "12.1"])
+def test_an_earlier_start_of_the_same_slurm_job_is_waited_for(tmp_path, orphan, requeued, capsys, start):
+    orphan(1.0)
+    held_by(tmp_path, start)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().endswith("(SLURM job 12.2)\n")
+    said = (
+        f"{tmp_path}: waiting up to 180 s for an earlier start of this job, process 1 on lost-node (SLURM job {start})"
+    )
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+def test_but_not_for_ever(tmp_path, orphan, requeued, monkeypatch):
+    monkeypatch.setattr(rundir, "ORPHANS_END_S", 0.2)
+    monkeypatch.setattr(rundir, "STARTS_END_S", 0.5)
+    orphan(30.0)
+    held_by(tmp_path, "12.1")
+    with (
+        pytest.raises(UserError, match="an earlier start of this job, process 1 on lost-node") as refused,
+        locked(tmp_path),
+    ):
+        pass
+    assert refused.value.exit_status == 1  # a further start may find it free
+
+
+@pytest.mark.parametrize("start", ["11.0", "12.2", "12.10", "112.0"])
+def test_other_slurm_jobs_are_not_waited_for(tmp_path, orphan, requeued, start):
+    orphan(30.0)
+    held_by(tmp_path, start)
+    with pytest.raises(UsageError, match=r"is in use by process 1 on lost-node \(SLURM job"), locked(tmp_path):
+        pass

@@ -106,6 +106,16 @@ def test_the_exit_status_is_kept_when_the_status_file_cannot_be_written(rank, ca
     assert "cannot say there that the job is failed" in capsys.readouterr().err
 
 
+def test_an_error_names_the_node_and_the_start_of_a_slurm_job(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    for name, value in {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3", "SLURMD_NODENAME": "gpu7"}.items():
+        monkeypatch.setenv(name, value)
+    run.write_error(0, "x")
+    run.write_error(1, "y", node="gpu9")
+    assert [(error.start, error.node) for _, error in run.errors([0])] == [("12.3", "gpu7")]
+    assert [error.node for _, error in run.errors([1])] == ["gpu9"]
+
+
 def test_the_first_error_is_the_oldest(tmp_path):
     run = Run(tmp_path)
     assert run.first_error(range(3)) is None
@@ -141,6 +151,12 @@ def test_a_job_that_does_not_train_is_left_with_75_where_it_is(rank, requeued):
         assert code == 75
         assert (run.status().state, run.status().error) == ("preempted", f"stopped; {then}")
     assert requeued == [{signal.SIGUSR2}]
+
+
+def test_a_job_that_slurm_requeues_by_itself_says_so(rank, requeued, monkeypatch):
+    monkeypatch.setattr(module, "already_requeued", lambda: "SLURM job 12 is requeued")
+    _, run = rank(0, signals=[signal.SIGTERM])
+    assert (run.status().error, requeued) == ("stopped; SLURM job 12 is requeued", [])
 
 
 def test_only_rank_0_has_the_job_requeued(rank, requeued):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stpredict.jobs import requeue as module
-from stpredict.jobs.requeue import job_id, requeue
+from stpredict.jobs.requeue import already_requeued, job_id, requeue
 
 USR2, TERM = {signal.SIGUSR2}, {signal.SIGTERM}
 SCONTROL = """#!{python}
@@ -67,6 +67,7 @@ def test_elsewhere_nothing_is_asked(slurm, monkeypatch):
     requests = slurm()
     monkeypatch.delenv("SLURM_JOB_ID")
     assert requeue(USR2) == "run again to continue"
+    assert already_requeued() is None
     assert requests() == []
 
 
@@ -97,6 +98,22 @@ def test_what_was_cancelled_stays_so_and_what_cannot_be_requeued_says_why(slurm,
     requests = slurm(about)
     assert requeue(USR2) == f"SLURM job 12 is not requeued, {why}: run again to continue"
     assert requests() == []
+
+
+@pytest.mark.parametrize(("restarts", "count"), [("1", None), ("3", "2")])
+@pytest.mark.parametrize("tasks", ["16", "1"])
+def test_a_job_that_slurm_requeues_by_itself_continues_by_itself(slurm, restarts, count, tasks):
+    about = f"JobState=COMPLETING Reason=None Requeue=1 Restarts={restarts} BatchFlag=1"
+    requests = slurm(about, SLURM_STEP_NUM_TASKS=tasks, **({"SLURM_RESTART_COUNT": count} if count else {}))
+    assert requeue(TERM) == already_requeued() == "SLURM job 12 is requeued and continues by itself"
+    assert requests() == []
+
+
+@pytest.mark.parametrize("restarts", ["1", "2"])
+def test_cancelled_after_a_requeue_it_is_not_taken_for_requeued(slurm, restarts):
+    slurm(f"JobState=COMPLETING Reason=None Requeue=1 Restarts={restarts} BatchFlag=1", SLURM_RESTART_COUNT="2")
+    assert already_requeued() is None
+    assert "since SLURM is ending it already, as after scancel" in requeue(TERM)
 
 
 def test_a_job_out_of_time_is_requeued_if_it_was_warned_by_usr2(slurm):
