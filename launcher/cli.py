@@ -161,25 +161,33 @@ def launch(
     overrides: Overrides = None,
     cluster: Annotated[str | None, typer.Option(help="name in configs/clusters, or a YAML (default: here)")] = None,
     rerun: Annotated[list[str] | None, typer.Option(metavar="JOB", help="make JOB and what needs it anew")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what would run")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only print the jobs and their batch scripts; write nothing")
+    ] = False,
+    json: Json = False,
 ) -> None:
     """Run the jobs of a pipeline, those that are missing or unfinished, in the order of their `needs`.
 
+    Under SLURM all of them are submitted at once, or none. The jobs run a copy of the code made now.
+
     \b
     stpredict launch configs/pipelines/demo.yaml --cluster local
+    stpredict launch configs/pipelines/demo.yaml --cluster slurm_single_machine --dry-run
     stpredict launch configs/pipelines/demo.yaml run=runs/mine
     stpredict launch configs/pipelines/demo.yaml --rerun prior
     """
     from launcher.config import LocalCluster, load_cluster
-    from launcher.launch import launch, show_plan
+    from launcher.launch import launch
     from launcher.pipeline import load_pipeline
 
     where = load_cluster(cluster, pipeline) if cluster else LocalCluster()
     config, jobs = load_pipeline(pipeline, overrides or ())
     if dry_run:
-        show_plan(jobs, rerun or ())
+        from launcher.preview import preview
+
+        preview(config, jobs, where, rerun or (), cluster or "local", json)
     else:
-        raise typer.Exit(launch(config, jobs, where, rerun or (), cluster or "local"))
+        raise typer.Exit(launch(config, jobs, where, rerun or (), cluster or "local", as_json=json))
 
 
 @app.command()

@@ -1,36 +1,69 @@
-"""Launching a pipeline: what is missing is planned, recorded, and given to the executor of the cluster."""
+"""Launching a pipeline: what is missing is planned, and given to the executor of the cluster; what is left in the run
+then is what was launched, or what was there before."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import json
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import UsageError, UserError
+from launcher.changes import Changes
 from launcher.config import LAUNCHER, ClusterConfig, PipelineConfig, SlurmCluster
 from launcher.pipeline import Action, Job, plan
 from launcher.record import JobRecord, PipelineRun, Record
 from launcher.rundir import locked, refuse_foreign
 from launcher.slurm import queue
-from launcher.snapshot import snapshot
+from launcher.snapshot import place_of, snapshot
 from stpredict.config import as_yaml
-from stpredict.run import now, write_atomically
+from stpredict.jobs.start import FULL
+from stpredict.run import now
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
+UNTOUCHED = ("skip", "queued")  # actions: the job is left as it is
 
 
 @dataclass(frozen=True)
 class Launch:
     """What an executor is given. ``record`` knows the jobs; the executor adds who does them."""
 
+    pipeline: PipelineConfig
     run: PipelineRun
     jobs: Sequence[Job]
     actions: dict[str, Action]
     record: Record
     code: Path
+    before: Record | None = None
+    changes: Changes = field(default_factory=Changes)
+
+    @property
+    def to_do(self) -> list[Job]:
+        return [job for job in self.jobs if self.actions[job.name] not in UNTOUCHED]
+
+    def missing_parts(self, job: Job) -> list[int]:
+        """The tasks of an array's job that are to do. (What is done anew is set aside only when all else is ready.)"""
+        return list(range(job.array)) if self.actions[job.name] == "rerun" else job.missing_parts()
+
+    @contextmanager
+    def committed(self) -> Iterator[None]:
+        """Inside, the run says what this launch does, and what is done anew is set aside. Undone if the block fails."""
+        for job in self.jobs:
+            path = self.run.config_path(job.name)
+            if self.actions[job.name] not in UNTOUCHED or not path.exists():
+                self.changes.write(path, as_yaml(job.config))
+            if self.actions[job.name] == "rerun":
+                self.changes.set_aside(job.run.path)
+        self.changes.write(self.run.pipeline_path, as_yaml(self.pipeline))
+        self.changes.write(self.run.record_path, self.record.model_dump_json(indent=1) + "\n")
+        with self.changes.made() as moved:
+            yield
+        for old, new in moved:
+            console.print(f"{old} is now {new}")
 
 
 class Executor(Protocol):
@@ -40,8 +73,8 @@ class Executor(Protocol):
         """UsageError where this machine cannot give it jobs."""
 
     def run(self, launch: Launch) -> int:
-        """Does the jobs that the launch's actions name, or sees to it that they will be done. Returns an exit
-        status."""
+        """Does the jobs that the launch is ``to_do``, or sees to it that they will be done, inside ``committed`` or
+        after it. Returns an exit status. Raises with everything as it was."""
 
     def scripts(self, launch: Launch) -> dict[str, str]:
         """What would be submitted: name → text of the batch script. Empty where nothing is."""
@@ -64,59 +97,122 @@ def launch(
     rerun: Collection[str] = (),
     cluster_name: str = "local",
     executor: Executor | None = None,
+    as_json: bool = False,
 ) -> int:
-    """Has the ``jobs`` done that are missing or unfinished, each after those it needs. Returns an exit status."""
+    """Has the ``jobs`` done that are missing or unfinished, each after those it needs. Returns an exit status.
+
+    ``as_json``: prints what was done with each job as JSON; what else there is to say goes to standard error.
+    """
     executor = executor or executor_of(cluster)
     executor.check()
     run = PipelineRun(pipeline.run)
+    _refuse(run, pipeline)
+    with _nothing_left(run), locked(run.path):
+        planned = prepare(pipeline, jobs, cluster, rerun, cluster_name)
+        snapshot(run.code)
+        try:
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                code = executor.run(planned)
+        finally:
+            planned.changes.forget()
+    if as_json:
+        print(json.dumps(_told(planned), indent=1))
+    return code
+
+
+def _told(launch: Launch) -> dict[str, Any]:
+    def about(job: Job) -> dict[str, Any]:
+        folder = launch.run.slurm
+        new = launch.record.jobs[job.name].submitted if launch.actions[job.name] != "skip" else []
+        submitted = [one.model_dump() | {"script": str(one.script(folder, job.name))} for one in new]
+        status = job.run.status()
+        state = status.state if status else None
+        return {"action": launch.actions[job.name], "state": state, "run": str(job.run.path), "submitted": submitted}
+
+    return {
+        "run": str(launch.run.path),
+        "cluster": launch.record.cluster_name,
+        "code": str(launch.code),
+        "jobs": {job.name: about(job) for job in launch.jobs},
+    }
+
+
+def prepare(
+    pipeline: PipelineConfig,
+    jobs: Sequence[Job],
+    cluster: ClusterConfig,
+    rerun: Collection[str] = (),
+    cluster_name: str = "local",
+) -> Launch:
+    """What a launch would do. Writes nothing. UsageError where it would touch the work of another config."""
+    run = PipelineRun(pipeline.run)
+    _refuse(run, pipeline)
+    before = run.record()
+    queued = queue.queued_jobs(before) if before else {}
+    if queued and not isinstance(cluster, SlurmCluster):
+        raise UsageError(
+            f"{run.path}: SLURM has {', '.join(queued)} of it queued or running; wait, launch it with --cluster "
+            f"{before.cluster_name}, or first: stpredict cancel {run.path}"
+        )
+    if gone := queued.keys() - {job.name for job in jobs}:
+        raise UsageError(
+            f"{run.path}: job {min(gone)!r} is queued or running, but no longer in the pipeline; first: "
+            f"stpredict cancel {run.path}"
+        )
+    actions = plan(jobs, rerun, {name: before.jobs[name].fingerprint for name in queued})
+    code = place_of(run.code)
+    record = Record(
+        pipeline=pipeline.name,
+        cluster_name=cluster_name,
+        cluster=cluster,
+        code=code.name,
+        launched=now(),
+        jobs={job.name: _job_record(job, actions[job.name], before) for job in jobs},
+    )
+    return Launch(pipeline, run, jobs, actions, record, code, before)
+
+
+def _refuse(run: PipelineRun, pipeline: PipelineConfig) -> None:
     refuse_foreign(run.path, "pipeline.yaml", {LAUNCHER, *pipeline.jobs})
     if run.name() not in (None, pipeline.name):
         raise UsageError(
             f"{run.path} is the run of pipeline {run.name()!r}, not of {pipeline.name!r}; give another `run`"
         )
-    with locked(run.path):
-        before = run.record()
-        queued = queue.queued_jobs(before) if before else {}
-        actions = plan(jobs, rerun, {name: before.jobs[name].fingerprint for name in queued})
-        code = snapshot(run.code)
-        for job in jobs:
-            if actions[job.name] == "rerun":
-                _set_aside(job.run.path)
-            if actions[job.name] not in ("skip", "queued") or not run.config_path(job.name).is_file():
-                run.write_config(job.name, job.config)
-        record = Record(
-            pipeline=pipeline.name,
-            cluster_name=cluster_name,
-            cluster=cluster,
-            code=code.name,
-            launched=now(),
-            jobs={job.name: _job_record(job, actions[job.name], before) for job in jobs},
-        )
-        write_atomically(run.pipeline_path, as_yaml(pipeline))
-        run.write_record(record)
-        return executor.run(Launch(run, jobs, actions, record, code))
-
-
-def show_plan(jobs: Sequence[Job], rerun: Collection[str] = ()) -> None:
-    """Prints the order of the jobs and what a launch would do with each."""
-    actions = plan(jobs, rerun)
-    table = Table("job", "kind", "needs", "would", "run directory", box=box.SIMPLE)
-    for job in jobs:
-        table.add_row(job.name, job.config.kind, ", ".join(job.needs), actions[job.name], str(job.run.path))
-    console.print(table)
 
 
 def _job_record(job: Job, action: Action, before: Record | None) -> JobRecord:
     old = before.jobs.get(job.name) if before and action != "rerun" else None
-    submitted = old.submitted if old else []
+    submitted = list(old.submitted) if old else []
     return JobRecord(needs=job.needs, fingerprint=job.fingerprint, array=job.array, submitted=submitted)
 
 
-def _set_aside(path: Path) -> None:
-    """Renames a run directory to the first free NAME.old-K."""
-    number = 1
-    while (old := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    with locked(path):
-        path.rename(old)
-    console.print(f"{path} is now {old}")
+@contextmanager
+def _nothing_left(run: PipelineRun) -> Iterator[None]:
+    """What a launch that fails before it is committed leaves behind: nothing that was not there."""
+    folders = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    began = (run.path / LAUNCHER).exists()
+    codes, record = set(run.code.glob("*")), _content(run.record_path)
+    try:
+        yield
+    except BaseException as error:
+        if _content(run.record_path) != record:
+            raise
+        for code in set(run.code.glob("*")) - codes:
+            shutil.rmtree(code, ignore_errors=True)
+        if not began:
+            shutil.rmtree(run.path / LAUNCHER, ignore_errors=True)
+        if folders:
+            (run.path / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            for folder in folders:
+                folder.rmdir()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise UserError(
+                f"{error.filename or run.path}: {FULL[error.errno]}; nothing was launched: make room there, or give "
+                "another `run`"
+            ) from None
+        raise
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None

@@ -34,6 +34,8 @@ class LocalExecutor:
     def run(self, launch: Launch) -> int:
         seconds: dict[str, float] = {}
         code = 0
+        with launch.committed():
+            pass
         for job in launch.jobs:
             if launch.actions[job.name] == "skip":
                 console.print(f"{job.name}: up to date")
@@ -61,7 +63,7 @@ class LocalExecutor:
         threads, code = self.cluster.threads, launch.code
         if not job.array:
             return self.run_job(job.config, job.name, job.fingerprint, threads, code=code)
-        for part in job.missing_parts():
+        for part in launch.missing_parts(job):
             if status := self.run_job(job.parts[part], f"{job.name}.{part}", job.fingerprint, threads, code=code):
                 return status
         merge(job.run.path, job.fingerprint)

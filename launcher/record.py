@@ -28,6 +28,11 @@ class Submitted(BaseModel):
     part: int | None = None
     merge: bool = False
 
+    def script(self, folder: Path, job: str) -> Path:
+        """The batch script that was submitted; ``folder`` is that of the pipeline's run."""
+        name = f"{job}.merge" if self.merge else job
+        return folder / name / f"{self.slurm_id.partition('_')[0]}_submission.sh"
+
 
 class JobRecord(BaseModel):
     needs: tuple[str, ...] = ()
@@ -67,12 +72,13 @@ class PipelineRun:
     pipeline_path = property(lambda self: self.path / "pipeline.yaml")
     record_path = property(lambda self: self.path / LAUNCHER / "record.json")
     code = property(lambda self: self.path / LAUNCHER / "code")
+    slurm = property(lambda self: self.path / LAUNCHER / "slurm")
 
     def config_path(self, job: str) -> Path:
         return self.path / LAUNCHER / "configs" / f"{job}.yaml"
 
     def slurm_folder(self, job: str) -> Path:
-        return self.path / LAUNCHER / "slurm" / job
+        return self.slurm / job
 
     def record(self) -> Record | None:
         """UsageError where it is damaged."""

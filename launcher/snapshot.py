@@ -15,23 +15,17 @@ PACKAGES = ("data_pipeline", "stpredict", "launcher")
 
 def snapshot(folder: Path, root: Path = ROOT) -> Path:
     """Copies the packages in ``root`` to ``folder``/HASH, unless that is there, and returns it."""
-    files = [path for package in PACKAGES for path in sorted((root / package).rglob("*")) if _is_code(path)]
-    if not files:
-        raise FileNotFoundError(f"{root}: no {' '.join(PACKAGES)} here")
-    digest = hashlib.sha256()
-    for path in files:
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
-    code = folder / digest.hexdigest()[:12]
+    contents = _contents(root)  # read once: what is hashed is what is written
+    code = folder / _hash(contents)
     if code.is_dir():
         return code
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{code.name}.", dir=folder))
     try:
-        for path in files:
-            copy = temporary / path.relative_to(root)
+        for name, content in contents.items():
+            copy = temporary / name
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            copy.write_bytes(content)
         (temporary / SOURCE_STATE).write_text(json.dumps(source_state(root), indent=1) + "\n")
         temporary.chmod(0o755)
         temporary.rename(code)
@@ -39,6 +33,25 @@ def snapshot(folder: Path, root: Path = ROOT) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return code
+
+
+def place_of(folder: Path, root: Path = ROOT) -> Path:
+    """Where ``snapshot`` would copy the packages to."""
+    return folder / _hash(_contents(root))
+
+
+def _contents(root: Path) -> dict[str, bytes]:
+    files = [path for package in PACKAGES for path in sorted((root / package).rglob("*")) if _is_code(path)]
+    if not files:
+        raise FileNotFoundError(f"{root}: no {' '.join(PACKAGES)} here")
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def _hash(contents: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name, content in contents.items():
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def environment_for(code: Path) -> dict[str, str]:

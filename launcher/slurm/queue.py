@@ -4,6 +4,7 @@ import getpass
 import shutil
 import subprocess
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.errors import UserError
@@ -44,7 +45,7 @@ def known(ids: Iterable[str], user: str | None = None) -> dict[str, Queued]:
         return {}
     # Not --jobs: where SLURM has forgotten one of them, it may refuse to tell of the others.
     user = f"--user={user or getpass.getuser()}"
-    return parse(_ask("squeue", "--noheader", "--array", "--states=all", user, f"--format={FORMAT}"), wanted)
+    return parse(ask("squeue", "--noheader", "--array", "--states=all", user, f"--format={FORMAT}"), wanted)
 
 
 def parse(out: str, wanted: Collection[str]) -> dict[str, Queued]:
@@ -68,15 +69,28 @@ def queued_jobs(record: Record) -> dict[str, list[str]]:
 
 def cancel(ids: Collection[str]) -> None:
     if ids:
-        _ask("scancel", *ids)
+        ask("scancel", *ids)
 
 
 def release(ids: Collection[str]) -> None:
     """Lets held jobs start."""
-    _ask("scontrol", "release", ",".join(ids))
+    if ids:
+        ask("scontrol", "release", ",".join(ids))
 
 
-def _ask(*command: str) -> str:
+def strays(folder: Path, known: Iterable[str]) -> list[str]:
+    """Jobs with batch scripts below ``folder`` that are held and not ``known``: left by a launch that was killed, or
+    by an sbatch whose answer was lost."""
+    known = {id.partition("_")[0] for id in known}
+    out = ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F|%r|%o")
+    rows = (line.split("|", 2) for line in out.splitlines())
+    below = f"{folder.absolute()}/"
+    found = {id for id, reason, script in rows if reason == "JobHeldUser" and script.startswith(below)}
+    return sorted(found - known)
+
+
+def ask(*command: str) -> str:
+    """What one of SLURM's commands prints. UserError with its words where it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout
     except subprocess.CalledProcessError as error:

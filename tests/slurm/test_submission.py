@@ -1,0 +1,228 @@
+"""Pipelines are submitted whole or not at all, and what cannot run is refused before."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.record import PipelineRun
+from tests.processes import bounded
+
+pytestmark = pytest.mark.slurm
+CONFIGS = Path(__file__).parents[2] / "configs"
+PROFILE = {"kind": "slurm", "partition": "all", "time": "00:05:00", "signal_delay_s": 30}
+
+
+class Small:
+    """shards (an array of two, merged) → report: no job of it imports torch. Everything lies in ``folder``."""
+
+    def __init__(self, slurm, folder: Path):
+        self.slurm, self.folder, self.run, self.tools = slurm, folder, folder / "run", folder / "tools"
+        self.path, self.cluster = folder / "pipeline.yaml", folder / "cluster.yaml"
+        self.data = {
+            "kind": "pipeline",
+            "name": "small",
+            "run": str(self.run),
+            "jobs": {
+                "shards": {
+                    "config": str(CONFIGS / "data" / "moving_digits.yaml"),
+                    "array": 2,
+                    "set": {"source": {"videos": 24, "validation_videos": 6}},
+                },
+                "report": {
+                    "config": str(CONFIGS / "priors" / "report.yaml"),
+                    "needs": ["shards"],
+                    "set": {"title": "small", "runs": {"shards": "${run:shards}"}},
+                },
+            },
+        }
+
+    def launch(self, *words: str, here=False, profile=None, environment=None, timeout_s=120):
+        self.path.write_text(yaml.safe_dump(self.data))
+        self.cluster.write_text(yaml.safe_dump({**PROFILE, **(profile or {})}))
+        command = ["stpredict", "launch", str(self.path), *words]
+        command += [] if here else ["--cluster", str(self.cluster)]
+        path = f"{self.tools}:{self.slurm.environment['PATH']}"
+        around = {**self.slurm.environment, "PATH": path, **(environment or {})}
+        return bounded(command, timeout_s, env=around, cwd=self.folder)
+
+    def tool(self, name: str, script: str) -> None:
+        """Has ``script`` run in place of SLURM's ``name``, which it may call as $real."""
+        self.tools.mkdir(exist_ok=True)
+        real = shutil.which(name, path=self.slurm.environment["PATH"])
+        (self.tools / name).write_text(f"#!/bin/bash\nreal={real}\n{script}\n")
+        (self.tools / name).chmod(0o755)
+
+    def queued(self) -> list[str]:
+        return [
+            line for line in self.slurm.run("squeue", "--noheader", "--format=%j %o").splitlines() if "small" in line
+        ]
+
+    def tree(self) -> dict[Path, bytes]:
+        files = [path for path in self.run.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.read_bytes() for path in files if "__pycache__" not in path.parts}
+
+
+@pytest.fixture
+def small(slurm, tmp_path) -> Small:
+    return Small(slurm, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def done(slurm, tmp_path_factory):
+    """A small pipeline that ran to its end here, without SLURM."""
+    made = Small(slurm, tmp_path_factory.mktemp("done"))
+    ran = made.launch(here=True)
+    assert ran.returncode == 0, ran.stderr
+    return made
+
+
+# The array, its merge and the report are the three that sbatch is asked to submit; --test-only asks for nothing.
+THIRD_FAILS = """
+[[ $1 = --test-only ]] && exec $real "$@"
+echo x >> $0.calls; (($(wc -l < $0.calls) < 3)) && exec $real "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("tools", "says"),
+    [
+        (
+            {"sbatch": f"{THIRD_FAILS} echo 'sbatch: error: Batch job submission failed: no' >&2; exit 1"},
+            "job 'report'",
+        ),
+        ({"sbatch": f"{THIRD_FAILS} kill -INT $PPID; exec $real $@"}, "interrupted; nothing was submitted"),
+        ({"sbatch": f"{THIRD_FAILS} kill -TERM $PPID; exec $real $@"}, "interrupted; nothing was submitted"),
+        ({"sbatch": f"{THIRD_FAILS} $real $@ >/dev/null; echo 'sbatch: error: timed out' >&2; exit 1"}, "timed out"),
+        ({"scontrol": "[[ $1 = release ]] || exec $real $@; echo scontrol: no >&2; exit 1"}, "scontrol: no"),
+    ],
+    ids=["refused", "interrupted", "terminated", "answer-lost", "not-released"],
+)
+def test_what_fails_on_the_way_leaves_no_job_and_every_file_as_it_was(done, tools, says):
+    for name, script in tools.items():
+        done.tool(name, script)
+    before = done.tree()
+    try:
+        failed = done.launch("--rerun", "shards")
+    finally:
+        shutil.rmtree(done.tools)
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1), failed.stderr
+    assert says in failed.stderr
+    assert "nothing was submitted" in failed.stderr
+    assert done.queued() == []
+    assert done.tree() == before
+
+
+def test_jobs_that_could_not_even_be_cancelled_are_named(small):
+    small.tool("scontrol", "[[ $1 = release ]] || exec $real $@; exit 1")
+    small.tool("scancel", "exit 1")
+    failed = small.launch()
+    shutil.rmtree(small.tools)
+    assert failed.returncode == 1
+    left = failed.stderr.rpartition("scancel ")[2].split()
+    assert len(left) == 3
+    assert len(small.queued()) >= 3
+    small.slurm.run("scancel", *left)
+    small.slurm.wait_for(lambda: small.queued() == [])
+
+
+@pytest.fixture
+def little_disk(small):
+    """``small``, whose run lies on a file system of 8 MB; and what leaves so many blocks free there."""
+    small.run.mkdir()
+    small.slurm.run("mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", str(small.run))
+
+    def leave(blocks: int) -> None:
+        filler = small.run / "launcher" / "filler"
+        filler.parent.mkdir(exist_ok=True)
+        filler.unlink(missing_ok=True)
+        disk = os.statvfs(small.run)
+        filler.write_bytes(bytes((disk.f_bfree - blocks) * disk.f_frsize))
+
+    yield small, leave
+    small.slurm.run("umount", "--lazy", str(small.run))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts a small file system: needs root")
+def test_wherever_on_the_way_the_disk_is_full_that_is_said_and_nothing_is_left(little_disk, done):
+    small, leave = little_disk
+    failures = 0
+    for blocks in (0, 40, None, 0, *range(1, 30)):
+        if blocks is None:  # the copy of the code is there from now on
+            (small.run / "launcher" / "filler").unlink()
+            shutil.copytree(PipelineRun(done.run).code, PipelineRun(small.run).code, dirs_exist_ok=True)
+            continue
+        leave(blocks)
+        before = small.tree()
+        launched = small.launch()
+        if launched.returncode == 0:
+            break
+        assert (launched.returncode, launched.stderr.count("\n")) == (1, 1), launched.stderr
+        assert "no space left on the device; nothing was launched: make room" in launched.stderr
+        assert small.queued() == []
+        assert small.tree() == before
+        failures += 1
+    small.slurm.run("scancel", *PipelineRun(small.run).record().slurm_ids())
+    small.slurm.wait_for(lambda: small.queued() == [])
+    assert failures > 6
+
+
+@pytest.mark.parametrize(
+    ("profile", "job", "says"),
+    [
+        ({"partition": "nope"}, {}, "job 'shards': the cluster has no partition 'nope'; there are: all"),
+        ({"kinds": {"report": {"partition": "nope"}}}, {}, "job 'report': the cluster has no partition 'nope'"),
+        ({"cpus_per_rank": 99}, {}, "it asks for 99 CPUs on a node, and the largest of partition 'all' has 8 CPUs"),
+        ({"memory_gb": 999}, {}, "it asks for 1022976M on a node, and the largest of partition 'all' has"),
+        ({"gpus_per_node": 2}, {}, "it asks for 1 GPUs on a node, and the largest of partition 'all' has 0 GPUs"),
+        ({}, {"nodes": 3, "processes": 3}, "it asks for 3 nodes, and partition 'all' has 2 nodes (resources.nodes)"),
+        ({}, {"nodes": 2, "processes": 3}, "3 processes do not spread evenly over 2 nodes"),
+        ({}, {"nodes": 1, "processes": 2}, "a node of this cluster takes 1"),
+        ({"constraint": "fast"}, {}, "Invalid feature specification"),
+        ({"options": {"licenses": "none:1"}}, {}, "Invalid license specification"),
+        ({"time": 86400}, {}, "86400 is no time limit; write HH:MM:SS or D-HH:MM:SS, in quotes"),
+    ],
+)
+def test_what_can_never_run_is_refused_in_one_line_before_anything_is_written(small, profile, job, says):
+    small.data["jobs"]["report"]["set"]["resources"] = job
+    refused = small.launch(profile=profile)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert says in refused.stderr
+    assert not small.run.exists()
+    assert small.queued() == []
+
+
+def test_a_time_above_the_partitions_limit_is_refused(small):
+    small.slurm.run("scontrol", "create", "PartitionName=short", "Nodes=ALL", "MaxTime=00:05:00")
+    try:
+        refused = small.launch(profile={"partition": "short", "time": "01:00:00"})
+        assert refused.returncode == 2
+        assert "it asks for 60 minutes, and partition 'short' gives 5 at most" in refused.stderr
+    finally:
+        small.slurm.run("scontrol", "delete", "PartitionName=short")
+
+
+def test_nodes_that_are_down_may_be_waited_for(small):
+    small.slurm.run("scontrol", "update", "NodeName=one-b", "State=DRAIN", "Reason=test")
+    try:
+        small.data["jobs"]["report"]["set"]["resources"] = {"nodes": 2, "processes": 2}
+        launched = small.launch()
+        assert launched.returncode == 0, launched.stderr
+        small.slurm.run("scancel", *PipelineRun(small.run).record().slurm_ids())
+    finally:
+        small.slurm.run("scontrol", "update", "NodeName=one-b", "State=RESUME")
+
+
+def test_without_slurm_and_with_a_controller_that_does_not_answer_one_line_says_so(small, tmp_path):
+    python = str(Path(shutil.which("stpredict", path=small.slurm.environment["PATH"])).parent)
+    nowhere = small.launch(environment={"PATH": python})
+    assert (nowhere.returncode, nowhere.stderr.count("\n")) == (2, 1)
+    assert "no SLURM on this machine (not found: sbatch" in nowhere.stderr
+    conf = Path(small.slurm.environment["SLURM_CONF"]).read_text()
+    (tmp_path / "slurm.conf").write_text(conf.replace("SlurmctldPort=", "SlurmctldPort=1 #"))
+    silent = small.launch(environment={"SLURM_CONF": str(tmp_path / "slurm.conf")})
+    assert (silent.returncode, silent.stderr.count("\n")) == (1, 1)
+    assert "Unable to contact slurm controller" in silent.stderr
+    assert not small.run.exists()
