@@ -299,11 +299,34 @@ def export(
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
-    """Check what works on this machine, and build DeepSpeed's CPU op once."""
-    from launcher.doctor import doctor
+def doctor(
+    cluster: Annotated[str | None, typer.Option(help="name in configs/clusters, or a YAML: look at its nodes")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="nodes of the cluster to look at together")] = 1,
+    processes: Annotated[int | None, typer.Option(min=1, help="ranks on them (default: as many as they take)")] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder for what it writes (default: runs/doctor-CLUSTER)")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="to wait for the job's start")] = 600,
+    json: Json = False,
+) -> None:
+    """Check what works on this machine, and build DeepSpeed's CPU op once; or on a cluster's nodes, by a short job.
 
-    raise typer.Exit(doctor(json))
+    \b
+    stpredict doctor
+    stpredict doctor --cluster a100_80g --nodes 2    before anything long: the nodes must be free
+
+    On nodes: do the ranks see each other, how fast are collectives and the disk, do clocks and versions agree, does
+    each rank see its GPUs, does the warning before the time limit reach it. Exit status 1 if something required fails.
+    """
+    if cluster is None:
+        from launcher.doctor import doctor
+
+        raise typer.Exit(doctor(json))
+    from launcher.config import load_cluster
+    from launcher.probe.run import examine
+
+    where, name = load_cluster(cluster), Path(cluster).stem
+    raise typer.Exit(examine(where, name, nodes, processes, run or Path("runs") / f"doctor-{name}", timeout, json))
 
 
 def print_json(data: object) -> None:

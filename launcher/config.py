@@ -135,12 +135,13 @@ ClusterConfig = LocalCluster | SlurmCluster
 AnyCluster = Annotated[ClusterConfig, Field(discriminator="kind")]
 
 
-def load_cluster(name: str, pipeline: Path) -> ClusterConfig:
-    """The cluster ``name``: a YAML file, or the name of one in ``clusters/`` beside the folder of the pipeline file, or
-    in configs/clusters here."""
+def load_cluster(name: str, pipeline: Path | None = None) -> ClusterConfig:
+    """The cluster ``name``: a YAML file, or the name of one in ``clusters/`` beside the folder of the pipeline file, if
+    there is one, or in configs/clusters here."""
     if name.endswith((".yaml", ".yml")):
         return load(AnyCluster, name)
-    folders = [pipeline.resolve().parent.parent / "clusters", Path("configs/clusters")]
+    beside = [pipeline.resolve().parent.parent / "clusters"] if pipeline else []
+    folders = [*beside, Path("configs/clusters")]
     path = next((folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()), None)
     if path is None:
         known = ", ".join(sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})) or "none"

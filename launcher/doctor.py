@@ -1,5 +1,5 @@
 """What ``stpredict doctor`` shows: what works on this machine. It builds DeepSpeed's ops for the CPU, so that
-no job has to."""
+no job has to. (``probe`` is what it does on a cluster's nodes.)"""
 
 import importlib
 import json
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +18,7 @@ import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 GB = 1e9
 
@@ -30,24 +31,41 @@ class Check(NamedTuple):
 
 class Finding(NamedTuple):
     name: str
-    state: str  # ok, failed (required), missing (optional)
+    state: str  # ok, failed (required), missing (optional), warning
     detail: str
+    advice: str = ""  # what to do about it
 
 
 def doctor(as_json: bool) -> int:
     """Prints the findings; exit status 1 if something that every job needs does not work."""
-    console = Console()
-    with redirect_stdout(sys.stderr), Console(stderr=True).status("looking (the first time compiles for a minute)"):
-        findings = [_find(check) for check in CHECKS]
+    found = findings()
     if as_json:
-        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+        print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
-        colours = {"ok": "green", "failed": "red", "missing": "yellow"}
-        table = Table("check", "state", "detail", box=box.SIMPLE)
-        for name, state, detail in findings:
-            table.add_row(name, f"[{colours[state]}]{state}[/]", detail)
-        console.print(table)
-    return 1 if any(finding.state == "failed" for finding in findings) else 0
+        show(found)
+    return exit_status(found)
+
+
+def findings() -> list[Finding]:
+    """What works on this machine. What libraries print meanwhile goes to standard error."""
+    with redirect_stdout(sys.stderr), Console(stderr=True).status("looking (the first time compiles for a minute)"):
+        return [_find(check) for check in CHECKS]
+
+
+def show(found: Sequence[Finding]) -> None:
+    console = Console(highlight=False)
+    colours = {"ok": "green", "failed": "red", "missing": "yellow", "warning": "yellow"}
+    table = Table("check", "state", "detail", box=box.SIMPLE)
+    for finding in found:
+        table.add_row(finding.name, Text(finding.state, colours[finding.state]), Text(finding.detail))
+    console.print(table)
+    for finding in found:
+        if finding.advice:
+            console.print(f"{finding.name}: {finding.advice}", soft_wrap=True, markup=False)
+
+
+def exit_status(found: Iterable[Finding]) -> int:
+    return 1 if any(finding.state == "failed" for finding in found) else 0
 
 
 def _find(check: Check) -> Finding:
@@ -75,6 +93,18 @@ def _tool(name: str) -> Callable[[], str]:
         return result.stdout.splitlines()[0]
 
     return ask
+
+
+def _slurm() -> str:
+    said = _tool("sbatch")
+    try:
+        found = said()
+    except subprocess.CalledProcessError:
+        raise RuntimeError("sbatch is here, but no cluster's slurm.conf; where it lies elsewhere: SLURM_CONF") from None
+    ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=60)
+    if ping.returncode:
+        raise RuntimeError(f"{found}: {' '.join(ping.stdout.split()) or 'its controller does not answer'}")
+    return f"{found}, {' '.join(ping.stdout.split())}"
 
 
 def _python() -> str:
@@ -158,5 +188,5 @@ CHECKS = (
     Check("decord", True, _package("decord", "decord")),
     Check("flash-attn", False, _package("flash-attn", "flash_attn")),
     Check("xformers", False, _package("xformers", "xformers.ops")),
-    Check("SLURM", False, _tool("sbatch")),
+    Check("SLURM", False, _slurm),
 )

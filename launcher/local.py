@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from rich.console import Console
 
@@ -58,14 +57,17 @@ def run_job(
         _say(f"{name}: already done and merged; remove {config.run} to do it again")
         return 0
     refuse_foreign(run.path)
-    with locked(run.path) as lock, _stop_signals() as stops:
+    with locked(run.path) as lock, stop_signals() as stops:
         if is_done(run, config):
             more = ", or train on with more training.steps and --force" if isinstance(config, TrainingJobConfig) else ""
             _say(f"{name}: already done; remove {run.path} to do it again{more}")
             return 0
         config.check_ranks(config.resources.processes)
         before = prepare(run, config, print_of)
-        ranks = _start(run, config.resources.processes, config.resources.threads or threads, command(run), lock, code)
+        for error in run.logs.glob("rank_*.error"):  # of an earlier start, perhaps with more ranks
+            error.unlink()
+        threads = config.resources.threads or threads
+        ranks = start_ranks(command(run), config.resources.processes, run.log_path, threads, code, [lock.fileno()])
         with Watch(run, name, console) as watch:
             ended = supervise(ranks, stops, watch.show)
         code = _conclude(run, name, ended)
@@ -79,10 +81,16 @@ def run_job(
     return code
 
 
-def _start(
-    run: Run, processes: int, threads: int | None, command: Sequence[str], lock: IO[str], code: Path | None
+def start_ranks(
+    command: Sequence[str],
+    processes: int,
+    log_of: Callable[[int], Path],
+    threads: int | None = None,
+    code: Path | None = None,
+    keep_open: Sequence[int] = (),
 ) -> list[subprocess.Popen]:
-    """Starts the ranks, each in a session of its own: a terminal's Ctrl-C is for the launcher alone."""
+    """Starts the ranks, each in a session of its own: a terminal's Ctrl-C is for the launcher alone. ``log_of`` a rank
+    is the file that gets its output; ``keep_open`` are files that live as long as any rank."""
     shared = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
@@ -92,13 +100,11 @@ def _start(
         "PYTHONUNBUFFERED": "1",
         **(environment_for(code) if code else {}),
     }
-    run.logs.mkdir(parents=True, exist_ok=True)
-    for error in run.logs.glob("rank_*.error"):  # of an earlier start, perhaps with more ranks
-        error.unlink()
     ranks = []
     for rank in range(processes):
         environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with run.log_path(rank).open("a") as log:
+        log_of(rank).parent.mkdir(parents=True, exist_ok=True)
+        with log_of(rank).open("a") as log:
             log.write(f"=== {now()} rank {rank} of {processes}: {' '.join(command)}\n")
             log.flush()
             ranks.append(
@@ -109,7 +115,7 @@ def _start(
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    pass_fds=[lock.fileno()],
+                    pass_fds=keep_open,
                 )
             )
     return ranks
@@ -208,7 +214,7 @@ def _kill_groups(ranks: Iterable[subprocess.Popen]) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """The stop signals received so far, in place of their usual effect."""
     received: list[int] = []
     before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in STOP_SIGNALS}

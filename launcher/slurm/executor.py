@@ -82,7 +82,7 @@ class SlurmExecutor:
         for job in launch.to_do:
             for kind, parts in _steps(job, launch):
                 executor = self._executor(job, launch, kind, parts, [])
-                with _outside_slurm():
+                with outside_slurm():
                     why = misfit(executor.parameters, there) or objection(_text(executor, len(parts)))
                 if why:
                     raise UsageError(f"job {_name(job, kind)!r}: {why}; nothing was submitted")
@@ -108,7 +108,7 @@ class SlurmExecutor:
         for kind, parts in _steps(job, launch):
             executor = self._executor(job, launch, kind, parts, needed)
             where = str(launch.run.path.absolute())
-            with _refusals(_name(job, kind)), _outside_slurm(), uninterrupted(), executor.batch():
+            with refusals(_name(job, kind)), outside_slurm(), uninterrupted(), executor.batch():
                 submitted = [executor.submit(work, where, job.name, part, kind == "merge") for part in parts]
             ids = [one.job_id for one in submitted]
             for id in ids:  # another SLURM, or one that began to count anew, may have had a job of that id here
@@ -208,7 +208,7 @@ def _cancel(launch: Launch, new: Collection[str], known: Collection[str]) -> str
 
 
 @contextmanager
-def _refusals(name: str) -> Iterator[None]:
+def refusals(name: str) -> Iterator[None]:
     """What sbatch says against a job, in one line."""
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints there what it raises
@@ -219,7 +219,7 @@ def _refusals(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _outside_slurm() -> Iterator[None]:
+def outside_slurm() -> Iterator[None]:
     """A submission from inside a SLURM job inherits nothing of it, but for where SLURM is."""
     conf = os.environ.get("SLURM_CONF")
     with clean_env():

@@ -1,6 +1,7 @@
 """What SLURM knows of jobs, and what it is told: squeue, scancel, scontrol."""
 
 import getpass
+import re
 import shutil
 import subprocess
 from collections.abc import Collection, Iterable
@@ -87,6 +88,16 @@ def strays(folder: Path, known: Iterable[str]) -> list[str]:
     below = f"{folder.absolute()}/"
     found = {id for id, reason, script in rows if reason == "JobHeldUser" and script.startswith(below)}
     return sorted(found - known)
+
+
+def warn(job: str) -> None:
+    """Sends the job's ranks the signal that comes before its time limit."""
+    ask("scancel", "--signal=USR2", job)
+
+
+def partition(name: str) -> dict[str, str]:
+    """What SLURM says of a partition: MaxTime, PreemptMode, GraceTime, ..."""
+    return dict(re.findall(r"\b(\w+)=(\S+)", ask("scontrol", "--oneliner", "show", "partition", name)))
 
 
 def ask(*command: str) -> str:

@@ -1,10 +1,33 @@
-from launcher.doctor import Check, _find
+import json
+import os
+import sys
+
+from launcher.doctor import Check, Finding, _find, _slurm
+from tests.processes import succeeding
 
 
 def test_what_is_missing_fails_only_if_it_is_required():
     def broken():
         raise ImportError("libcuda.so\nnot found")
 
-    assert _find(Check("x", True, broken)) == ("x", "failed", "libcuda.so not found")
-    assert _find(Check("x", False, broken)) == ("x", "missing", "libcuda.so not found")
-    assert _find(Check("x", True, lambda: "1.0")) == ("x", "ok", "1.0")
+    assert _find(Check("x", True, broken)) == Finding("x", "failed", "libcuda.so not found")
+    assert _find(Check("x", False, broken)) == Finding("x", "missing", "libcuda.so not found")
+    assert _find(Check("x", True, lambda: "1.0")) == Finding("x", "ok", "1.0")
+
+
+def test_slurms_commands_without_a_cluster_are_one_clear_line(tmp_path, monkeypatch):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: fetch_config: DNS SRV lookup failed' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    finding = _find(Check("SLURM", False, _slurm))
+    assert finding.state == "missing"
+    assert finding.detail == "sbatch is here, but no cluster's slurm.conf; where it lies elsewhere: SLURM_CONF"
+
+
+def test_of_the_local_cluster_ranks_here_are_examined(tmp_path):
+    command = [sys.executable, "-m", "launcher", "doctor", "--cluster", "local", "--processes", "2", "--json"]
+    answer = json.loads(succeeding([*command, "--run", tmp_path / "d"]).stdout)
+    assert [facts["rank"] for facts in answer["ranks"]] == [0, 1]
+    states = {finding["name"]: finding["state"] for finding in answer["findings"]}
+    assert {states[name] for name in ("ranks", "all-reduce of 16 MiB", "warning signal", "torch")} == {"ok"}
