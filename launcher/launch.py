@@ -18,7 +18,7 @@ from launcher.config import LAUNCHER, ClusterConfig, PipelineConfig, SlurmCluste
 from launcher.pipeline import Action, Job, plan
 from launcher.record import JobRecord, PipelineRun, Record
 from launcher.rundir import locked, refuse_foreign
-from launcher.slurm import queue
+from launcher.slurm.unfinished import still_to_do
 from launcher.snapshot import place_of, snapshot
 from stpredict.config import as_yaml
 from stpredict.jobs.start import FULL
@@ -148,7 +148,7 @@ def prepare(
     run = PipelineRun(pipeline.run)
     _refuse(run, pipeline)
     before = run.record()
-    queued = queue.queued_jobs(before) if before else {}
+    queued = still_to_do(run, before) if before else {}
     if queued and not isinstance(cluster, SlurmCluster):
         raise UsageError(
             f"{run.path}: SLURM has {', '.join(queued)} of it queued or running; wait, launch it with --cluster "

@@ -12,12 +12,13 @@ from typing import Literal
 from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError
-from launcher.config import PipelineConfig
+from launcher.config import PipelineConfig, PipelineJob
 from launcher.parts import WRITTEN, part_runs
 from launcher.record import part_config
 from launcher.rundir import changed_keys, fingerprint, is_empty, refuse_foreign
-from stpredict.config import apply_overrides, read_yaml, resolve, validate
+from stpredict.config import apply_overrides, load, read_yaml, resolve, validate
 from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
+from stpredict.jobs.start import MODULES
 from stpredict.run import Run
 
 Action = Literal["skip", "run", "continue", "rerun", "queued"]
@@ -46,8 +47,12 @@ class Job:
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineConfig, list[Job]]:
-    """The pipeline in ``path`` and its jobs, each after those that it needs."""
+    """The pipeline in ``path`` and its jobs, each after those that it needs. One job's config is a pipeline of that
+    job: its ``run`` is the pipeline's, and KIND in it the job's."""
     node = read_yaml(path)
+    if node.get("kind") in MODULES:
+        pipeline = _alone(path, overrides)
+        return pipeline, _jobs(pipeline, path)
     known = list(node.get("jobs") or {})
     for override in overrides:
         match override.partition("=")[0].split("."):
@@ -59,13 +64,29 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineCo
     # A job's ${run:NAME} is kept as it is until the job's own config is resolved.
     data = resolve(node, path, run_of=lambda name: f"${{run:{name}}}")
     pipeline = validate(PipelineConfig, data, path)
+    return pipeline, _jobs(pipeline, path)
+
+
+def _alone(path: Path, overrides: Sequence[str]) -> PipelineConfig:
+    config = load(AnyJobConfig, path, overrides)
+    changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    array = None
+    if isinstance(config, PartedJobConfig) and config.parts > 1:
+        array = config.parts
+        changes |= {"part": 0, "parts": 1}
+    job = PipelineJob(config=Path(path.name), set=changes, array=array)
+    return PipelineConfig(name=path.stem, run=config.run, jobs={config.kind: job})
+
+
+def _jobs(pipeline: PipelineConfig, path: Path) -> list[Job]:
+    """In the order of their needs."""
     jobs: dict[str, Job] = {}
     for name in _order(pipeline, path):
         needs = pipeline.jobs[name].needs
         config = _job_config(pipeline, path, name)
         upstream = [jobs[need].fingerprint for need in needs]
         jobs[name] = Job(name, needs, config, fingerprint(config, upstream), pipeline.jobs[name].array)
-    return pipeline, list(jobs.values())
+    return list(jobs.values())
 
 
 def plan(
@@ -115,6 +136,14 @@ def _continue_or_skip(job: Job) -> Action:
     status = job.run.status()
     begun = [run for run in part_runs(job.run.path) if run.status()] if status is None else [job.run]
     other = next((run for run in begun if run.status().fingerprint != job.fingerprint), None)
+    if status is None and (
+        foreign := next((run for run in begun if not run.path.name.endswith(f"-of-{job.array}")), None)
+    ):
+        of = foreign.path.name.rpartition("-")[2]
+        raise UsageError(
+            f"job {job.name!r}: {job.run.path} was begun by {of} tasks; finish it with `array: {of}`, or --rerun "
+            f"{job.name} makes it and what needs it anew"
+        )
     if not begun or other:
         run = other or job.run
         changed = changed_keys(run, job.config, but=() if run is job.run else ("part", "parts"))

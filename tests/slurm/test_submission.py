@@ -5,64 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from launcher.record import PipelineRun
-from tests.processes import bounded
+from tests.slurm.small_pipeline import Small
 
 pytestmark = pytest.mark.slurm
-CONFIGS = Path(__file__).parents[2] / "configs"
-PROFILE = {"kind": "slurm", "partition": "all", "time": "00:05:00", "signal_delay_s": 30}
-
-
-class Small:
-    """shards (an array of two, merged) → report: no job of it imports torch. Everything lies in ``folder``."""
-
-    def __init__(self, slurm, folder: Path):
-        self.slurm, self.folder, self.run, self.tools = slurm, folder, folder / "run", folder / "tools"
-        self.path, self.cluster = folder / "pipeline.yaml", folder / "cluster.yaml"
-        self.data = {
-            "kind": "pipeline",
-            "name": "small",
-            "run": str(self.run),
-            "jobs": {
-                "shards": {
-                    "config": str(CONFIGS / "data" / "moving_digits.yaml"),
-                    "array": 2,
-                    "set": {"source": {"videos": 24, "validation_videos": 6}},
-                },
-                "report": {
-                    "config": str(CONFIGS / "priors" / "report.yaml"),
-                    "needs": ["shards"],
-                    "set": {"title": "small", "runs": {"shards": "${run:shards}"}},
-                },
-            },
-        }
-
-    def launch(self, *words: str, here=False, profile=None, environment=None, timeout_s=120):
-        self.path.write_text(yaml.safe_dump(self.data))
-        self.cluster.write_text(yaml.safe_dump({**PROFILE, **(profile or {})}))
-        command = ["stpredict", "launch", str(self.path), *words]
-        command += [] if here else ["--cluster", str(self.cluster)]
-        path = f"{self.tools}:{self.slurm.environment['PATH']}"
-        around = {**self.slurm.environment, "PATH": path, **(environment or {})}
-        return bounded(command, timeout_s, env=around, cwd=self.folder)
-
-    def tool(self, name: str, script: str) -> None:
-        """Has ``script`` run in place of SLURM's ``name``, which it may call as $real."""
-        self.tools.mkdir(exist_ok=True)
-        real = shutil.which(name, path=self.slurm.environment["PATH"])
-        (self.tools / name).write_text(f"#!/bin/bash\nreal={real}\n{script}\n")
-        (self.tools / name).chmod(0o755)
-
-    def queued(self) -> list[str]:
-        return [
-            line for line in self.slurm.run("squeue", "--noheader", "--format=%j %o").splitlines() if "small" in line
-        ]
-
-    def tree(self) -> dict[Path, bytes]:
-        files = [path for path in self.run.rglob("*") if path.is_file() and path.name != ".lock"]
-        return {path: path.read_bytes() for path in files if "__pycache__" not in path.parts}
 
 
 @pytest.fixture
