@@ -22,7 +22,7 @@ from launcher.slurm.unfinished import still_to_do
 from launcher.snapshot import place_of, snapshot
 from stpredict.config import as_yaml
 from stpredict.jobs.start import FULL
-from stpredict.run import now
+from stpredict.run import Run, now
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 UNTOUCHED = ("skip", "queued")  # actions: the job is left as it is
@@ -71,6 +71,9 @@ class Executor(Protocol):
 
     def check(self) -> None:
         """UsageError where this machine cannot give it jobs."""
+
+    def check_jobs(self, launch: Launch) -> None:
+        """UsageError where it can never do what the launch asks of it."""
 
     def run(self, launch: Launch) -> int:
         """Does the jobs that the launch is ``to_do``, or sees to it that they will be done, inside ``committed`` or
@@ -173,6 +176,8 @@ def prepare(
 
 
 def _refuse(run: PipelineRun, pipeline: PipelineConfig) -> None:
+    if Run(run.path).config_path.is_file() and not run.pipeline_path.is_file():
+        raise UsageError(f"{run.path} is the run of one job; give another `run` for the pipeline")
     refuse_foreign(run.path, "pipeline.yaml", {LAUNCHER, *pipeline.jobs})
     if run.name() not in (None, pipeline.name):
         raise UsageError(

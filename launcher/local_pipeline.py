@@ -28,6 +28,9 @@ class LocalExecutor:
     def check(self) -> None:
         """Any machine can."""
 
+    def check_jobs(self, launch: Launch) -> None:
+        """Whatever ranks a job has, they are processes here."""
+
     def scripts(self, launch: Launch) -> dict[str, str]:
         return {}
 

@@ -108,7 +108,7 @@ def plan(
     for job in jobs:
         if asked & set(job.needs):
             asked.add(job.name)
-        refuse_foreign(job.run.path, known=WRITTEN if job.array else ())
+        refuse_foreign(job.run.path, known=WRITTEN if job.array or part_runs(job.run.path) else ())
         if job.name in queued:
             if queued[job.name] != job.fingerprint:
                 raise UsageError(

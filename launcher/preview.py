@@ -1,15 +1,17 @@
 """`stpredict launch --dry-run`: what a launch would do, and the batch scripts that it would submit. Writes nothing."""
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.errors import UsageError
 from launcher.cli import print_json
 from launcher.config import ClusterConfig, PipelineConfig, SlurmCluster
-from launcher.launch import executor_of, prepare
+from launcher.launch import Launch, executor_of, prepare
 from launcher.pipeline import Job
 from launcher.slurm.script import shape_of
 
@@ -25,12 +27,25 @@ def preview(
     cluster_name: str,
     as_json: bool,
 ) -> None:
+    """Prints it all, and then raises the UsageError that a launch would end with; says if that cannot be known here."""
     launch = prepare(pipeline, jobs, cluster, rerun, cluster_name)
     executor = executor_of(cluster)
     scripts = executor.scripts(launch)
-    rows = [_row(job, cluster) | {"action": launch.actions[job.name]} for job in jobs]
+    _show(launch, cluster, scripts, as_json)
+    try:
+        executor.check()
+    except UsageError as error:
+        print(f"note: whether the cluster takes these jobs is not known: {error}", file=sys.stderr)
+    else:
+        executor.check_jobs(launch)
+
+
+def _show(launch: Launch, cluster: ClusterConfig, scripts: Mapping[str, str], as_json: bool) -> None:
+    rows = [_row(job, cluster) | {"action": launch.actions[job.name]} for job in launch.jobs]
     if as_json:
-        print_json({"run": str(launch.run.path), "cluster": cluster_name, "jobs": rows, "scripts": scripts})
+        print_json(
+            {"run": str(launch.run.path), "cluster": launch.record.cluster_name, "jobs": rows, "scripts": scripts}
+        )
         return
     table = Table("job", "kind", "needs", "nodes x ranks", "array", "time", "partition", "would", box=box.SIMPLE)
     for row in rows:

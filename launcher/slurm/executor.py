@@ -44,7 +44,7 @@ class SlurmExecutor:
             )
 
     def run(self, launch: Launch) -> int:
-        self._check_fit(launch)
+        self.check_jobs(launch)
         known = set(launch.before.slurm_ids()) if launch.before else set()
         new: list[str] = []
         with interruptible(), suppress(KeyboardInterrupt), ExitStack() as last, _taken_back(launch, new, known):
@@ -74,7 +74,7 @@ class SlurmExecutor:
                 needed = [f"<id of {name}>"]
         return found
 
-    def _check_fit(self, launch: Launch) -> None:
+    def check_jobs(self, launch: Launch) -> None:
         """UsageError where SLURM has nothing on which one of the jobs could run, or refuses what one asks for."""
         if not launch.to_do:
             return
@@ -85,7 +85,7 @@ class SlurmExecutor:
                 with outside_slurm():
                     why = misfit(executor.parameters, there) or objection(_text(executor, len(parts)))
                 if why:
-                    raise UsageError(f"job {_name(job, kind)!r}: {why}; nothing was submitted")
+                    raise UsageError(f"job {_name(job, kind)!r}: {why}; nothing is submitted")
 
     def _needed(self, job: Job, launch: Launch, new: Callable[[str], str] | None = None) -> list[str]:
         """The SLURM jobs whose good end is that of the jobs that ``job`` needs and that are not done."""

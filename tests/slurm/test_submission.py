@@ -1,5 +1,6 @@
 """Pipelines are submitted whole or not at all, and what cannot run is refused before."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -60,6 +61,32 @@ def test_what_fails_on_the_way_leaves_no_job_and_every_file_as_it_was(done, tool
     assert "nothing was submitted" in failed.stderr
     assert done.queued() == []
     assert done.tree() == before
+
+
+def test_a_dry_run_writes_nothing_and_prints_the_scripts_that_are_then_submitted(small):
+    dry = small.launch("--dry-run", "--json")
+    assert dry.returncode == 0, dry.stderr
+    assert not small.run.exists()
+    shown = json.loads(dry.stdout)
+    assert [(row["job"], row["action"], row["array"]) for row in shown["jobs"]] == [
+        ("shards", "run", 2),
+        ("report", "run", None),
+    ]
+    launched = small.launch("--json")
+    assert launched.returncode == 0, launched.stderr
+    ids, scripts = {}, {}
+    for name, job in json.loads(launched.stdout)["jobs"].items():
+        for one in job["submitted"]:
+            which = f"{name}.merge" if one["merge"] else name
+            ids[f"<id of {which}>"] = one["slurm_id"].partition("_")[0]
+            scripts[which] = Path(one["script"]).read_text()
+    small.slurm.run("scancel", *ids.values())
+    for which, script in shown["scripts"].items():
+        for name, id in ids.items():
+            script = script.replace(f"afterok:{name}", f"afterok:{id}")
+        # Only what holds a space is in quotes.
+        assert script.replace("'", "") == scripts[which].replace("'", ""), which
+    assert shown["scripts"].keys() == scripts.keys() == {"shards", "shards.merge", "report"}
 
 
 def test_jobs_that_could_not_even_be_cancelled_are_named(small):
