@@ -3,7 +3,6 @@
 import os
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -232,18 +231,29 @@ def logs(
     run: RunPath,
     job: Annotated[str | None, typer.Argument(help="job of the pipeline (default: the last one started)")] = None,
     rank: Annotated[int, typer.Option(help="rank of the job")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job ends")] = False,
+    part: Annotated[
+        int | None, typer.Option(help="task of an array, from 0 (default: one that failed, or the last one started)")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="wait for it to start, go on until it ends")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="lines from the end")] = 40,
+    slurm: Annotated[bool, typer.Option("--slurm", help="what SLURM's batch script wrote, and srun")] = False,
 ) -> None:
-    """Print the log of a job's rank."""
+    """Print the log of a job's rank.
+
+    \b
+    stpredict logs runs/nbp prior -f          from SLURM's queue to the end, also over requeues
+    stpredict logs runs/nbp prior --rank 9
+    stpredict logs runs/nbp shards --part 3   of an array
+    stpredict logs runs/nbp prior --slurm     where a job ended before its ranks began: printed by itself then
+    """
     from launcher import logs as log_files
 
-    found = log_files.find_run(run, job)
-    log = log_files.find_log(found, rank)
-    going_on = partial(log_files.is_going_on, found) if follow else lambda: False
-    for line in log_files.follow(log, lines, going_on):
-        sys.stdout.write(line)
-        sys.stdout.flush()
+    try:
+        for line in log_files.LogReader(run, job, rank, part, slurm).read(lines, follow):
+            sys.stdout.write(line)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
 
 
 @app.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from data_pipeline.errors import UsageError, UserError
 from launcher import rundir, states
@@ -18,7 +18,7 @@ from launcher.slurm import accounting, queue
 from launcher.slurm.logs import last_words
 from launcher.states import Facts, Verdict
 from stpredict.jobs.config import PARTS
-from stpredict.run import Run, Status
+from stpredict.run import Run, Status, now
 
 
 class Row(BaseModel):
@@ -38,6 +38,7 @@ class Row(BaseModel):
     parts: int | None = None
     parts_done: int | None = None
     bad_parts: list["Row"] = []
+    all_parts: list["Row"] = Field([], exclude=True)
 
 
 class Slurm:
@@ -46,12 +47,13 @@ class Slurm:
     def __init__(self) -> None:
         self.answered, self.note = True, None
         self.queue: dict[str, queue.Queued] = {}
+        self.asked: str | None = None  # when
         self._ended: dict[str, str] = {}  # how a job ended stays known, also when squeue has forgotten it
         self._forgotten: set[str] = set()
 
     def ask(self, ids: Iterable[str], user: str | None = None) -> None:
         """Asks squeue about all ``ids`` at once."""
-        ids, self.note = set(ids), None
+        ids, self.note, self.asked = set(ids), None, now()
         try:
             self.answered = queue.here() or not ids
             self.queue = queue.known(ids, user) if self.answered else {}
@@ -63,6 +65,13 @@ class Slurm:
             self.note = f"squeue: {said}: these are the states that the jobs last wrote"
         self._ended |= {id: job.state for id, job in self.queue.items() if job.over}
         self._forgotten = ids - self.queue.keys() - self._ended.keys()
+
+    def said(self, id: str, status: Status | None) -> queue.Queued | None:
+        """What squeue said of a job, unless ``status`` knows better: it has started since."""
+        found = self.queue.get(id)
+        if found and found.state == "PENDING" and status and status.slurm_job_id == id and status.started:
+            return found._replace(state="RUNNING") if status.started > self.asked else found
+        return found
 
     def ended(self, id: str) -> str | None:
         """How a job ended. Those that squeue has forgotten are known where there are accounts, which are asked once,
@@ -111,7 +120,7 @@ def _facts_without_record(runs: dict[str, Run], slurm: Slurm) -> Iterator[tuple[
     mine = {name: status.slurm_job_id for name, status in statuses.items() if status and _needs_slurm(status)}
     for name, status in statuses.items():
         id = mine.get(name)
-        seen = {"queued": slurm.queue.get(id), "ended": slurm.ended(id) if id else None, "answered": slurm.answered}
+        seen = {"queued": slurm.said(id, status), "ended": slurm.ended(id) if id else None, "answered": slurm.answered}
         yield name, Facts(status=status, gone=status is not None and is_lost(status), slurm_id=id, **seen)
 
 
@@ -154,7 +163,8 @@ class _Pipeline:
         if whole and whole.state == "done":
             facts = Facts(status=whole, launched=self.record.launched)
             row = _row(name, facts, states.decide(facts))
-            return row.model_copy(update={"slurm_ids": ids, "parts": job.array, "parts_done": job.array})
+            more = {"slurm_ids": ids, "parts": job.array, "parts_done": job.array, "all_parts": parts}
+            return row.model_copy(update=more)
         merging = states.decide(self._facts(f"{name}.merge", whole, merge, None)) if merge else None
         verdict = states.combine([Verdict(p.state, p.reason, p.live) for p in parts], merging, self.launcher)
         status = _sum(parts)
@@ -163,8 +173,15 @@ class _Pipeline:
         row = _row(name, Facts(status=status), verdict)
         bad = [part for part in parts if part.state in states.UNMET and part.reason != verdict.reason]
         nodes = ",".join(dict.fromkeys(part.nodes for part in parts if part.nodes and part.state == "running")) or None
-        more = {"parts": job.array, "parts_done": done, "bad_parts": bad, "slurm_ids": ids, "nodes": nodes}
-        return row.model_copy(update=more)
+        more = {
+            "parts": job.array,
+            "parts_done": done,
+            "bad_parts": bad,
+            "slurm_ids": ids,
+            "nodes": nodes,
+            "all_parts": parts,
+        }
+        return row.model_copy(update={**more, "all_parts": parts})
 
     def _facts(self, name: str, status: Status | None, submitted: Submitted | None, unmet: str | None) -> Facts:
         facts = Facts(
@@ -181,7 +198,7 @@ class _Pipeline:
             facts,
             slurm_id=id,
             answered=self.slurm.answered,
-            queued=self.slurm.queue.get(id),
+            queued=self.slurm.said(id, status),
             ended=self.slurm.ended(id),
             last_words=lambda: last_words(self.run.slurm_folder(name), id),
         )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from launcher.slurm.failure import this_start
 
+SLURMS_AND_SUBMITITS = ("submitit ", "slurmstepd: ", "srun: ")
+
 
 def log_files(folder: Path, slurm_id: str, rank: int = 0) -> list[Path]:
     """What ``rank`` of the SLURM job printed, and what it complained of; those that are there and not empty."""

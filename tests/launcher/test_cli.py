@@ -254,7 +254,7 @@ def test_logs_are_of_the_last_started_job_unless_named(stpredict, tmp_path):
 
 
 def test_logs_follow_a_job_to_its_end(tmp_path):
-    from launcher.logs import follow
+    from launcher.logs import tail
 
     log = tmp_path / "log"
     log.write_text("a\nb\n")
@@ -265,4 +265,4 @@ def test_logs_follow_a_job_to_its_end(tmp_path):
             file.write("more\n")
         return next(answers)
 
-    assert list(follow(log, 1, going_on, poll_s=0)) == ["b\n", "more\n", "more\n"]
+    assert list(tail([log], 1, going_on, poll_s=0)) == ["b\n", "more\n", "more\n"]
