@@ -257,6 +257,60 @@ def logs(
 
 
 @app.command()
+def cancel(run: RunPath, json: Json = False) -> None:
+    """End all jobs of a launched pipeline, or one job: in SLURM's queue, on its nodes, or here.
+
+    Training saves before it ends, if SLURM leaves it the time (KillWait in its configuration, 30 s by default). What is
+    done stays; stpredict resume RUN goes on.
+    """
+    from launcher.cancel import as_text
+    from launcher.cancel import cancel as cancel_run
+
+    ended = cancel_run(run)
+    if json:
+        print_json([job.model_dump() for job in ended])
+    else:
+        print("\n".join(as_text(ended, run)) if ended else f"{run}: nothing waits or runs; nothing to cancel")
+
+
+@app.command()
+def resume(
+    run: RunPath,
+    rerun: Annotated[list[str] | None, typer.Option(metavar="JOB", help="make JOB and what needs it anew")] = None,
+    cluster: Annotated[str | None, typer.Option(help="go on elsewhere (default: where it was launched)")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only print the jobs and their batch scripts; write nothing")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Launch again what is missing or unfinished of a pipeline's run, or go on with a single job here.
+
+    The configs are those that it was launched with, kept in the run: whatever became of the YAML files since. The code
+    is the present one.
+
+    \b
+    stpredict resume runs/nbp
+    stpredict resume runs/nbp --rerun prior
+    stpredict resume runs/nbp --cluster local
+    """
+    from launcher import resume as resuming
+    from launcher.launch import launch
+
+    if not (run / "pipeline.yaml").is_file():
+        given = {"--rerun": rerun, "--cluster": cluster, "--dry-run": dry_run, "--json": json}
+        raise typer.Exit(resuming.resume_job(run, [option for option, value in given.items() if value]))
+    found = resuming.resumable(run, cluster)
+    if dry_run:
+        from launcher.preview import preview
+
+        preview(found.pipeline, found.jobs, found.cluster, rerun or (), found.cluster_name, json)
+    else:
+        raise typer.Exit(
+            launch(found.pipeline, found.jobs, found.cluster, rerun or (), found.cluster_name, as_json=json)
+        )
+
+
+@app.command()
 def inspect(
     path: Annotated[
         str,

@@ -143,6 +143,8 @@ def load_cluster(name: str, pipeline: Path | None = None) -> ClusterConfig:
     beside = [pipeline.resolve().parent.parent / "clusters"] if pipeline else []
     folders = [*beside, Path("configs/clusters")]
     path = next((folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()), None)
+    if path is None and name == "local":
+        return LocalCluster()
     if path is None:
         known = ", ".join(sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})) or "none"
         raise UsageError(

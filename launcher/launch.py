@@ -115,6 +115,9 @@ def launch(
         snapshot(run.code)
         try:
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                if planned.to_do and planned.before and planned.before.code != planned.code.name:
+                    change = f"{planned.before.code} → {planned.code.name}"
+                    console.print(f"the code has changed since the last launch ({change})")
                 code = executor.run(planned)
         finally:
             planned.changes.forget()
@@ -170,6 +173,7 @@ def prepare(
         cluster=cluster,
         code=code.name,
         launched=now(),
+        directory=str(Path.cwd()),
         jobs={job.name: _job_record(job, actions[job.name], before) for job in jobs},
     )
     return Launch(pipeline, run, jobs, actions, record, code, before)

@@ -109,7 +109,7 @@ class LogReader:
         mine = [one for one in submitted if (one.merge if self.is_merge else one.part == self.part and not one.merge)]
         if not mine:
             return []
-        folder = PipelineRun(self.path).slurm_folder(f"{self.job}.merge" if self.is_merge else self.job)
+        folder = PipelineRun(self.path).slurm_folder(mine[-1].of(self.job))
         return log_files(folder, mine[-1].slurm_id, self.rank)
 
     def _is_older(self, log: Path) -> bool:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from data_pipeline.errors import UsageError, UserError
 from launcher import rundir, states
+from launcher.config import SlurmCluster
 from launcher.parts import part_runs
 from launcher.record import JobRecord, PipelineRun, Record, Submitted
 from launcher.slurm import accounting, queue
@@ -19,6 +20,8 @@ from launcher.slurm.logs import last_words
 from launcher.states import Facts, Verdict
 from stpredict.jobs.config import PARTS
 from stpredict.run import Run, Status, now
+
+ANSWERS_S = 15.0  # a person waits; without an answer there are still the run directories
 
 
 class Row(BaseModel):
@@ -56,7 +59,7 @@ class Slurm:
         ids, self.note, self.asked = set(ids), None, now()
         try:
             self.answered = queue.here() or not ids
-            self.queue = queue.known(ids, user) if self.answered else {}
+            self.queue = queue.known(ids, user, ANSWERS_S) if self.answered else {}
             if not self.answered:
                 self.note = "no squeue on this machine: these are the states that the jobs last wrote"
         except UserError as error:
@@ -105,7 +108,8 @@ def rows(path: Path, slurm: Slurm | None = None, ask: bool = True) -> list[Row]:
     if record is None:
         return _rows_without_record(runs_of(path), slurm, ask)
     if ask:
-        slurm.ask(record.slurm_ids(), _owner(PipelineRun(path).record_path))
+        ids = record.slurm_ids() if isinstance(record.cluster, SlurmCluster) else ()
+        slurm.ask(ids, _owner(PipelineRun(path).record_path))
     return list(_Pipeline(PipelineRun(path), record, slurm).rows())
 
 
@@ -131,7 +135,7 @@ def _needs_slurm(status: Status) -> bool:
 class _Pipeline:
     def __init__(self, run: PipelineRun, record: Record, slurm: Slurm):
         self.run, self.record, self.slurm = run, record, slurm
-        self.launcher = rundir.owner(run.path) is not None
+        self.under_slurm = isinstance(record.cluster, SlurmCluster)  # what an earlier launch submitted may stand there
 
     def rows(self) -> Iterator[Row]:
         verdicts: dict[str, Verdict] = {}
@@ -165,8 +169,10 @@ class _Pipeline:
             row = _row(name, facts, states.decide(facts))
             more = {"slurm_ids": ids, "parts": job.array, "parts_done": job.array, "all_parts": parts}
             return row.model_copy(update=more)
-        merging = states.decide(self._facts(f"{name}.merge", whole, merge, None)) if merge else None
-        verdict = states.combine([Verdict(p.state, p.reason, p.live) for p in parts], merging, self.launcher)
+        merging = states.decide(self._facts(name, whole, merge, None)) if merge else None
+        verdict = states.combine(
+            [Verdict(p.state, p.reason, p.live) for p in parts], merging, _has_launcher(self.run.path)
+        )
         status = _sum(parts)
         if status and merging and merging.state == "failed":
             status = status.model_copy(update={"error": whole and whole.error, "note": whole and whole.note})
@@ -191,16 +197,18 @@ class _Pipeline:
             cancelled=self.record.cancelled is not None,
             unmet=unmet,
         )
-        if submitted is None or (status and status.state == "done"):
-            return replace(facts, slurm_id=None)
-        id = submitted.slurm_id
+        if submitted is None or not self.under_slurm or (status and status.state == "done"):
+            return facts
+        id, queued = submitted.slurm_id, self.slurm.said(submitted.slurm_id, status)
+        if queued and queued.name != self.record.slurm_name(submitted.of(name)):
+            queued = None  # another SLURM's, or one that began to count anew
         return replace(
             facts,
             slurm_id=id,
             answered=self.slurm.answered,
-            queued=self.slurm.said(id, status),
+            queued=queued,
             ended=self.slurm.ended(id),
-            last_words=lambda: last_words(self.run.slurm_folder(name), id),
+            last_words=lambda: last_words(self.run.slurm_folder(submitted.of(name)), id),
         )
 
 
@@ -241,6 +249,15 @@ def _sum(parts: list[Row]) -> Status | None:
         started=min((status.started for status in begun if status.started), default=None),
         finished=max(status.finished for status in begun) if all(status.finished for status in begun) else None,
     )
+
+
+def _has_launcher(path: Path) -> bool:
+    """Whether the last launcher of a run may still be at it. (Asking its lock could make another launcher fail.)"""
+    try:
+        owner = rundir.OWNER.match((path / ".lock").read_text())
+    except FileNotFoundError:
+        return False
+    return owner is not None and (owner["host"] != socket.gethostname() or _is_alive(int(owner["pid"])))
 
 
 def is_lost(status: Status) -> bool:

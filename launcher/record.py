@@ -28,10 +28,13 @@ class Submitted(BaseModel):
     part: int | None = None
     merge: bool = False
 
+    def of(self, job: str) -> str:
+        """What it is called of ``job``: in SLURM, and the folder of SLURM's logs."""
+        return f"{job}.merge" if self.merge else job
+
     def script(self, folder: Path, job: str) -> Path:
         """The batch script that was submitted; ``folder`` is that of the pipeline's run."""
-        name = f"{job}.merge" if self.merge else job
-        return folder / name / f"{self.slurm_id.partition('_')[0]}_submission.sh"
+        return folder / self.of(job) / f"{self.slurm_id.partition('_')[0]}_submission.sh"
 
 
 class JobRecord(BaseModel):
@@ -42,13 +45,15 @@ class JobRecord(BaseModel):
 
 
 class Record(BaseModel):
-    """``cluster`` is the profile, ``cluster_name`` what it was called; ``code`` the hash of the code's copy."""
+    """``cluster`` is the profile, ``cluster_name`` what it was called; ``code`` the hash of the code's copy,
+    ``directory`` what relative paths in configs are relative to."""
 
     pipeline: str
     cluster_name: str
     cluster: AnyCluster = LocalCluster()
     code: str
     launched: str
+    directory: str | None = None
     cancelled: str | None = None
     jobs: dict[str, JobRecord]
 
@@ -56,6 +61,10 @@ class Record(BaseModel):
     def _only_what_is_set(self, cluster: ClusterConfig) -> dict[str, Any]:
         # Read back, ``kinds`` must still tell what a kind of job changes from what it leaves as it is.
         return {"kind": cluster.kind, **cluster.model_dump(mode="json", exclude_unset=True)}
+
+    def slurm_name(self, job: str) -> str:
+        """What SLURM calls a job (JOB, or JOB.merge): by it ours are known where another SLURM had the same ids."""
+        return f"{self.pipeline}.{job}"
 
     def slurm_ids(self) -> Iterator[str]:
         for job in self.jobs.values():

@@ -44,10 +44,11 @@ class Facts:
 
     @property
     def own(self) -> Status | None:
-        """The status, if this launch's start of the job wrote it."""
-        if self.slurm_id is None or (self.status and self.status.slurm_job_id == self.slurm_id):
+        """The status, if this launch's start of the job wrote it, or somebody who ran the job by hand since."""
+        if self.slurm_id is None or self.status is None or self.status.slurm_job_id == self.slurm_id:
             return self.status
-        return None
+        by_hand = self.status.slurm_job_id is None and (self.status.started or "") > (self.launched or "")
+        return self.status if by_hand else None
 
 
 def decide(facts: Facts) -> Verdict:

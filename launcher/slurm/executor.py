@@ -132,7 +132,7 @@ class SlurmExecutor:
         executor = _Submitit(folder=folder, python=python_of(self.cluster))
         config = None if kind == "merge" else job.config
         executor.update_parameters(
-            **parameters(self.cluster, kind, f"{launch.record.pipeline}.{name}", config, launch.code, after, needed)
+            **parameters(self.cluster, kind, launch.record.slurm_name(name), config, launch.code, after, needed)
         )
         return executor
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launcher.slurm.failure import this_start
 
-SLURMS_AND_SUBMITITS = ("submitit ", "slurmstepd: ", "srun: ")
+NOT_ITS_OWN = ("submitit ", "slurmstepd: ", "srun: ", "after: ")
 
 
 def log_files(folder: Path, slurm_id: str, rank: int = 0) -> list[Path]:
@@ -20,9 +20,7 @@ def last_words(folder: Path, slurm_id: str) -> str | None:
     if not files:
         return None
     lines = [line.strip() for file in files for line in this_start(_end(file)).splitlines() if line.strip()]
-    words = [
-        line for line in lines if not line.startswith(("submitit ", "slurmstepd: ", "srun: ")) or "error: " in line
-    ]
+    words = [line for line in lines if not line.startswith(NOT_ITS_OWN) or "error: " in line]
     own = [line for line in words if line.startswith("error: ")]
     return (own or words or ["ended without a word"])[-1].removeprefix("error: ")
 

@@ -38,7 +38,7 @@ def here() -> bool:
     return shutil.which("squeue") is not None
 
 
-def known(ids: Iterable[str], user: str | None = None) -> dict[str, Queued]:
+def known(ids: Iterable[str], user: str | None = None, timeout_s: float = TIMEOUT_S) -> dict[str, Queued]:
     """Of the jobs ``ids`` of ``user`` (default: this one) those that are waiting, running or ending, and those that
     ended some minutes ago at most. Tasks of arrays are ARRAY_TASK. One question for all of them."""
     wanted = set(ids)
@@ -46,7 +46,8 @@ def known(ids: Iterable[str], user: str | None = None) -> dict[str, Queued]:
         return {}
     # Not --jobs: where SLURM has forgotten one of them, it may refuse to tell of the others.
     user = f"--user={user or getpass.getuser()}"
-    return parse(ask("squeue", "--noheader", "--array", "--states=all", user, f"--format={FORMAT}"), wanted)
+    question = ("--noheader", "--array", "--states=all", user, f"--format={FORMAT}")
+    return parse(ask("squeue", *question, timeout_s=timeout_s), wanted)
 
 
 def parse(out: str, wanted: Collection[str]) -> dict[str, Queued]:
@@ -64,7 +65,14 @@ def queued_jobs(record: Record) -> dict[str, list[str]]:
     if not here():
         return {}
     alive = queued(record.slurm_ids())
-    found = {name: [s.slurm_id for s in job.submitted if s.slurm_id in alive] for name, job in record.jobs.items()}
+    found = {
+        name: [
+            one.slurm_id
+            for one in job.submitted
+            if one.slurm_id in alive and alive[one.slurm_id].name == record.slurm_name(one.of(name))
+        ]
+        for name, job in record.jobs.items()
+    }
     return {name: ids for name, ids in found.items() if ids}
 
 
@@ -100,11 +108,11 @@ def partition(name: str) -> dict[str, str]:
     return dict(re.findall(r"\b(\w+)=(\S+)", ask("scontrol", "--oneliner", "show", "partition", name)))
 
 
-def ask(*command: str) -> str:
+def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     """What one of SLURM's commands prints. UserError with its words where it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout_s).stdout
     except subprocess.CalledProcessError as error:
         raise UserError(f"{command[0]}: {' '.join(error.stderr.split()) or f'ended with {error.returncode}'}") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]}: no answer from SLURM's controller in {TIMEOUT_S:g} s; try again") from None
+        raise UserError(f"{command[0]}: no answer from SLURM's controller in {timeout_s:g} s; try again") from None

@@ -18,7 +18,7 @@ from tests.processes import bounded
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["shard", "inspect", "train", "encode", "generate", "evaluate", "report", "launch", "status", "logs"]
-COMMANDS += ["export", "doctor"]
+COMMANDS += ["cancel", "resume", "export", "doctor"]
 EVALUATE = {"kind": "evaluate", "run": "runs/a", "generated": "runs/g"}
 ENCODE = {"kind": "encode", "run": "runs/a", "tokenizer": "runs/t", "data": {"shards": "runs/s"}}
 
