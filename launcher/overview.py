@@ -177,7 +177,8 @@ class _Pipeline:
         if status and merging and merging.state == "failed":
             status = status.model_copy(update={"error": whole and whole.error, "note": whole and whole.note})
         row = _row(name, Facts(status=status), verdict)
-        bad = [part for part in parts if part.state in states.UNMET and part.reason != verdict.reason]
+        alike = ("cancelled", verdict.reason) if verdict.state == "cancelled" else None
+        bad = [part for part in parts if part.state in states.UNMET and (part.state, part.reason) != alike]
         nodes = ",".join(dict.fromkeys(part.nodes for part in parts if part.nodes and part.state == "running")) or None
         more = {
             "parts": job.array,
