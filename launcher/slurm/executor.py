@@ -22,7 +22,7 @@ from launcher.pipeline import Job
 from launcher.record import Submitted
 from launcher.slurm import queue
 from launcher.slurm.failure import failures_path
-from launcher.slurm.limits import limits, misfit, objection
+from launcher.slurm.limits import limits, refusal
 from launcher.slurm.script import parameters, python_of
 from launcher.slurm.task import work
 
@@ -83,7 +83,7 @@ class SlurmExecutor:
             for kind, parts in _steps(job, launch):
                 executor = self._executor(job, launch, kind, parts, [])
                 with outside_slurm():
-                    why = misfit(executor.parameters, there) or objection(_text(executor, len(parts)))
+                    why = refusal(executor.parameters, _text(executor, len(parts)), there)
                 if why:
                     raise UsageError(f"job {_name(job, kind)!r}: {why}; nothing is submitted")
 

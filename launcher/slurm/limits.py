@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from data_pipeline.errors import UserError
 from launcher.slurm.queue import TIMEOUT_S, ask
 
-# sbatch --test-only says this also while nodes are down or drained, which jobs may wait for; ``misfit`` knows better.
+# sbatch --test-only says this also where nodes are down or drained, which a job may wait for.
 OF_THE_NODES = "Requested node configuration is not available"
 TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
 
@@ -34,7 +34,7 @@ class Limits(NamedTuple):
 
 
 def limits() -> Limits:
-    return read_limits(ask("sinfo", "--noheader", "--Node", "--format=%N|%P|%c|%m|%l|%G"))
+    return read_limits(ask("sinfo", "--all", "--noheader", "--Node", "--format=%N|%P|%c|%m|%l|%G"))
 
 
 def read_limits(rows: str) -> Limits:
@@ -60,17 +60,48 @@ def _minutes(limit: str) -> float | None:
     return days * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def misfit(asked: Mapping[str, Any], limits: Limits) -> str | None:
-    """Why a job that asks for this (submitit's parameters) would never start; None if it can."""
+def refusal(asked: Mapping[str, Any], script: str, limits: Limits) -> str | None:
+    """Why a job that asks for this (submitit's parameters) in its batch script would never start; None if it can.
+
+    It is SLURM that decides; only what it says of nodes and partitions is put in better words, and limits of time,
+    which it lets a job wait behind for ever, are looked at here."""
     asked = {**asked, **{name.replace("-", "_"): v for name, v in asked.get("additional_parameters", {}).items()}}
+    if said := objection(script):
+        why = misfit(asked, limits)
+        return why or (None if said == OF_THE_NODES else said)
+    return too_long(asked, limits)
+
+
+def misfit(asked: Mapping[str, Any], limits: Limits) -> str | None:
+    """What of it no node has, or too few; None where there are such nodes, be they up or down."""
     there = ", ".join(limits.partitions)
-    names = str(asked.get("partition") or limits.default or "").split(",")
-    if names == [""]:
+    names = _partitions(asked, limits)
+    if not names:
         return f"the cluster has no default partition: give `partition` in its profile; there are: {there}"
     if unknown := [name for name in names if name not in limits.partitions]:
         return f"the cluster has no partition {unknown[0]!r}; there are: {there} (`partition` in its profile)"
     reasons = [_misfit_in(name, asked, limits.partitions[name]) for name in names]
     return None if None in reasons else reasons[0]
+
+
+def too_long(asked: Mapping[str, Any], limits: Limits) -> str | None:
+    """Where every partition that it may use gives a job less time."""
+    longest = {
+        name: limits.partitions[name].minutes for name in _partitions(asked, limits) if name in limits.partitions
+    }
+    if not longest or None in longest.values() or not isinstance(asked.get("time"), int):
+        return None
+    name = max(longest, key=longest.get)
+    if asked["time"] <= longest[name]:
+        return None
+    return (
+        f"it asks for {asked['time']} minutes, and partition {name!r} gives {longest[name]:g} at most (resources.time, "
+        "or time of the profile)"
+    )
+
+
+def _partitions(asked: Mapping[str, Any], limits: Limits) -> list[str]:
+    return [name for name in str(asked.get("partition") or limits.default or "").split(",") if name]
 
 
 def _misfit_in(name: str, asked: Mapping[str, Any], partition: Partition) -> str | None:
@@ -90,12 +121,6 @@ def _misfit_in(name: str, asked: Mapping[str, Any], partition: Partition) -> str
     if nodes > len(fitting):
         kind = "nodes" if len(fitting) == len(partition.nodes) else "such nodes"
         return f"it asks for {nodes} nodes, and partition {name!r} has {len(fitting)} {kind} (resources.nodes)"
-    time = asked.get("time")
-    if partition.minutes is not None and isinstance(time, int) and time > partition.minutes:
-        return (
-            f"it asks for {time} minutes, and partition {name!r} gives {partition.minutes:g} at most "
-            "(resources.time, or time of the profile)"
-        )
     return None
 
 
@@ -110,7 +135,7 @@ def _megabytes(memory: str | None) -> float:
 
 
 def objection(script: str) -> str | None:
-    """What sbatch has against a batch script, though a node is large enough: account, qos, constraint, any option."""
+    """What sbatch has against a batch script: its account, qos, constraint, any option."""
     try:
         asked = subprocess.run(
             ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
@@ -119,5 +144,5 @@ def objection(script: str) -> str | None:
         raise UserError(f"sbatch: no answer from SLURM's controller in {TIMEOUT_S:g} s; try again") from None
     if asked.returncode == 0:
         return None
-    said = [re.sub(r"^(sbatch: error|allocation failure): ", "", line) for line in asked.stderr.splitlines()]
-    return None if said == [OF_THE_NODES] else "; ".join(said)
+    lines = [re.sub(r"^(sbatch: error|allocation failure): ", "", line) for line in asked.stderr.splitlines()]
+    return "; ".join(dict.fromkeys(lines)) or f"sbatch --test-only ended with {asked.returncode}"

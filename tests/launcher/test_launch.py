@@ -162,6 +162,16 @@ def test_the_run_of_a_job_is_no_place_for_a_pipeline(shards, tmp_path, job, fake
         launch(inside, jobs, LocalCluster())
 
 
+def test_the_run_of_another_pipeline_is_refused(shards, tmp_path, fake):
+    pipeline, jobs = load_pipeline(shards(None))
+    assert launch(pipeline, jobs, LocalCluster(), executor=LocalExecutor(LocalCluster(), fake("ok"))) == 0
+    other = pipeline.model_copy(update={"name": "q"})
+    before = tree(tmp_path)
+    with pytest.raises(UsageError, match=r"is the run of pipeline 'p', not of 'q'; give another `run`"):
+        launch(other, jobs, LocalCluster())
+    assert tree(tmp_path) == before
+
+
 def test_one_jobs_config_is_a_pipeline_of_that_job(shards, tmp_path):
     shards(None)
     pipeline, (job,) = load_pipeline(tmp_path / "job.yaml", [f"run={tmp_path / 'mine'}", "parts=3", "seed=7"])

@@ -29,7 +29,7 @@ class Small:
                 "shards": {
                     "config": str(CONFIGS / "data" / "moving_digits.yaml"),
                     "array": 2,
-                    "set": {"source": {"videos": 24, "validation_videos": 6}},
+                    "set": {"source": {"videos": 8, "validation_videos": 2, "frames": 4}},
                 },
                 "report": {
                     "config": str(CONFIGS / "priors" / "report.yaml"),

@@ -89,6 +89,18 @@ def test_a_dry_run_writes_nothing_and_prints_the_scripts_that_are_then_submitted
     assert shown["scripts"].keys() == scripts.keys() == {"shards", "shards.merge", "report"}
 
 
+def test_what_a_killed_launch_left_held_is_cancelled_by_the_next_one(small):
+    small.tool("sbatch", f"{THIRD_FAILS} kill -KILL $PPID")
+    small.launch()
+    shutil.rmtree(small.tools)
+    left = {line.split()[0] for line in small.queued(str(small.run))}
+    assert len(left) == 2
+    assert small.launch().returncode == 0
+    now = {line.split()[0] for line in small.queued(str(small.run))}
+    assert not left & now
+    small.slurm.run("scancel", *PipelineRun(small.run).record().slurm_ids())
+
+
 def test_jobs_that_could_not_even_be_cancelled_are_named(small):
     small.tool("scontrol", "[[ $1 = release ]] || exec $real $@; exit 1")
     small.tool("scancel", "exit 1")
@@ -123,7 +135,7 @@ def little_disk(small):
 def test_wherever_on_the_way_the_disk_is_full_that_is_said_and_nothing_is_left(little_disk, done):
     small, leave = little_disk
     failures = 0
-    for blocks in (0, 40, None, 0, *range(1, 30)):
+    for blocks in (0, 40, None, *range(0, 60, 3)):
         if blocks is None:  # the copy of the code is there from now on
             (small.run / "launcher" / "filler").unlink()
             shutil.copytree(PipelineRun(done.run).code, PipelineRun(small.run).code, dirs_exist_ok=True)
@@ -140,7 +152,7 @@ def test_wherever_on_the_way_the_disk_is_full_that_is_said_and_nothing_is_left(l
         failures += 1
     small.slurm.run("scancel", *PipelineRun(small.run).record().slurm_ids())
     small.slurm.wait_for(lambda: small.queued() == [])
-    assert failures > 6
+    assert failures > 4
 
 
 @pytest.mark.parametrize(
@@ -195,7 +207,7 @@ def test_without_slurm_and_with_a_controller_that_does_not_answer_one_line_says_
     assert (nowhere.returncode, nowhere.stderr.count("\n")) == (2, 1)
     assert "no SLURM on this machine (not found: sbatch" in nowhere.stderr
     conf = Path(small.slurm.environment["SLURM_CONF"]).read_text()
-    (tmp_path / "slurm.conf").write_text(conf.replace("SlurmctldPort=", "SlurmctldPort=1 #"))
+    (tmp_path / "slurm.conf").write_text(conf.replace("SlurmctldPort=", "MessageTimeout=2\nSlurmctldPort=1 #"))
     silent = small.launch(environment={"SLURM_CONF": str(tmp_path / "slurm.conf")})
     assert (silent.returncode, silent.stderr.count("\n")) == (1, 1)
     assert "Unable to contact slurm controller" in silent.stderr
