@@ -14,10 +14,12 @@ help:
 	@echo "make demo VIDEOS=/some/folder    the same on your own videos (class = sub-folder), into runs/demo_FOLDER"
 	@echo "make demo ARGS=...               more for stpredict launch: ARGS=\"--rerun prior\", ARGS=run=runs/other"
 	@echo "make test                        the test suite   (make test-slow: the long proofs)"
-	@echo "make test-slurm                  jobs of a real SLURM, started on this machine where it is installed"
+	@echo "make test-slurm                  the tests on a real SLURM of two nodes, started here (needs slurm-wlm, munge)"
 	@echo "make prove                       kills a training run 25 times; writes benchmarks/results/kills.md"
 	@echo "make install                     .venv with pinned dependencies and DeepSpeed's CPU op built"
 	@echo "make lint, make format           ruff"
+	@echo "on a cluster (docs/cluster.md):  stpredict doctor --cluster a100_80g --nodes 2"
+	@echo "                                 stpredict launch configs/pipelines/nbp.yaml --cluster a100_80g"
 
 install: $(READY)
 

@@ -131,6 +131,8 @@ JobAcctGatherType=jobacct_gather/none
 JobRequeue=1
 ReturnToService=2
 KillWait=10
+# By a job's id its ranks choose the port at which they meet: that of another SLURM here is to be another.
+FirstJobId=$((port % 997 * 100 + 1))
 # The nodes are said to have more cores than the machine.
 SlurmdParameters=config_overrides
 CONF
