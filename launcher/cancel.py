@@ -96,7 +96,7 @@ def _end(path: Path, record: Record | None, jobs: list[Row], alive: set[str], pr
             os.kill(pid, signal.SIGTERM)
     queue.cancel(alive)
     what = [
-        *([f"{len(alive)} SLURM jobs"] if alive else []),
+        *([f"{len(alive)} SLURM job{'s' * (len(alive) > 1)}"] if alive else []),
         *([f"process {', '.join(map(str, processes))}"] if processes else []),
     ]
     console.print(f"cancelling {' and '.join(what)}; jobs that can save do so before they end")

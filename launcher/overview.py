@@ -218,7 +218,10 @@ def _row(name: str, facts: Facts, verdict: Verdict) -> Row:
     row = Row(job=name, state=state, reason=verdict.reason, live=verdict.live, status=status)
     if facts.slurm_id:
         row.slurm_ids = [facts.slurm_id]
-    row.nodes = (facts.queued and facts.queued.nodes) or (status.host if status and facts.own else None)
+    if facts.queued:
+        row.nodes = facts.queued.nodes or None
+    elif facts.own:
+        row.nodes = facts.own.host
     if status is None:
         return row
     age = _seconds_since(status.heartbeat)

@@ -24,6 +24,7 @@ COLOURS = {
     **dict.fromkeys(("preempted", "requeued", "cancelled"), "yellow"),
     **dict.fromkeys(("failed", "lost"), "red"),
 }
+MOST_PARTS = 8  # of an array that get rows of their own
 ENDED_BADLY = ("failed", "lost", "preempted", "requeued", "cancelled")
 
 
@@ -62,7 +63,7 @@ def as_table(rows: list[Row], width: int) -> Table:
     wide, slurm = width >= WIDE, width >= VERY_WIDE and any(row.slurm_ids for row in rows)
     columns: dict[str, Callable[[Row], str]] = {
         "job": lambda row: row.job,
-        "state": lambda row: f"[{COLOURS.get(row.state, 'default')}]{row.state}[/]{_reason(row) if wide else ''}",
+        "state": lambda row: _coloured(row.state) + (f" ({row.reason})" if wide and row.live and row.reason else ""),
         "progress": lambda row: _progress(row, wide),
     }
     if wide:
@@ -86,26 +87,35 @@ def as_table(rows: list[Row], width: int) -> Table:
 
 
 def with_parts(rows: list[Row]) -> list[Row]:
-    """The rows, each with those of its parts that did not end well below it."""
-    return [shown for row in rows for shown in (row, *row.bad_parts)]
+    """The rows, each with those of its parts that did not end well below it, or the first of them."""
+    return [shown for row in rows for shown in (row, *row.bad_parts[:MOST_PARTS])]
 
 
 def below(rows: list[Row], width: int) -> list[str]:
     """Lines under the table: what has no column at this width, and how jobs ended."""
     lines = []
-    for row in with_parts(rows):
-        status = row.status
-        details = []
-        if width < WIDE:
-            details += [_reason(row).strip(" ()"), format_values(status) if status else ""]
-        if width < VERY_WIDE and row.live:
-            details += [f"SLURM {short_ids(row)}{f' on {row.nodes}' if row.nodes else ''}" if row.slurm_ids else ""]
-        if details := "  ".join(filter(None, details)):
-            lines.append(f"{row.job}: {details}")
-        if status:
-            error = status.error if row.state in (*ENDED_BADLY, "pending", "running", "ending") else None
-            lines += [f"{row.job}: {line}" for line in (error, status.note) if line and line != row.reason]
+    for row in rows:
+        said = set()  # what ended all parts of an array stands there once
+        for shown in with_parts([row]):
+            for line in _lines_of(shown, width):
+                if line not in said:
+                    said.add(line)
+                    lines.append(f"{shown.job}: {line}")
+        if (more := len(row.bad_parts) - MOST_PARTS) > 0:
+            lines.append(f"{row.job}: {more} more parts did not end well; --json has them all")
     return lines
+
+
+def _lines_of(row: Row, width: int) -> list[str]:
+    status = row.status
+    details = [row.reason] if width < WIDE or not row.live else []
+    if width < WIDE and status:
+        details.append(format_values(status))
+    if width < VERY_WIDE and row.live and row.slurm_ids:
+        details.append(f"SLURM {short_ids(row)}{f' on {row.nodes}' if row.nodes else ''}")
+    error = status.error if status and row.state in (*ENDED_BADLY, "pending", "running", "ending") else None
+    lines = ["  ".join(filter(None, details)), error, status.note if status else None]
+    return [line for line in lines if line]
 
 
 def short_ids(row: Row) -> str:
@@ -113,8 +123,8 @@ def short_ids(row: Row) -> str:
     return ",".join(dict.fromkeys(id.partition("_")[0] for id in row.slurm_ids))
 
 
-def _reason(row: Row) -> str:
-    return f" ({row.reason})" if row.reason else ""
+def _coloured(state: str) -> str:
+    return f"[{COLOURS.get(state, 'default')}]{state}[/]"
 
 
 def _progress(row: Row, wide: bool) -> str:

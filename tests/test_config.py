@@ -106,6 +106,9 @@ def test_a_value_under_a_wrong_key_of_an_override_is_named(write):
         "import launcher, stpredict.jobs.config, stpredict.run, data_pipeline.config",
         "import launcher.cli; sys.argv[1:] = ['--help']; launcher.cli.main()",
         "import launcher.cli; sys.argv[1:] = ['status', {run!r}]; launcher.cli.main()",
+        "import launcher.cli; sys.argv[1:] = ['logs', {run!r}]; launcher.cli.main()",
+        "import launcher.cli; sys.argv[1:] = ['cancel', {run!r}]; launcher.cli.main()",
+        "import launcher.cli; sys.argv[1:] = ['resume', {run!r}]; launcher.cli.main()",
         "import launcher.cli; sys.argv[1:] = ['train', 'nope.yaml']; launcher.cli.main()",
     ],
 )

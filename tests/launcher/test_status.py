@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from rich.console import Console
 
-from launcher.overview import rows
+from launcher.overview import Row, rows
 from launcher.progress import Watch, format_seconds
 from launcher.status import show
 from stpredict.run import Progress, Run, Status
@@ -86,6 +86,28 @@ def test_80_columns_show_everything_of_a_long_job(tmp_path):
         assert part in text
     assert text.splitlines()[-1] == "prior_on_latents: loss 5.123 41.25 samples/s MFU 38%"
     assert "loss 5.123 41.25 samples/s MFU 38%" in shown(run.path, 120).splitlines()[2]
+
+
+def failed_part(number):
+    return Row(job=f"a.{number}", state="failed", status=Status(kind="shard", state="failed", error="no space"))
+
+
+def test_of_an_array_whose_parts_failed_alike_the_reason_stands_there_once():
+    console = Console(width=80, file=io.StringIO())
+    array = Row(
+        job="a", state="failed", parts=99, parts_done=49, bad_parts=[failed_part(number) for number in range(50)]
+    )
+    waiting = Row(job="b", state="queued", reason="Dependency", live=True, slurm_ids=["7_0", "7_1", "8"])
+    show([array, waiting], console)
+    text = console.file.getvalue()
+    assert text.count("no space") == 1
+    assert "a.7 " in text
+    assert "a.8 " not in text
+    assert "a: 42 more parts did not end well; --json has them all" in text
+    assert "b: Dependency  SLURM 7,8" in text
+    wide = Console(width=160, file=io.StringIO())
+    show([array, waiting], wide)
+    assert "queued (Dependency)" in wide.file.getvalue()
 
 
 def test_what_a_training_continues_from_is_said_once(tmp_path):
