@@ -140,6 +140,8 @@ class _Pipeline:
     def rows(self) -> Iterator[Row]:
         verdicts: dict[str, Verdict] = {}
         for name, job in self.record.jobs.items():
+            if not self.under_slurm:
+                job = job.model_copy(update={"submitted": []})
             unmet = states.unmet({need: verdicts[need] for need in job.needs})
             row = self._array_row(name, job, unmet) if job.array else self._job_row(name, job, unmet)
             verdicts[name] = Verdict(row.state, row.reason, row.live)
@@ -198,7 +200,7 @@ class _Pipeline:
             cancelled=self.record.cancelled is not None,
             unmet=unmet,
         )
-        if submitted is None or not self.under_slurm or (status and status.state == "done"):
+        if submitted is None or (status and status.state == "done"):
             return facts
         id, queued = submitted.slurm_id, self.slurm.said(submitted.slurm_id, status)
         if queued and queued.name != self.record.slurm_name(submitted.of(name)):

@@ -15,7 +15,7 @@ from launcher.cancel import as_text, cancel
 from launcher.config import LocalCluster, SlurmCluster, SlurmOptions
 from launcher.launch import launch
 from launcher.local_pipeline import LocalExecutor
-from launcher.overview import rows
+from launcher.overview import Slurm, rows
 from launcher.pipeline import load_pipeline
 from launcher.record import JobRecord, PipelineRun, Record, Submitted
 from launcher.resume import resumable, resume_job
@@ -228,3 +228,14 @@ def test_what_another_slurm_calls_by_the_same_number_is_not_ours(array, squeue):
     (row,) = rows(array.path)
     assert [part.state for part in row.all_parts] == ["starting", "lost", "lost"]
     assert cancelling._alive(array.record(), [row]) == {"7_0"}
+
+
+def test_what_an_earlier_launch_submitted_is_no_matter_where_a_later_one_runs_here(array, squeue):
+    part_status(array, 0, "failed", error="no space")
+    record = array.record()
+    array.write_record(record.model_copy(update={"cluster": LocalCluster()}))
+    squeue("exit 1")
+    slurm = Slurm()
+    (row,) = rows(array.path, slurm)
+    assert (row.state, row.slurm_ids, slurm.note) == ("failed", [], None)
+    assert [part.state for part in row.all_parts] == ["failed", "not started", "not started"]
