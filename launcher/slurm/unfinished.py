@@ -26,6 +26,8 @@ def still_to_do(run: PipelineRun, before: Record) -> dict[str, list[str]]:
         if not ids or doomed:  # SLURM cancels what can never start
             continue
         ended = [one for one in job.submitted if one.slurm_id not in alive and not _did(run, name, job, one)]
+        if ended and all(one.merge for one in job.submitted if one.slurm_id in alive):
+            continue  # nor can a merge without all of its parts
         if ended:
             what = ", ".join("its merge" if one.merge else f"task {one.part}" for one in ended)
             raise UsageError(

@@ -140,3 +140,22 @@ def test_one_job_alone_is_a_pipeline_of_itself(slurm, tmp_path):
     assert "#SBATCH --array=0-1%2" in Path(job["submitted"][0]["script"]).read_text()
     small.wait_done()
     assert Run(small.run / "shard").status().state == "done"
+
+
+def test_an_array_of_which_a_task_is_gone_is_waited_for_and_then_submitted_anew_with_what_needs_it(slurm, tmp_path):
+    small = Small(slurm, tmp_path)
+    later = {"options": {"begin": "now+3600"}}
+    assert small.launch(profile=later).returncode == 0
+    first = PipelineRun(small.run).record()
+    array = first.jobs["shards"].submitted[0].slurm_id.partition("_")[0]
+    slurm.run("scancel", f"{array}_1")
+    refused = small.launch(profile=later)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "job 'shards': task 1 ended without finishing, while others of it are queued" in refused.stderr
+    slurm.run("scancel", array)
+    again = small.launch(profile=later)
+    assert again.returncode == 0, again.stderr
+    second = PipelineRun(small.run).record()
+    assert not set(first.slurm_ids()) & set(second.slurm_ids())
+    slurm.run("scancel", *second.slurm_ids())
+    slurm.wait_for(lambda: not small.queued(str(small.run)))
