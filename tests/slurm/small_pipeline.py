@@ -62,7 +62,7 @@ class Small:
 
     def wait_done(self) -> None:
         """Until SLURM has none of its jobs; fails unless all ended well."""
-        self.slurm.wait_for(lambda: not self.queued(str(self.run)))
+        self.slurm.wait_for(lambda: not self.queued())
         jobs = PipelineRun(self.run).record().jobs
         states = {name: (status := Run(self.run / name).status()) and (status.state, status.error) for name in jobs}
         assert states == dict.fromkeys(jobs, ("done", None))
@@ -74,10 +74,10 @@ class Small:
         (self.tools / name).write_text(f"#!/bin/bash\nreal={real}\n{script}\n")
         (self.tools / name).chmod(0o755)
 
-    def queued(self, word: str = "small") -> list[str]:
-        """Lines of squeue: id, name and script of each job with this ``word``."""
-        out = self.slurm.run("squeue", "--noheader", "--format=%F %j %o")
-        return [line for line in out.splitlines() if word in line]
+    def queued(self) -> list[str]:
+        """Its lines of squeue: id and script of each job."""
+        out = self.slurm.run("squeue", "--noheader", "--format=%F %o")
+        return [line for line in out.splitlines() if f"{self.run}/" in line]
 
     def tree(self) -> dict[Path, bytes]:
         files = [path for path in self.run.rglob("*") if path.is_file() and path.name != ".lock"]

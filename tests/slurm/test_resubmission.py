@@ -63,7 +63,7 @@ def test_of_two_launches_of_one_run_at_once_one_submits_and_another_run_is_no_hi
     assert all("is in use by process" in text for text in (said, other_said) if text)
     for small in (first, second):
         ids = {id.partition("_")[0] for id in PipelineRun(small.run).record().slurm_ids()}
-        assert {line.split()[0] for line in small.queued(str(small.run))} == ids
+        assert {line.split()[0] for line in small.queued()} == ids
         assert len(ids) == 3
 
 
@@ -158,4 +158,4 @@ def test_an_array_of_which_a_task_is_gone_is_waited_for_and_then_submitted_anew_
     second = PipelineRun(small.run).record()
     assert not set(first.slurm_ids()) & set(second.slurm_ids())
     slurm.run("scancel", *second.slurm_ids())
-    slurm.wait_for(lambda: not small.queued(str(small.run)))
+    slurm.wait_for(lambda: not small.queued())

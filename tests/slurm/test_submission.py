@@ -93,10 +93,10 @@ def test_what_a_killed_launch_left_held_is_cancelled_by_the_next_one(small):
     small.tool("sbatch", f"{THIRD_FAILS} kill -KILL $PPID")
     small.launch()
     shutil.rmtree(small.tools)
-    left = {line.split()[0] for line in small.queued(str(small.run))}
+    left = {line.split()[0] for line in small.queued()}
     assert len(left) == 2
     assert small.launch().returncode == 0
-    now = {line.split()[0] for line in small.queued(str(small.run))}
+    now = {line.split()[0] for line in small.queued()}
     assert not left & now
     small.slurm.run("scancel", *PipelineRun(small.run).record().slurm_ids())
 
