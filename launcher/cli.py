@@ -156,7 +156,7 @@ def report(
 
 @app.command()
 def launch(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="YAML of kind pipeline")],
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="YAML of kind pipeline, or one job's")],
     overrides: Overrides = None,
     cluster: Annotated[str | None, typer.Option(help="name in configs/clusters, or a YAML (default: here)")] = None,
     rerun: Annotated[list[str] | None, typer.Option(metavar="JOB", help="make JOB and what needs it anew")] = None,
@@ -167,7 +167,8 @@ def launch(
 ) -> None:
     """Run the jobs of a pipeline, those that are missing or unfinished, in the order of their `needs`.
 
-    Under SLURM all of them are submitted at once, or none. The jobs run a copy of the code made now.
+    Under SLURM all of them are submitted at once, or none. The jobs run a copy of the code made now. One job's YAML is
+    launched as a pipeline of that job: its run is RUN/KIND.
 
     \b
     stpredict launch configs/pipelines/demo.yaml --cluster local
