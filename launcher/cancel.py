@@ -57,10 +57,11 @@ def cancel(path: Path) -> list[Cancelled]:
         processes = _processes(path, record)
         if not alive and not processes:
             return []
+        _tell(alive, processes)
         if record:
             record.cancelled = now()
             run.write_record(record)
-        _end(path, record, before, alive, processes)
+        _wait_for_end(record, before, alive, processes)
     after = {row.job: row for row in rows(path, slurm)}
     return [_what_became(row, after[row.job], alive, _folder(path, is_pipeline, row)) for row in before]
 
@@ -90,17 +91,19 @@ def _processes(path: Path, record: Record | None) -> dict[int, Path]:
     return found
 
 
-def _end(path: Path, record: Record | None, jobs: list[Row], alive: set[str], processes: dict[int, Path]) -> None:
+def _tell(alive: set[str], processes: dict[int, Path]) -> None:
+    queue.cancel(alive)
     for pid in processes:
         with suppress(ProcessLookupError):  # it was killed, and its ranks are about to end
             os.kill(pid, signal.SIGTERM)
-    queue.cancel(alive)
     what = [
         *([f"{len(alive)} SLURM job{'s' * (len(alive) > 1)}"] if alive else []),
         *([f"process {', '.join(map(str, processes))}"] if processes else []),
     ]
     console.print(f"cancelling {' and '.join(what)}; jobs that can save do so before they end")
 
+
+def _wait_for_end(record: Record | None, jobs: list[Row], alive: set[str], processes: dict[int, Path]) -> None:
     def left() -> list[str]:
         held = [f"process {pid}" for pid, folder in processes.items() if rundir.owner(folder)]
         return [*(sorted(_alive(record, jobs)) if alive else []), *held]

@@ -15,7 +15,8 @@ def ended(ids: Collection[str]) -> dict[str, str]:
     Empty where no accounts are kept; UserError where they are and do not answer."""
     if not ids or shutil.which("sacct") is None:
         return {}
-    question = ["--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={','.join(sorted(ids))}"]
+    question = ["--noheader", "--parsable2", "--allocations", "--allusers", "--format=JobID,State"]
+    question.append(f"--jobs={','.join(sorted(ids))}")
     try:
         answer = subprocess.run(["sacct", *question], capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:

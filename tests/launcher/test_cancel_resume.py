@@ -178,10 +178,10 @@ def squeue(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_CONF", str(folder / "none"))
 
-    def make(*lines: str):
+    def make(*lines: str, sacct: str = "echo 'Slurm accounting storage is disabled' >&2; exit 1"):
         (folder / "lines").write_text("".join(f"{line}\n" for line in lines))
         (folder / "squeue").write_text(f"#!/bin/sh\ncat {folder / 'lines'}\n")
-        (folder / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
+        (folder / "sacct").write_text(f"#!/bin/sh\n{sacct}\n")
         for tool in ("squeue", "sacct"):
             (folder / tool).chmod(0o755)
 
@@ -221,6 +221,27 @@ def test_an_array_is_one_row_with_rows_for_the_parts_that_did_not_end_well(array
     (row,) = rows(array.path)
     assert row.state == "failed"
     assert [(part.job, part.state) for part in row.bad_parts] == [("shards.1", "failed"), ("shards.2", "lost")]
+
+
+def test_how_jobs_ended_that_squeue_has_forgotten_is_asked_of_the_accounts_once(array, squeue, tmp_path):
+    for part in range(3):
+        part_status(array, part, "running")
+    asked = tmp_path / "asked"
+    answer = "printf '7_0|TIMEOUT\\n7_1|NODE_FAIL\\n7_2|CANCELLED by 5\\n'"
+    squeue(sacct=f"echo x >> {asked}; {answer}")
+    slurm = Slurm()
+    (row,) = rows(array.path, slurm)
+    reasons = [(part.state, part.reason) for part in row.all_parts]
+    assert reasons[:2] == [("lost", "ran into its time limit"), ("lost", "its node failed")]
+    assert reasons[2] == ("cancelled", "ended before it could save")
+    assert asked.read_text() == "x\n"
+    (later,) = rows(array.path, slurm, ask=False)
+    assert [(part.state, part.reason) for part in later.all_parts] == reasons
+    assert asked.read_text() == "x\n"
+    squeue(sacct="echo 'sacct: error: Connection refused' >&2; exit 1")
+    again = Slurm()
+    assert rows(array.path, again)[0].state == "lost"
+    assert again.note == "sacct: sacct: error: Connection refused"
 
 
 def test_what_another_slurm_calls_by_the_same_number_is_not_ours(array, squeue):
