@@ -1,6 +1,7 @@
 """What submitit calls in every task of a SLURM job of ours: one rank of the job. Torch-free up to the job itself."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def work(folder: str, job: str, part: int | None, merge: bool) -> None:
     Ends the process with the job's exit status. It has no ``checkpoint`` method, and in place of submitit's handlers of
     signals come ours: submitit would requeue the job before the ranks have saved together.
     """
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)  # SLURM sends one before each SIGTERM; submitit's logs a warning
     with StopRequest():
         try:
             leave(_work(PipelineRun(Path(folder)), job, part, merge))

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.record import PipelineRun, Record
@@ -41,6 +43,30 @@ class Slurm:
     def about(self, job: str) -> dict[str, str]:
         """What SLURM says of a job: JobState, Restarts, Reason, ..."""
         return dict(re.findall(r"\b(\w+)=(\S+)", self.run("scontrol", "--oneliner", "show", "job", job)))
+
+    def requeued(self, job: str, restarts: int = 1, timeout_s: float = 240) -> dict[str, str]:
+        """Waits until the job waits for its start number ``restarts`` + 1; what SLURM then says of it."""
+        wanted = {"JobState": "PENDING", "Restarts": str(restarts)}
+        self.wait_for(lambda: wanted.items() <= self.about(job).items(), timeout_s)
+        return self.about(job)
+
+    def start_now(self, job: str, *changes: str) -> None:
+        """Starts a requeued job, which otherwise waits for two minutes. Within the second in which the last start was
+        ended, a node may refuse the next one."""
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3", *changes)
+
+    def ranks(self, job: str) -> dict[int, tuple[int, str]]:
+        """Of a job's ranks those that run: rank → process and node."""
+        found = {}
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                own = process.environ()
+                array = "SLURM_ARRAY_JOB_ID" in own
+                its = f"{own['SLURM_ARRAY_JOB_ID']}_{own['SLURM_ARRAY_TASK_ID']}" if array else own.get("SLURM_JOB_ID")
+                here = own.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if here and its == job and "SLURM_STEP_ID" in own and process.parent().name().startswith("slurmstepd"):
+                    found[int(own["SLURM_PROCID"])] = process.pid, own["SLURMD_NODENAME"]
+        return found
 
     def wait(self, job: str, state: str, timeout_s: float = 120) -> dict[str, str]:
         """Until the job is in ``state``; what SLURM then says of it. Fails where it ends in another."""
