@@ -54,7 +54,7 @@ class Apptainer(Config):
     that it has outside; the home and the folder of the launch are."""
 
     kind: Literal["apptainer"] = "apptainer"
-    image: str = Field(description=".sif file or image URL")
+    image: str = Field(description=".sif file or, unpacked, a folder")
     binds: tuple[str, ...] = Field((), description="further folders of the host seen inside: /scratch")
     options: tuple[str, ...] = Field(("--nv",), description="further words for `apptainer exec`")
 

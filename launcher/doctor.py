@@ -95,12 +95,15 @@ def _tool(name: str) -> Callable[[], str]:
     return ask
 
 
-def _slurm() -> str:
+def slurm() -> str:
+    """Its version and whether its controller answers; RuntimeError where it does not, or where there is no cluster."""
+    from launcher.slurm.queue import NO_CLUSTER
+
     said = _tool("sbatch")
     try:
         found = said()
     except subprocess.CalledProcessError:
-        raise RuntimeError("sbatch is here, but no cluster's slurm.conf; where it lies elsewhere: SLURM_CONF") from None
+        raise RuntimeError(NO_CLUSTER) from None
     ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=60)
     if ping.returncode:
         raise RuntimeError(f"{found}: {' '.join(ping.stdout.split()) or 'its controller does not answer'}")
@@ -188,5 +191,5 @@ CHECKS = (
     Check("decord", True, _package("decord", "decord")),
     Check("flash-attn", False, _package("flash-attn", "flash_attn")),
     Check("xformers", False, _package("xformers", "xformers.ops")),
-    Check("SLURM", False, _slurm),
+    Check("SLURM", False, slurm),
 )

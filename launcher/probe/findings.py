@@ -24,7 +24,8 @@ STUCK: dict[Stage, str] = {
     "clocks": f"gloo does not get through; {NETWORK}",
     "disk": "the folder of --run must be one that all nodes share and may write to; in a container it must be mounted",
     "signal": "its log says why",
-    "packages": "its log says why",
+    "packages": "its log says why; where files of an Apptainer image vanished, the warning signal ended the process "
+    "that serves the .sif (squashfuse_ll): unpack the image (docs/cluster.md)",
 }
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from data_pipeline.errors import UsageError, UserError
 from launcher import local
 from launcher.config import ClusterConfig, SlurmCluster
-from launcher.doctor import Finding, exit_status, show
+from launcher.doctor import Finding, exit_status, show, slurm
 from launcher.probe.facts import DOING, RankFacts, read_facts
 from launcher.probe.findings import Expected, judge
 from launcher.probe.rank import probe
@@ -57,6 +57,10 @@ def examine(
     started."""
     if isinstance(cluster, SlurmCluster):
         SlurmExecutor(cluster).check()
+        try:
+            slurm()
+        except RuntimeError as error:
+            raise UsageError(str(error)) from None
         expected = _expected(cluster, nodes, processes)
         folder = _new_folder(folder)
         note = _on_slurm(cluster, expected, folder, timeout_s)

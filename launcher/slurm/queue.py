@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UsageError, UserError
 from launcher.record import Record
 
 TIMEOUT_S = 60.0
+NO_CLUSTER = "SLURM's commands are here, but no cluster's slurm.conf; where it lies elsewhere: SLURM_CONF"
 FORMAT = "%i|%T|%r|%N|%j"
 # Of a job that has ended and will not start again.
 OVER = {
@@ -113,6 +114,8 @@ def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout_s).stdout
     except subprocess.CalledProcessError as error:
+        if "configuration source" in error.stderr:
+            raise UsageError(NO_CLUSTER) from None
         raise UserError(f"{command[0]}: {' '.join(error.stderr.split()) or f'ended with {error.returncode}'}") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]}: no answer from SLURM's controller in {timeout_s:g} s; try again") from None
