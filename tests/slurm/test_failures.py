@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,6 +149,20 @@ def test_bad_usage_is_not_tried_again(slurm, launch, tmp_path):
         f"{tmp_path}/nowhere: no such folder; source.path must name a folder of videos (rank 0"
     )
     assert status.note == "not started again, since it would fail the same way"
+
+
+def test_ranks_without_scontrol_as_in_a_container_are_requeued_by_the_batch_script(slurm, launch):
+    launched = launch(DIGITS, python=f"env PATH=/nowhere {sys.executable}")
+    run = Run(launched.run / "shards")
+    slurm.wait_for(lambda: (status := run.status()) is not None and status.step > 0)
+    slurm.run("scancel", "--signal=USR2", launched.shards)
+    slurm.requeued(launched.shards)
+    then = f"SLURM job {launched.shards} is requeued and continues by itself"
+    assert (run.status().state, run.status().error) == ("preempted", f"stopped; {then}")
+    assert slurm.about(launched.shards)["ExcNodeList"] == "(null)"
+    slurm.start_now(launched.shards)
+    slurm.wait(launched.report, "COMPLETED")
+    assert (run.status().state, run.status().error) == ("done", None)
 
 
 def test_a_job_that_never_reaches_python_has_failed_and_its_log_says_why(slurm, launch):
