@@ -51,9 +51,9 @@ class Slurm:
         return self.about(job)
 
     def start_now(self, job: str, *changes: str) -> None:
-        """Starts a requeued job, which otherwise waits for two minutes. Within the second in which the last start was
-        ended, a node may refuse the next one."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3", *changes)
+        """Starts a requeued job, which otherwise waits for two minutes."""
+        time.sleep(2)  # within the second in which its last start was ended, a node may refuse the next one
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
 
     def ranks(self, job: str) -> dict[int, tuple[int, str]]:
         """Of a job's ranks those that run: rank → process and node."""
