@@ -112,7 +112,8 @@ def launch(
     _refuse(run, pipeline)
     with _nothing_left(run), locked(run.path):
         planned = prepare(pipeline, jobs, cluster, rerun, cluster_name)
-        snapshot(run.code)
+        if snapshot(run.code) != planned.code:
+            raise UserError("the code was edited while it was copied; launch again")
         try:
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 if planned.to_do and planned.before and planned.before.code != planned.code.name:

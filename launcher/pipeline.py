@@ -82,10 +82,10 @@ def _jobs(pipeline: PipelineConfig, path: Path) -> list[Job]:
     """In the order of their needs."""
     jobs: dict[str, Job] = {}
     for name in _order(pipeline, path):
-        needs = pipeline.jobs[name].needs
+        needs, array = pipeline.jobs[name].needs, pipeline.jobs[name].array
         config = _job_config(pipeline, path, name)
         upstream = [jobs[need].fingerprint for need in needs]
-        jobs[name] = Job(name, needs, config, fingerprint(config, upstream), pipeline.jobs[name].array)
+        jobs[name] = Job(name, needs, config, fingerprint(config, upstream), None if array == 1 else array)
     return list(jobs.values())
 
 

@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
+from data_pipeline.disk import temporary_path
 from stpredict.source import SOURCE_STATE, source_state
 
 ROOT = Path(__file__).parents[1]
@@ -19,15 +19,13 @@ def snapshot(folder: Path, root: Path = ROOT) -> Path:
     code = folder / _hash(contents)
     if code.is_dir():
         return code
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{code.name}.", dir=folder))
+    temporary = temporary_path(code)
     try:
         for name, content in contents.items():
             copy = temporary / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(content)
         (temporary / SOURCE_STATE).write_text(json.dumps(source_state(root), indent=1) + "\n")
-        temporary.chmod(0o755)
         temporary.rename(code)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

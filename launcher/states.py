@@ -16,6 +16,7 @@ ENDED = {
     "PREEMPTED": "preempted by SLURM",
     "TIMEOUT": "ran into its time limit",
 }
+WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}  # in all else it has its nodes
 UNMET = {"failed", "cancelled", "lost", "preempted"}  # states in which a job lets down those that need it
 
 
@@ -80,13 +81,16 @@ def _of_a_process(facts: Facts) -> Verdict:
 
 
 def _in_the_queue(facts: Facts, queued: Queued) -> Verdict:
-    if queued.state in ("RUNNING", "COMPLETING"):
-        state = facts.own.state if facts.own else "pending"
-        if state == "pending":
-            return Verdict("starting", live=True)
-        return Verdict("ending" if queued.state == "COMPLETING" and state == "running" else state, live=True)
-    reason = queued.reason if queued.state == "PENDING" else queued.state
-    return Verdict("requeued" if facts.own else "queued", None if reason == "None" else reason, live=True)
+    if queued.state in WAITING:
+        reason = queued.reason if queued.state == "PENDING" else queued.state
+        return Verdict("requeued" if facts.own else "queued", None if reason == "None" else reason, live=True)
+    state = facts.own.state if facts.own else "pending"
+    if state == "pending":
+        state = "starting"
+    elif state == "running" and queued.state == "COMPLETING":
+        state = "ending"
+    plain = queued.state in ("RUNNING", "COMPLETING")
+    return Verdict(state, None if plain else queued.state, live=True)
 
 
 def _gone_from_the_queue(facts: Facts, ended: str | None) -> Verdict:

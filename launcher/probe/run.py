@@ -129,10 +129,9 @@ def _on_slurm(cluster: SlurmCluster, expected: Expected, folder: Path, timeout_s
 
 def _executor(cluster: SlurmCluster, expected: Expected, folder: Path) -> submitit.SlurmExecutor:
     job, code = _job(expected.nodes, expected.ranks), snapshot(folder / "code")
-    given = parameters(cluster, KIND, "doctor", job, code, [])
-    # Nothing is to become of it when it fails; and the warning comes when it is asked for, not by the clock.
+    # The warning comes when it is asked for, not by the clock; and nothing is to become of it when it fails.
+    given = parameters(cluster.model_copy(update={"signal_delay_s": 1}), KIND, "doctor", job, code, [])
     del given["teardown"]
-    given["signal_delay_s"] = 1
     more = {name: value for name, value in given["additional_parameters"].items() if name not in ("requeue", "hold")}
     given["additional_parameters"] = {**more, "no-requeue": True}
     answer = shlex.quote(str(folder / "batch_scontrol"))

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Collection
 
 from data_pipeline.errors import UserError
+from launcher.slurm import queue
 
 TIMEOUT_S = 30.0
 NO_ACCOUNTS = "accounting storage is disabled"  # what sacct says where there is no slurmdbd
@@ -18,7 +19,7 @@ def ended(ids: Collection[str]) -> dict[str, str]:
     question = ["--noheader", "--parsable2", "--allocations", "--allusers", "--format=JobID,State"]
     question.append(f"--jobs={','.join(sorted(ids))}")
     try:
-        answer = subprocess.run(["sacct", *question], capture_output=True, text=True, timeout=TIMEOUT_S)
+        answer = queue.run("sacct", *question, timeout_s=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise UserError(f"sacct: no answer in {TIMEOUT_S:g} s") from None
     if NO_ACCOUNTS in answer.stderr:

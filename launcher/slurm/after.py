@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--merge", action="store_true")
     parser.add_argument("--nodes", required=True)
     given = parser.parse_args(arguments)
-    part = given.parts[int(os.environ["SLURM_ARRAY_TASK_ID"])] if given.parts else None
+    # One part alone is submitted as a plain job.
+    part = given.parts[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))] if given.parts else None
     verdict = after(PipelineRun(given.run), given.job, part, given.merge, given.nodes)
     if verdict.again:
         print(",".join(verdict.excluded or ()))

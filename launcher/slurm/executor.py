@@ -37,7 +37,8 @@ class SlurmExecutor:
         self.cluster = cluster
 
     def check(self) -> None:
-        missing = [tool for tool in ("sbatch", "srun", "squeue", "scancel", "scontrol") if shutil.which(tool) is None]
+        tools = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
+        missing = [tool for tool in tools if shutil.which(tool) is None]
         if missing:
             raise UsageError(
                 f"no SLURM on this machine (not found: {', '.join(missing)}); use a login node of the cluster"
@@ -78,6 +79,8 @@ class SlurmExecutor:
         """UsageError where SLURM has nothing on which one of the jobs could run, or refuses what one asks for."""
         if not launch.to_do:
             return
+        if "%" in str(launch.run.path.absolute()):
+            raise UsageError(f"{launch.run.path}: SLURM takes % in a log's path for a pattern; give another `run`")
         there = limits()
         for job in launch.to_do:
             for kind, parts in _steps(job, launch):

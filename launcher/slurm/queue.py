@@ -1,6 +1,6 @@
 """What SLURM knows of jobs, and what it is told: squeue, scancel, scontrol."""
 
-import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +14,8 @@ from launcher.record import Record
 TIMEOUT_S = 60.0
 NO_CLUSTER = "SLURM's commands are here, but no cluster's slurm.conf; where it lies elsewhere: SLURM_CONF"
 FORMAT = "%i|%T|%r|%N|%j"
+# Variables in which a person keeps options of these commands: SQUEUE_PARTITION would hide jobs of ours.
+HABITS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_", "SLURM_CLUSTERS")
 # Of a job that has ended and will not start again.
 OVER = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
@@ -39,15 +41,15 @@ def here() -> bool:
     return shutil.which("squeue") is not None
 
 
-def known(ids: Iterable[str], user: str | None = None, timeout_s: float = TIMEOUT_S) -> dict[str, Queued]:
-    """Of the jobs ``ids`` of ``user`` (default: this one) those that are waiting, running or ending, and those that
-    ended some minutes ago at most. Tasks of arrays are ARRAY_TASK. One question for all of them."""
+def known(ids: Iterable[str], user: int | None = None, timeout_s: float = TIMEOUT_S) -> dict[str, Queued]:
+    """Of the jobs ``ids`` of ``user`` (a number; default: this one) those that are waiting, running or ending, and
+    those that ended some minutes ago at most. Tasks of arrays are ARRAY_TASK. One question for all of them."""
     wanted = set(ids)
     if not wanted:
         return {}
     # Not --jobs: where SLURM has forgotten one of them, it may refuse to tell of the others.
-    user = f"--user={user or getpass.getuser()}"
-    question = ("--noheader", "--array", "--states=all", user, f"--format={FORMAT}")
+    of = f"--user={os.getuid() if user is None else user}"
+    question = ("--noheader", "--array", "--states=all", of, f"--format={FORMAT}")
     return parse(ask("squeue", *question, timeout_s=timeout_s), wanted)
 
 
@@ -92,7 +94,7 @@ def strays(folder: Path, known: Iterable[str]) -> list[str]:
     """Jobs with batch scripts below ``folder`` that are held and not ``known``: left by a launch that was killed, or
     by an sbatch whose answer was lost."""
     known = {id.partition("_")[0] for id in known}
-    out = ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F|%r|%o")
+    out = ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%F|%r|%o")
     rows = (line.split("|", 2) for line in out.splitlines())
     below = f"{folder.absolute()}/"
     found = {id for id, reason, script in rows if reason == "JobHeldUser" and script.startswith(below)}
@@ -112,10 +114,17 @@ def partition(name: str) -> dict[str, str]:
 def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     """What one of SLURM's commands prints. UserError with its words where it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout_s).stdout
+        return run(*command, check=True, timeout_s=timeout_s).stdout
     except subprocess.CalledProcessError as error:
         if "configuration source" in error.stderr:
             raise UsageError(NO_CLUSTER) from None
         raise UserError(f"{command[0]}: {' '.join(error.stderr.split()) or f'ended with {error.returncode}'}") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]}: no answer from SLURM's controller in {timeout_s:g} s; try again") from None
+
+
+def run(*command: str, check: bool = False, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+    """One of SLURM's commands, whatever a person's habits are."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(HABITS)}
+    bare = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "env": environment}
+    return subprocess.run(command, check=check, timeout=timeout_s, **bare)

@@ -61,6 +61,12 @@ def parameters(
     """submitit's parameters for one job. ``after`` are the arguments of the program that decides about a failed job;
     ``dependencies`` the SLURM jobs that must end well first."""
     options, shape = cluster.options_of(kind, config), shape_of(cluster, kind, config, name)
+    if options.minutes * 60 <= cluster.signal_delay_s:
+        raise UsageError(
+            f"job {name!r}: its time limit is {options.time}, and it is told to save {cluster.signal_delay_s} s before "
+            "that (signal_delay_s of the profile): it would start again and again, and do nothing; give more time "
+            "(resources.time, or time of the profile), or a shorter signal_delay_s"
+        )
     threads = config.resources.threads if config else None
     cpus = max(options.cpus_per_rank, threads or 1)
     gpus = min(options.gpus_per_node, shape.ranks_per_node) if not options.exclusive else options.gpus_per_node

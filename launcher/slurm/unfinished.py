@@ -1,7 +1,6 @@
 """What SLURM is still to do of an earlier launch: a later one leaves it alone, and depends upon it."""
 
 import time
-from collections.abc import Iterable
 
 from data_pipeline.errors import UsageError
 from launcher.record import JobRecord, PipelineRun, Record, Submitted
@@ -43,18 +42,14 @@ def _settled(before: Record) -> set[str]:
     while True:
         jobs = queue.queued(before.slurm_ids())
         if not any(job.state == "COMPLETING" for job in jobs.values()) or time.monotonic() > end:
-            ours = {one.slurm_id: _name(before, name, one) for name, one in _submitted(before)}
             # Another SLURM may have given the same id to something else.
+            ours = {
+                one.slurm_id: before.slurm_name(one.of(name))
+                for name, job in before.jobs.items()
+                for one in job.submitted
+            }
             return {id for id, job in jobs.items() if job.reason != NEVER and job.name == ours[id]}
         time.sleep(0.5)
-
-
-def _submitted(record: Record) -> Iterable[tuple[str, Submitted]]:
-    return ((name, one) for name, job in record.jobs.items() for one in job.submitted)
-
-
-def _name(record: Record, job: str, one: Submitted) -> str:
-    return f"{record.pipeline}.{job}.merge" if one.merge else f"{record.pipeline}.{job}"
 
 
 def _did(run: PipelineRun, name: str, job: JobRecord, one: Submitted) -> bool:

@@ -5,8 +5,11 @@ import os
 import pytest
 
 from launcher.config import SlurmCluster
-from launcher.slurm.after import Failures, decide, eligible_nodes, expand_nodes
+from launcher.record import JobRecord, PipelineRun, Record
+from launcher.slurm.after import Failures, decide, eligible_nodes, expand_nodes, main
 from launcher.slurm.failure import Failure, rank_log, was_asked, what_happened
+from stpredict.config import load
+from stpredict.jobs.config import AnyJobConfig
 from stpredict.run import Run
 
 # As srun 22.05 writes, in jobs of two ranks on each of two nodes.
@@ -153,3 +156,29 @@ def test_lists_of_nodes_are_expanded():
     expanded = ["gpu003", "gpu004", "gpu9", "login", "x1-ib", "x2-ib"]
     assert expand_nodes("gpu[003-004,9],login,x[1-2]-ib") == expanded
     assert expand_nodes("") == []
+
+
+@pytest.mark.parametrize(
+    ("job", "parts", "part"),
+    [
+        ({"SLURM_JOB_ID": "6", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}, "0,2", 2),
+        ({"SLURM_JOB_ID": "5"}, "1", 1),
+    ],
+    ids=["a-task", "the-only-one-left"],
+)
+def test_of_an_array_the_part_that_failed_says_so(tmp_path, monkeypatch, job, parts, part):
+    for name, value in {"SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "1", **job}.items():
+        monkeypatch.setenv(name, value)
+    run = PipelineRun(tmp_path)
+    run.write_config("shards", load(AnyJobConfig, "configs/data/moving_digits.yaml", [f"run={tmp_path / 'shards'}"]))
+    record = JobRecord(fingerprint="f", array=3)
+    run.write_record(
+        Record(
+            pipeline="p", cluster_name="c", cluster=SlurmCluster(), code="x", launched="2026", jobs={"shards": record}
+        )
+    )
+    run.slurm_folder("shards").mkdir(parents=True)
+    assert main([str(tmp_path), "shards", f"--parts={parts}", "--nodes=one-a idle all*"]) == 0
+    said = Run(tmp_path / "shards" / "parts" / f"{part}-of-3").status()
+    assert (said.state, said.fingerprint) == ("pending", "f")
+    assert "start 2 of 3 follows" in said.note

@@ -94,6 +94,8 @@ def test_an_array_runs_here_part_by_part_and_leaves_to_the_byte_what_one_job_lea
     assert len(part_runs(array)) == 2
     assert Run(array).status().fingerprint == Run(alone).status().fingerprint
     assert set(plan(load_pipeline(shards(2, "array"))[1]).values()) == {"skip"}
+    (job,) = load_pipeline(shards(1, "alone"))[1]
+    assert job.array is None  # of one task
 
 
 def test_of_an_array_that_stopped_halfway_only_the_missing_task_runs_and_never_another_number_of_tasks(

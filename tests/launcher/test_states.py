@@ -88,6 +88,11 @@ RUNNING, COMPLETING = Queued("RUNNING", "None", "gpu1"), Queued("COMPLETING", "N
         ({"slurm_id": MINE, "queued": COMPLETING, "status": status("running", MINE)}, Verdict("ending", live=True)),
         ({"slurm_id": MINE, "queued": COMPLETING, "status": status("done", MINE)}, Verdict("done")),
         (
+            {"slurm_id": MINE, "queued": Queued("SUSPENDED"), "status": status("running", MINE)},
+            Verdict("running", "SUSPENDED", True),
+        ),
+        ({"slurm_id": MINE, "queued": Queued("CONFIGURING")}, Verdict("queued", "CONFIGURING", True)),
+        (
             {"slurm_id": MINE, "queued": PENDING["BeginTime"], "status": status("preempted", MINE)},
             Verdict("requeued", "BeginTime", True),
         ),

@@ -18,7 +18,7 @@ def ago(seconds):
 
 
 def write(run, **fields):
-    status = Status(kind="prior", host=socket.gethostname(), **fields)
+    status = Status(**{"kind": "prior", "host": socket.gethostname(), **fields})
     run.path.mkdir(exist_ok=True)
     run.status_path.write_text(status.model_dump_json())
 
@@ -48,9 +48,9 @@ def test_a_process_that_ended_and_was_not_waited_for_is_gone_too(tmp_path):
 
 def test_a_job_of_another_host_is_never_called_lost(tmp_path):
     run = Run(tmp_path / "r")
-    write(run, state="running", pid=2**22)
-    run.update_status(host="elsewhere")
-    assert rows(run.path)[0].state == "running"
+    write(run, state="running", pid=2**22, host="elsewhere", heartbeat=ago(-5))  # its clock is ahead of this one
+    (row,) = rows(run.path)
+    assert (row.state, row.heartbeat_age_s) == ("running", 0.0)
 
 
 def test_time_left_counts_from_where_this_process_began(tmp_path, monkeypatch):

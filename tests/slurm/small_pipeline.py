@@ -57,7 +57,8 @@ class Small:
     def _command(self, words, here: bool, environment: dict[str, str] | None) -> tuple[list[str], dict[str, Any]]:
         command = ["stpredict", "launch", str(self.path), *words, *([] if here else ["--cluster", str(self.cluster)])]
         path = f"{self.tools}:{self.slurm.environment['PATH']}"
-        env = {**self.slurm.environment, "PATH": path, **(environment or {})}
+        habits = {"SQUEUE_PARTITION": "none", "SINFO_PARTITION": "none"}
+        env = {**self.slurm.environment, "PATH": path, **habits, **(environment or {})}
         return command, {"env": env, "cwd": self.folder}
 
     def wait_done(self) -> None:

@@ -168,6 +168,11 @@ def test_wherever_on_the_way_the_disk_is_full_that_is_said_and_nothing_is_left(l
         ({}, {"nodes": 1, "processes": 2}, "a node of this cluster takes 1"),
         ({"constraint": "fast"}, {}, "Invalid feature specification"),
         ({"options": {"licenses": "none:1"}}, {}, "Invalid license specification"),
+        (
+            {"time": "00:01:00", "signal_delay_s": 60},
+            {},
+            "time limit is 00:01:00, and it is told to save 60 s before",
+        ),
         ({"time": 86400}, {}, "86400 is no time limit; write HH:MM:SS or D-HH:MM:SS, in quotes"),
     ],
 )
@@ -178,6 +183,13 @@ def test_what_can_never_run_is_refused_in_one_line_before_anything_is_written(sm
     assert says in refused.stderr
     assert not small.run.exists()
     assert small.queued() == []
+
+
+def test_a_run_whose_path_slurm_would_take_for_a_pattern_is_refused(small):
+    refused = small.launch(f"run={small.folder / 'half%noise'}")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert "half%noise: SLURM takes % in a log's path for a pattern" in refused.stderr
+    assert not (small.folder / "half%noise").exists()
 
 
 def test_a_time_above_the_partitions_limit_is_refused(small):
