@@ -10,7 +10,8 @@ state=$(scontrol --oneliner show job "$job" | sed -n 's/.* JobState=\([A-Z_]*\) 
 if [[ $state != RUNNING ]]; then # cancelled, out of time, or requeued already
     exit "$status"
 fi
-if excluded=$("$@" --nodes="$(sinfo --noheader --Node --format='%N %T %P')"); then
+nodes=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %T %P')
+if excluded=$("$@" --nodes="$nodes"); then
     trap '' TERM # the requeued job is ended; ExcNodeList is for one that waits
     scontrol requeue "$job" && [[ -n $excluded ]] && scontrol update JobId="$job" ExcNodeList="$excluded"
 fi

@@ -67,8 +67,7 @@ def parameters(
             "that (signal_delay_s of the profile): it would start again and again, and do nothing; give more time "
             "(resources.time, or time of the profile), or a shorter signal_delay_s"
         )
-    threads = config.resources.threads if config else None
-    cpus = max(options.cpus_per_rank, threads or 1)
+    cpus = options.cpus_per_rank
     gpus = min(options.gpus_per_node, shape.ranks_per_node) if not options.exclusive else options.gpus_per_node
     additional: dict[str, Any] = {"requeue": True, "hold": True, "chdir": str(Path.cwd()), **options.options}
     if gpus:
@@ -76,7 +75,7 @@ def parameters(
         additional[option] = value.format(gpus=gpus)
     if dependencies:
         additional |= {"dependency": "afterok:" + ":".join(dependencies), "kill-on-invalid-dep": "yes"}
-    variables = {"OMP_NUM_THREADS": str(threads or cpus), **_code_for(cluster, code), **cluster.environment}
+    variables = {"OMP_NUM_THREADS": str(cpus), **_code_for(cluster, code), **cluster.environment}
     setup = [
         BEGIN,
         *cluster.setup,

@@ -223,6 +223,40 @@ def test_an_array_is_one_row_with_rows_for_the_parts_that_did_not_end_well(array
     assert [(part.job, part.state) for part in row.bad_parts] == [("shards.1", "failed"), ("shards.2", "lost")]
 
 
+def test_what_has_started_since_squeue_was_asked_is_no_longer_in_the_queue(array, squeue):
+    squeue(*(f"7_{part}|PENDING|BeginTime||p.shards" for part in range(3)))
+    slurm = Slurm()
+    rows(array.path, slurm)
+    part_status(array, 0, "running", started="2020-01-01T00:00:00+00:00")
+    part_status(array, 1, "running", started="2999-01-01T00:00:00+00:00")
+    (row,) = rows(array.path, slurm, ask=False)
+    assert [part.state for part in row.all_parts] == ["requeued", "running", "queued"]
+
+
+def test_an_array_takes_as_long_as_its_slowest_part(array, squeue):
+    for part, eta_s in enumerate((500, 1000, 700)):
+        part_status(array, part, "running", steps=10, eta_s=eta_s)
+    squeue(*(f"7_{part}|RUNNING|None|n1|p.shards" for part in range(3)))
+    assert 900 < rows(array.path)[0].eta_s <= 1000
+
+
+def test_an_array_that_was_done_before_the_launch_is_up_to_date(array, squeue):
+    whole = Run(array.path / "shards")
+    for finished, state in (("2025", "up to date"), ("2027", "done")):
+        whole.update_status(kind="shard", state="done", finished=f"{finished}-01-01T00:00:00+00:00")
+        squeue()
+        assert rows(array.path)[0].state == state
+
+
+def test_a_merge_that_failed_says_why(array, squeue):
+    for part in range(3):
+        part_status(array, part, "done", finished="2026-01-01T00:00:00+00:00")
+    Run(array.path / "shards").update_status(kind="shard", state="failed", slurm_job_id="8", error="no room")
+    squeue()
+    (row,) = rows(array.path)
+    assert (row.state, row.reason, row.status.error, row.parts_done) == ("failed", "merge", "no room", 3)
+
+
 def test_how_jobs_ended_that_squeue_has_forgotten_is_asked_of_the_accounts_once(array, squeue, tmp_path):
     for part in range(3):
         part_status(array, part, "running")

@@ -36,6 +36,7 @@ def test_sinfo_is_read():
         ({"nodes": 4}, "it asks for 4 nodes, and partition 'a100' has 3 nodes"),
         ({"mem": "512001M"}, "it asks for 512001M on a node, and the largest of partition 'a100' has 512000M"),
         ({"mem": "500G"}, None),
+        ({"partition": "debug,a100", "gpus_per_node": 8}, None),
         ({"partition": "gpu"}, "the cluster has no partition 'gpu'; there are: a100, debug, long"),
     ],
 )
@@ -51,6 +52,7 @@ def test_a_job_fits_or_the_line_says_what_is_too_much(asked, says):
         ({"partition": "debug", "time": 31}, "it asks for 31 minutes, and partition 'debug' gives 30 at most"),
         ({"partition": "debug,long", "time": 31}, None),
         ({"partition": "long", "time": 10**6}, None),
+        ({"partition": "debug,a100", "time": 31}, None),
         ({"time": 2881}, "partition 'a100' gives 2880 at most"),
     ],
 )

@@ -22,6 +22,7 @@ SACCT = """\
 12|TIMEOUT
 13_4|CANCELLED by 1000
 14|PENDING
+15|RUNNING
 99|FAILED
 """
 
@@ -38,7 +39,7 @@ def test_of_squeues_lines_those_that_were_asked_for_are_read():
 
 
 def test_of_saccts_lines_the_last_end_of_each_job_counts():
-    ids = {"11", "12", "13_4", "14", "15"}
+    ids = {"11", "12", "13_4", "14", "15", "16"}
     assert accounting.parse(SACCT, ids) == {"11": "COMPLETED", "12": "TIMEOUT", "13_4": "CANCELLED"}
 
 
@@ -135,7 +136,17 @@ RUNNING, COMPLETING = Queued("RUNNING", "None", "gpu1"), Queued("COMPLETING", "N
             Verdict("failed", "its node failed: no python"),
         ),
         ({"slurm_id": MINE}, Verdict("lost", "SLURM has it no more, and it never started")),
+        # somebody went on with it by hand
+        (
+            {"slurm_id": MINE, "status": status("preempted", started="2026-01-02"), "launched": "2026-01-01"},
+            Verdict("preempted"),
+        ),
+        (
+            {"slurm_id": MINE, "status": status("preempted", started="2026-01-01"), "launched": "2026-01-02"},
+            Verdict("lost", "SLURM has it no more, and it never started"),
+        ),
         # SLURM does not answer
+        ({"slurm_id": MINE, "answered": False, "status": status("failed", MINE)}, Verdict("failed")),
         ({"slurm_id": MINE, "answered": False}, Verdict("submitted", live=True)),
         (
             {"slurm_id": MINE, "answered": False, "status": status("running", MINE)},
@@ -161,6 +172,7 @@ def test_an_array_is_what_its_parts_are_and_then_what_its_merge_is():
     running, queued = Verdict("running", live=True), Verdict("queued", "Dependency", True)
     cases = [
         ([done, failed, running], queued, running),  # what failed is told in rows of its own
+        ([done, failed, Verdict("requeued", "BeginTime", True)], queued, Verdict("requeued", "BeginTime", True)),
         ([done, failed, done], queued, failed),
         ([done, done], queued, Verdict("queued", "merge: Dependency", True)),
         ([done, done], Verdict("starting", live=True), Verdict("merging", live=True)),
