@@ -63,6 +63,13 @@ def test_what_fails_on_the_way_leaves_no_job_and_every_file_as_it_was(done, tool
     assert done.tree() == before
 
 
+def test_what_is_done_is_waited_for_by_nothing(done):
+    shown = json.loads(done.launch("--rerun", "report", "--dry-run", "--json").stdout)
+    assert [(row["job"], row["action"]) for row in shown["jobs"]] == [("shards", "skip"), ("report", "rerun")]
+    assert list(shown["scripts"]) == ["report"]
+    assert "--dependency" not in shown["scripts"]["report"]
+
+
 def test_a_dry_run_writes_nothing_and_prints_the_scripts_that_are_then_submitted(small):
     dry = small.launch("--dry-run", "--json")
     assert dry.returncode == 0, dry.stderr
