@@ -47,6 +47,7 @@ def _check_needs(run: PipelineRun, name: str) -> None:
     for need in record.jobs[name].needs:
         status = Run(run.path / need).status()
         if status is None or status.state != "done":
-            raise UserError(f"job {name!r} needs {run.path / need}, which is {status.state if status else 'not there'}")
+            found = f"whose state is {status.state}" if status else "which is not there"
+            raise UserError(f"job {name!r} needs {run.path / need}, {found}; launch again")
         if status.fingerprint != record.jobs[need].fingerprint:
             raise UserError(f"job {name!r} needs {run.path / need}, which was made with another config; launch again")

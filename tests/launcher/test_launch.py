@@ -1,12 +1,13 @@
 """What a launch changes: all of it or nothing; on this machine, arrays, too."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import UsageError, UserError
 from launcher.changes import Changes
 from launcher.config import LocalCluster, SlurmCluster
 from launcher.launch import launch, prepare
@@ -14,8 +15,9 @@ from launcher.local_pipeline import LocalExecutor
 from launcher.parts import part_runs
 from launcher.pipeline import load_pipeline, plan
 from launcher.preview import preview
-from launcher.record import PipelineRun
+from launcher.record import JobRecord, PipelineRun, Record
 from launcher.rundir import locked
+from launcher.slurm.task import _check_needs
 from stpredict.run import Run
 
 VIDEOS = {"kind": "moving_digits", "videos": 8, "validation_videos": 2, "frames": 4}
@@ -146,6 +148,13 @@ def test_jobs_run_the_code_that_was_there_when_the_launch_began(shards, tmp_path
     assert "raise" in module.read_text()
 
 
+def test_code_that_is_edited_while_it_is_copied_is_run_by_no_job(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("launcher.launch.place_of", lambda folder: folder / "before-the-edit")
+    with pytest.raises(UserError, match="edited while it was copied; launch again"):
+        launch(*load_pipeline(shards(None)), LocalCluster())
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_launch_that_is_refused_leaves_no_folder(shards, tmp_path):
     class Refusing(LocalExecutor):
         def run(self, launch):
@@ -213,3 +222,22 @@ def test_a_dry_run_here_shows_what_a_launch_would_do(shards, capsys, fake):
     preview(pipeline, jobs, LocalCluster(), ["shards"], "local", True)
     assert [row["action"] for row in json.loads(capsys.readouterr().out)["jobs"]] == ["rerun"]
     assert prepare(pipeline, jobs, LocalCluster()).to_do == []
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (None, "which is not there"),
+        ({"state": "failed", "fingerprint": "a"}, "whose state is failed"),
+        ({"state": "done", "fingerprint": "b"}, "which was made with another config"),
+        ({"state": "done", "fingerprint": "a"}, None),
+    ],
+)
+def test_a_job_begins_only_with_what_its_launch_expected(tmp_path, status, says):
+    run = PipelineRun(tmp_path)
+    jobs = {"shards": JobRecord(fingerprint="a"), "report": JobRecord(fingerprint="c", needs=("shards",))}
+    run.write_record(Record(pipeline="p", cluster_name="c", code="x", launched="2026", jobs=jobs))
+    if status:
+        Run(tmp_path / "shards").update_status(kind="shard", **status)
+    with pytest.raises(UserError, match=says) if says else nullcontext():
+        _check_needs(run, "report")

@@ -68,6 +68,8 @@ def test_what_is_done_is_waited_for_by_nothing(done):
     assert [(row["job"], row["action"]) for row in shown["jobs"]] == [("shards", "skip"), ("report", "rerun")]
     assert list(shown["scripts"]) == ["report"]
     assert "--dependency" not in shown["scripts"]["report"]
+    shown = json.loads(done.launch("--rerun", "shards", "--dry-run", "--json").stdout)
+    assert list(shown["scripts"]) == ["shards", "shards.merge", "report"]  # though all of its parts are there
 
 
 def test_a_dry_run_writes_nothing_and_prints_the_scripts_that_are_then_submitted(small):
