@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from shlex import quote
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -15,7 +16,8 @@ from data_pipeline.errors import UsageError, UserError
 from launcher import rundir
 from launcher.config import SlurmCluster
 from launcher.overview import Row, Slurm, rows, runs_of
-from launcher.record import PipelineRun, Record
+from launcher.parts import part_runs
+from launcher.record import PipelineRun, Record, pipeline_of
 from launcher.slurm import queue
 from stpredict.run import Run, now
 from stpredict.training.checkpoint import complete_checkpoints, step_of
@@ -41,37 +43,44 @@ class Cancelled(BaseModel):
 
 def cancel(path: Path) -> list[Cancelled]:
     """Ends all jobs of the run ``path`` that wait or run; returns them when they have ended. UserError where SLURM does
-    not answer, or where one does not end."""
+    not answer, or where one does not end.
+
+    A job that SLURM has for a pipeline is known from what was launched, so that it can be cancelled before it began.
+    """
     is_pipeline = (path / "pipeline.yaml").is_file()
-    run = PipelineRun(path)
+    whole, only = path, None
+    if not is_pipeline and (found := pipeline_of(path)) and isinstance(found[1].cluster, SlurmCluster):
+        whole, only = found[0], path.absolute().name
+    run = PipelineRun(whole)
     with ExitStack() as stack:
-        record = run.record() if is_pipeline else None
+        record = run.record() if is_pipeline or only else None
         if record and isinstance(record.cluster, SlurmCluster):
-            stack.enter_context(rundir.locked(path))  # nobody launches meanwhile
+            stack.enter_context(rundir.locked(whole))  # nobody launches meanwhile
             record = run.record()
         slurm = Slurm()
-        before = [row for row in rows(path, slurm) if row.live]
+        before = [row for row in rows(whole, slurm) if row.live and only in (None, row.job)]
         if not slurm.answered and any(row.slurm_ids for row in before):
             raise UserError(f"{slurm.note.partition(': these are')[0]}: nothing is cancelled")
-        alive = _alive(record, before)
-        processes = _processes(path, record)
+        alive = _alive(record, before, only)
+        processes = _processes(path, None if only else record)
         if not alive and not processes:
             return []
         _tell(alive, processes)
-        if record:
+        if record and not only:
             record.cancelled = now()
             run.write_record(record)
-        _wait_for_end(record, before, alive, processes)
-    after = {row.job: row for row in rows(path, slurm)}
-    return [_what_became(row, after[row.job], alive, _folder(path, is_pipeline, row)) for row in before]
+        _wait_for_end(lambda: _alive(record, before, only) if alive else set(), processes)
+    after = {row.job: row for row in rows(whole, slurm)}
+    in_pipeline = record is not None
+    return [_what_became(row, after[row.job], alive, _folder(whole, in_pipeline, row)) for row in before]
 
 
-def _alive(record: Record | None, jobs: list[Row]) -> set[str]:
-    """The SLURM jobs of a run that have not ended."""
+def _alive(record: Record | None, jobs: list[Row], only: str | None = None) -> set[str]:
+    """The SLURM jobs of a run, or of the job ``only``, that have not ended."""
     if not queue.here():
         return set()
     if record:
-        return {id for ids in queue.queued_jobs(record).values() for id in ids}
+        return {id for name, ids in queue.queued_jobs(record).items() if only in (None, name) for id in ids}
     return set(queue.queued(id for row in jobs for id in row.slurm_ids))
 
 
@@ -79,7 +88,8 @@ def _processes(path: Path, record: Record | None) -> dict[int, Path]:
     """The launchers here that do it without SLURM, and what each of them holds. UsageError where one is elsewhere."""
     if record and isinstance(record.cluster, SlurmCluster):
         return {}
-    folders = [path] if (path / "pipeline.yaml").is_file() else [run.path for run in runs_of(path).values()]
+    begun = Run(path).status_path.is_file() or part_runs(path)
+    folders = [run.path for run in runs_of(path).values()] if begun else [path]
     found = {}
     for folder in folders:
         owner = rundir.OWNER.fullmatch(rundir.owner(folder) or "")
@@ -103,12 +113,12 @@ def _tell(alive: set[str], processes: dict[int, Path]) -> None:
     console.print(f"cancelling {' and '.join(what)}; jobs that can save do so before they end")
 
 
-def _wait_for_end(record: Record | None, jobs: list[Row], alive: set[str], processes: dict[int, Path]) -> None:
+def _wait_for_end(alive: Callable[[], set[str]], processes: dict[int, Path]) -> None:
     def left() -> list[str]:
         held = [f"process {pid}" for pid, folder in processes.items() if rundir.owner(folder)]
-        return [*(sorted(_alive(record, jobs)) if alive else []), *held]
+        return [*sorted(alive()), *held]
 
-    _wait(left, again=lambda: queue.cancel(_alive(record, jobs) if alive else ()))
+    _wait(left, again=lambda: queue.cancel(alive()))
 
 
 def _wait(left: Callable[[], list[str]], again: Callable[[], None]) -> None:
@@ -148,6 +158,21 @@ def as_text(jobs: list[Cancelled], path: Path) -> list[str]:
     lines: dict[str, list[str]] = {}
     for job in jobs:
         saved = f"; its newest checkpoint is of step {job.checkpoint}" if job.checkpoint is not None else ""
-        how = job.said or f"{job.state} {job.reason or ''}".strip()
+        how = job.said or job.state + (f" ({job.reason})" if job.reason else "")
         lines.setdefault(f"{how}{saved}", []).append(job.job)
-    return [*(f"{', '.join(names)}: {said}" for said, names in lines.items()), f"go on: stpredict resume {path}"]
+    told = [f"{', '.join(names)}: {said}" for said, names in lines.items()]
+    if (found := pipeline_of(path)) is None:
+        return [*told, f"go on: stpredict resume {quote(str(path))}"]
+    folder, record = found
+    if dependents := _dependents(record, path.absolute().name):
+        told.append(f"{', '.join(dependents)}: not started, for want of it")
+    return [*told, f"go on: stpredict resume {quote(str(folder))}"]
+
+
+def _dependents(record: Record, job: str) -> list[str]:
+    """The jobs that need ``job``, or one of those that do."""
+    found = [job]
+    for name, other in record.jobs.items():  # each after those that it needs
+        if set(other.needs) & set(found):
+            found.append(name)
+    return found[1:]

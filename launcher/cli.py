@@ -207,6 +207,8 @@ def status(
     lost           it says that it is running, but its process, or SLURM's job, is gone
     up to date     an earlier launch did it
 
+    elapsed: since its last start, of an array since the first part's; seen: since its last sign of life.
+
     The exit status is 0 whatever the states are. stpredict resume RUN goes on with what is not done.
     """
     from rich.console import Console
@@ -286,8 +288,8 @@ def resume(
 ) -> None:
     """Launch again what is missing or unfinished of a pipeline's run, or go on with a single job here.
 
-    The configs are those that it was launched with, kept in the run: whatever became of the YAML files since. The code
-    is the present one.
+    A job that a pipeline had in SLURM goes on with its pipeline. The configs are those that it was launched with, kept
+    in the run: whatever became of the YAML files since. The code is the present one.
 
     \b
     stpredict resume runs/nbp

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 
 import psutil
 import yaml
@@ -14,7 +15,7 @@ from data_pipeline.errors import UsageError, UserError
 from launcher import rundir, states
 from launcher.config import SlurmCluster
 from launcher.parts import part_runs
-from launcher.record import JobRecord, PipelineRun, Record, Submitted
+from launcher.record import JobRecord, PipelineRun, Record, Submitted, pipeline_of
 from launcher.slurm import accounting, queue
 from launcher.slurm.logs import last_words
 from launcher.states import Facts, Verdict
@@ -97,6 +98,8 @@ def runs_of(path: Path) -> dict[str, Run]:
     if not Run(path).status_path.is_file() and (parts := part_runs(path)):
         return {part.path.name: part for part in parts}
     if not Run(path).status_path.is_file():
+        if found := pipeline_of(path):
+            raise UsageError(f"{path} has not begun; of its pipeline: stpredict status {quote(str(found[0]))}")
         raise UsageError(f"{path} is not a run directory: it has neither status.json nor pipeline.yaml")
     return {path.resolve().name: Run(path)}
 

@@ -118,6 +118,13 @@ class PipelineRun:
             return None
 
 
+def pipeline_of(path: Path) -> tuple[Path, Record] | None:
+    """The run of the pipeline, and what was launched there, of which the run directory ``path`` is a job."""
+    folder = path.parent if len(path.parts) > 1 else path.absolute().parent
+    record = PipelineRun(folder).record()
+    return (folder, record) if record and path.absolute().name in record.jobs else None
+
+
 def part_config(config: JobConfig, part: int | None, parts: int | None) -> JobConfig:
     """``config``, or that of its ``part`` of ``parts``."""
     if part is None:

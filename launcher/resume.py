@@ -6,14 +6,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from data_pipeline.errors import UsageError
 from launcher import jobs
-from launcher.config import ClusterConfig, PipelineConfig, load_cluster
+from launcher.config import ClusterConfig, PipelineConfig, SlurmCluster, load_cluster
 from launcher.overview import rows, runs_of
 from launcher.parts import merge, part_runs
 from launcher.pipeline import Job
-from launcher.record import PipelineRun, Record
+from launcher.record import PipelineRun, Record, pipeline_of
 from stpredict.config import load
 from stpredict.jobs.config import AnyJobConfig
 from stpredict.jobs.start import command_of
@@ -59,6 +60,16 @@ def _go_to(record: Record) -> None:
     print(f"in {record.directory}, where it was launched", file=sys.stderr)
 
 
+def _refuse_of_slurm(path: Path) -> None:
+    """A job that nodes of a cluster did is not for the login node that somebody types this on."""
+    match pipeline_of(path):
+        case folder, Record(cluster=SlurmCluster()) as record:
+            raise UsageError(
+                f"{path} is a job of a pipeline that was launched with --cluster {record.cluster_name}; it goes on "
+                f"there by: stpredict resume {quote(str(folder))}"
+            )
+
+
 def resume_job(path: Path, options: Sequence[str] = ()) -> int:
     """Goes on here with the run of a single job, or with the parts of one that have begun and their merge. Returns an
     exit status. ``options`` are those that were given, and make sense for pipelines only."""
@@ -67,7 +78,9 @@ def resume_job(path: Path, options: Sequence[str] = ()) -> int:
     waiting = [row for row in rows(path) if row.live]
     if waiting:
         ids = f", SLURM job {waiting[0].slurm_ids[0]}" if waiting[0].slurm_ids else ""
-        raise UsageError(f"{path}: {waiting[0].job} is {waiting[0].state}{ids}; first: stpredict cancel {path}")
+        what = f"{waiting[0].job} is {waiting[0].state}{ids}"
+        raise UsageError(f"{path}: {what}; first: stpredict cancel {quote(str(path))}")
+    _refuse_of_slurm(path)
     for run in runs_of(path).values():
         config = load(AnyJobConfig, run.config_path)
         print(f"stpredict {command_of(config.kind)} {run.config_path}", file=sys.stderr)

@@ -101,7 +101,11 @@ def test_a_launcher_on_another_machine_is_named_and_left_alone(going_on):
         cancel(going_on)
     assert states(going_on)["first"] == "running"
     lock.write_text(owner)
-    cancel(going_on / "first")  # one job of it, which is what the pipeline stops for
+    ended = cancel(going_on / "first")  # one job of it, which is what the pipeline stops for
+    assert as_text(ended, going_on / "first")[1:] == [
+        "second: not started, for want of it",
+        f"go on: stpredict resume {going_on}",
+    ]
     assert states(going_on)["first"] == "preempted"
 
 
@@ -294,3 +298,18 @@ def test_what_an_earlier_launch_submitted_is_no_matter_where_a_later_one_runs_he
     (row,) = rows(array.path, slurm)
     assert (row.state, row.slurm_ids, slurm.note) == ("failed", [], None)
     assert [part.state for part in row.all_parts] == ["failed", "not started", "not started"]
+
+
+def test_a_job_that_slurm_did_for_a_pipeline_is_not_resumed_here_but_with_its_pipeline(tmp_path, job, monkeypatch):
+    pipeline, cluster = PipelineRun(tmp_path / "my runs"), SlurmCluster(partition="all")
+    jobs = {"train": JobRecord(fingerprint="x")}
+    record = Record(pipeline="p", cluster_name="big", cluster=cluster, code="c", launched="2026-01-01", jobs=jobs)
+    pipeline.write_record(record)
+    run = Run(pipeline.path / "train")
+    run.write_config(yaml.safe_dump(job().model_dump(mode="json")))
+    run.update_status(kind="evaluate", state="preempted")
+    with pytest.raises(UsageError, match=r"launched with --cluster big; .*: stpredict resume '.*/my runs'"):
+        resume_job(run.path)
+    monkeypatch.chdir(pipeline.path)
+    with pytest.raises(UsageError, match=r"launched with --cluster big"):
+        resume_job(Path("train"))

@@ -48,7 +48,7 @@ class Broken:
             "page": {**page, "needs": ["shards", "more"]},
             "last": {**page, "needs": ["shards", "page"]},
         }
-        self.path.parent.mkdir()
+        self.path.parent.mkdir(parents=True)
         self.path.write_text(yaml.safe_dump({"kind": "pipeline", "name": "broken", "run": str(self.run), "jobs": jobs}))
 
 
@@ -119,6 +119,23 @@ def test_logs_of_a_failed_job_of_parts_and_of_slurm(slurm, broken):
     silent = bounded(["stpredict", "logs", str(broken.run), "shards", "--part", "1"], env=slurm.environment, cwd=ROOT)
     assert "shards.1: done, without a log of its own; SLURM's:" in silent.stderr
     assert "=== start 1 of job" in silent.stdout
+
+
+def test_one_job_is_cancelled_before_it_began_and_what_needs_it_with_it(slurm, tmp_path):
+    waiting = Broken(tmp_path / "my runs")
+    profile = tmp_path / "later.yaml"
+    profile.write_text("kind: slurm\npartition: all\noptions: {begin: now+1hour}\n")
+    slurm.run("stpredict", "launch", waiting.path, "--cluster", profile)
+    told = slurm.run("stpredict", "cancel", waiting.run / "page").splitlines()
+    assert told[0].startswith("page: cancelled")
+    assert told[1:] == ["last: not started, for want of it", f"go on: stpredict resume '{waiting.run}'"]
+    assert PipelineRun(waiting.run).record().cancelled is None
+    slurm.wait_for(lambda: not status_of(slurm, waiting.run)["last"]["live"])
+    expected = {"shards": "queued", "more": "queued", "page": "cancelled", "last": "cancelled"}
+    assert states_of(slurm, waiting.run) == expected
+    refused = bounded(["stpredict", "status", str(waiting.run / "page")], env=slurm.environment, cwd=ROOT)
+    assert f"page has not begun; of its pipeline: stpredict status '{waiting.run}'" in refused.stderr
+    slurm.run("stpredict", "cancel", waiting.run)
 
 
 def test_there_is_nothing_to_cancel_once_all_has_ended(slurm, broken):
