@@ -118,9 +118,11 @@ class LogReader:
         return record is not None and log.stat().st_mtime < datetime.fromisoformat(record.launched).timestamp()
 
     def _no_log(self) -> str:
+        if not self.wants_slurm and not any(self.run.logs.glob("rank_*.log")):
+            return f"{self.name} has no log: {_in_words(self.row)}"
         if self.wants_slurm:
             return f"{self.name}: SLURM wrote nothing of it ({_in_words(self.row)})"
-        known = ", ".join(sorted(file.name for file in self.run.logs.glob("rank_*.log"))) or "none"
+        known = ", ".join(sorted(file.name for file in self.run.logs.glob("rank_*.log")))
         return f"{self.run.log_path(self.rank)} does not exist ({_in_words(self.row)}); logs there: {known}"
 
 

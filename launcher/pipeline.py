@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from omegaconf import OmegaConf
@@ -14,8 +15,8 @@ from omegaconf import OmegaConf
 from data_pipeline.errors import UsageError
 from launcher.config import PipelineConfig, PipelineJob
 from launcher.parts import WRITTEN, part_runs
-from launcher.record import part_config
-from launcher.rundir import changed_keys, fingerprint, is_empty, refuse_foreign
+from launcher.record import PipelineRun, part_config
+from launcher.rundir import changed_keys, changed_since, fingerprint, is_empty, refuse_foreign
 from stpredict.config import apply_overrides, load, read_yaml, resolve, validate
 from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
 from stpredict.jobs.start import MODULES
@@ -100,9 +101,8 @@ def plan(
     if unknown := set(rerun) - {job.name for job in jobs}:
         raise UsageError(f"--rerun {min(unknown)}: no such job; jobs: {', '.join(job.name for job in jobs)}")
     if rerun and queued:
-        raise UsageError(
-            f"--rerun: {', '.join(queued)} queued or running; first: stpredict cancel {jobs[0].run.path.parent}"
-        )
+        run = quote(str(jobs[0].run.path.parent))
+        raise UsageError(f"--rerun: {', '.join(queued)} queued or running; first: stpredict cancel {run}")
     actions: dict[str, Action] = {}
     asked = set(rerun)
     for job in jobs:
@@ -111,9 +111,11 @@ def plan(
         refuse_foreign(job.run.path, known=WRITTEN if job.array or part_runs(job.run.path) else ())
         if job.name in queued:
             if queued[job.name] != job.fingerprint:
+                before = PipelineRun(job.run.path.parent).config_path(job.name)
+                changes = ", ".join(changed_since(before, job.config)) or "another one of what it needs"
                 raise UsageError(
-                    f"job {job.name!r} is queued or running with another config; first: "
-                    f"stpredict cancel {job.run.path.parent}"
+                    f"job {job.name!r} is queued or running with another config ({changes}); first: "
+                    f"stpredict cancel {quote(str(job.run.path.parent))}"
                 )
             actions[job.name] = "queued"
             continue
@@ -174,6 +176,8 @@ def _order(pipeline: PipelineConfig, path: Path) -> list[str]:
 def _job_config(pipeline: PipelineConfig, path: Path, name: str) -> JobConfig:
     job = pipeline.jobs[name]
     file = path.parent / job.config
+    if not file.is_file():
+        raise UsageError(f"{path}: job {name!r}: {file}: no such config file (paths are relative to the pipeline file)")
 
     def run_of(other: str) -> Path:
         if other not in job.needs:

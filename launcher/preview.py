@@ -53,11 +53,11 @@ def _show(launch: Launch, cluster: ClusterConfig, scripts: Mapping[str, str], as
         other = [str(row[key] or "") for key in ("array", "time", "partition", "action")]
         table.add_row(row["job"], row["kind"], ", ".join(row["needs"]), size, *other)
     for column in table.columns:
-        column.no_wrap = True
-    Console(width=max(WIDTH, console.width)).print(table)
+        column.no_wrap = column.header != "needs"
     for name, script in scripts.items():
         console.rule(f"{name}: sbatch script")
         print(script)
+    Console(width=max(WIDTH, console.width)).print(table)  # last: pages of scripts would push it off the screen
     console.print(f"nothing is written or submitted; the run would be {launch.run.path}")
 
 

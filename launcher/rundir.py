@@ -36,8 +36,13 @@ def fingerprint(config: JobConfig, upstream: Sequence[str] = ()) -> str:
 def changed_keys(run: Run, config: JobConfig, but: Collection[str] = ()) -> list[str]:
     """``key: old → new`` for each key, ``but`` those given and those that are harmless, in which ``config`` differs
     from the one that ``run`` was made with."""
+    return changed_since(run.config_path, config, but)
+
+
+def changed_since(file: Path, config: JobConfig, but: Collection[str] = ()) -> list[str]:
+    """The same for the config in ``file``; nothing where there is none."""
     try:
-        old = flat(yaml.safe_load(run.config_path.read_text()))
+        old = flat(yaml.safe_load(file.read_text()))
     except FileNotFoundError:
         return []
     new = flat(config.model_dump(mode="json"))
@@ -59,7 +64,7 @@ def refuse_foreign(folder: Path, marker: str = "config.yaml", known: Collection[
     else:
         ours = isinstance(config, dict) and {"kind", "run"} <= config.keys()
     if not ours:
-        raise UsageError(f"{folder} is not empty and not a run directory; give another `run`")
+        raise UsageError(f"{folder} is not empty and not a run directory; give another `run`, or move it away")
 
 
 def is_empty(run: Run) -> bool:

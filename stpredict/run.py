@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.disk import renamed
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import UsageError, UserError
 from stpredict.source import output, source_state
 
 _SOURCE = Path(__file__).parents[1]
@@ -113,6 +113,8 @@ class Run:
         """Merges ``changes`` into status.json and stamps the heartbeat. One writer at a time: rank 0, or the
         launcher before the ranks start and after they end."""
         status = self.status()
+        if status is None and "kind" not in changes:
+            raise UserError(f"{self.status_path} is gone: was the run directory removed while the job ran?")
         fields = status.model_dump() if status else {}
         status = Status.model_validate({**fields, **changes, "heartbeat": now()})
         write_atomically(self.status_path, status.model_dump_json(indent=1) + "\n")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from pathlib import Path
+from shlex import quote
 
 import submitit
 from rich.console import Console
@@ -60,7 +61,7 @@ class SlurmExecutor:
             what = {"skip": "up to date", "queued": f"queued already: {ids}"}.get(launch.actions[job.name])
             console.print(f"{job.name}: {what or f'submitted: {ids}'}")
         if new:
-            console.print(f"how far they are: stpredict status {launch.run.path}")
+            console.print(f"how far they are: stpredict status {quote(str(launch.run.path))}")
         return 0
 
     def scripts(self, launch: Launch) -> dict[str, str]:

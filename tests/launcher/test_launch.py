@@ -20,6 +20,7 @@ from launcher.rundir import locked
 from launcher.slurm.task import _check_needs
 from stpredict.run import Run
 
+ROOT = Path(__file__).parents[2]
 VIDEOS = {"kind": "moving_digits", "videos": 8, "validation_videos": 2, "frames": 4}
 
 
@@ -211,6 +212,15 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(shards, tmp_path, capsys, m
     else:
         assert "afterok:<id of shards>" in out
         assert "#SBATCH --array=0-1%2" in out
+
+
+def test_the_table_of_a_dry_run_cuts_no_word_short_and_comes_last(capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    preview(*load_pipeline(ROOT / "configs/pipelines/nbp.yaml"), SlurmCluster(partition="big"), (), "mine", False)
+    table = capsys.readouterr().out.rpartition("launcher.slurm.after")[2]
+    assert "…" not in table
+    for word in ("tokenizer", "evaluation", "nodes x ranks", "24:00:00", "partition"):
+        assert word in table
 
 
 def test_a_dry_run_here_shows_what_a_launch_would_do(shards, capsys, fake):

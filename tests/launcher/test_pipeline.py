@@ -88,7 +88,7 @@ def change(data, job, **changes):
         ("first", {"set": {"generated": "x", "sed": 1}}, r"job 'first'.*unknown key 'sed'; did you mean 'seed'"),
         ("first", {"set": {}}, r"job 'first'.*'generated'.*no value"),
         ("first", {"set": {"generated": "${vars.video}"}}, r"jobs.first.set.generated.*'vars.video' not found"),
-        ("first", {"config": "nope.yaml"}, r"nope.yaml: no such config file"),
+        ("first", {"config": "nope.yaml"}, r"job 'first'.*nope.yaml: no such config file \(paths are"),
         ("first", {"need": []}, r"unknown key 'jobs.first.need'; did you mean 'needs'"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from data_pipeline.errors import UsageError, UserError
 from launcher import rundir
 from launcher.rundir import locked
+from stpredict.run import Run
 
 HOLD = "import sys, time; print('held', flush=True); time.sleep(float(sys.argv[1]))"
 
@@ -94,3 +95,11 @@ def test_other_slurm_jobs_are_not_waited_for(tmp_path, orphan, requeued, start):
     held_by(tmp_path, start)
     with pytest.raises(UsageError, match=r"is in use by process 1 on lost-node \(SLURM job"), locked(tmp_path):
         pass
+
+
+def test_a_job_whose_run_directory_was_removed_says_so(tmp_path):
+    run = Run(tmp_path / "run")
+    run.update_status(kind="evaluate", state="running")
+    run.status_path.unlink()
+    with pytest.raises(UserError, match=r"status.json is gone: was the run directory removed while the job ran"):
+        run.update_status(step=3)

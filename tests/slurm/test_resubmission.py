@@ -75,7 +75,10 @@ def test_what_is_queued_is_left_alone_and_is_not_to_be_changed(waiting):
     assert "report: queued already: " in again.stdout
     assert PipelineRun(small.run).record().jobs == before
     for words, says in (
-        (["jobs.shards.set.seed=7"], "job 'shards' is queued or running with another config; first: stpredict cancel"),
+        (
+            ["jobs.shards.set.seed=7"],
+            "job 'shards' is queued or running with another config (seed: 0 → 7); first: stpredict cancel",
+        ),
         (["--rerun", "shards"], "--rerun: shards, report queued or running; first: stpredict cancel"),
     ):
         refused = small.launch(*words, environment=environment)
