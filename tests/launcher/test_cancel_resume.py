@@ -15,6 +15,7 @@ from launcher.cancel import as_text, cancel
 from launcher.config import LocalCluster, SlurmCluster, SlurmOptions
 from launcher.launch import launch
 from launcher.local_pipeline import LocalExecutor
+from launcher.logs import LogReader
 from launcher.overview import Slurm, rows
 from launcher.pipeline import load_pipeline
 from launcher.record import JobRecord, PipelineRun, Record, Submitted
@@ -313,3 +314,21 @@ def test_a_job_that_slurm_did_for_a_pipeline_is_not_resumed_here_but_with_its_pi
     monkeypatch.chdir(pipeline.path)
     with pytest.raises(UsageError, match=r"launched with --cluster big"):
         resume_job(Path("train"))
+
+
+def test_of_an_array_the_log_is_that_of_a_part_that_failed_and_of_this_launch(array, squeue):
+    part_status(array, 0, "failed", started="2020-01-01T00:00:00+00:00")
+    part_status(array, 1, "done", started="2020-01-02T00:00:00+00:00", finished="2020-01-03T00:00:00+00:00")
+    squeue()
+    reader = LogReader(array.path, "shards")
+    assert (reader.name, reader.row.state) == ("shards.0", "failed")
+    log = reader.run.log_path(0)
+    log.parent.mkdir()
+    log.write_text("of this launch")
+    of_slurm = array.slurm_folder("shards") / "7_0_0_log.err"
+    of_slurm.parent.mkdir(parents=True)
+    of_slurm.write_text("no python")
+    array.write_record(array.record().model_copy(update={"launched": "2020-01-01T00:00:00+00:00"}))
+    assert reader.files() == [log]
+    os.utime(log, (0, 0))
+    assert reader.files() == [of_slurm]

@@ -69,11 +69,12 @@ def test_of_two_launches_of_one_run_at_once_one_submits_and_another_run_is_no_hi
 
 def test_what_is_queued_is_left_alone_and_is_not_to_be_changed(waiting):
     (small, _), _, environment, _ = waiting
-    before = PipelineRun(small.run).record().jobs
-    again = small.launch(environment=environment)
+    run = PipelineRun(small.run)
+    before, config = run.record().jobs, run.config("report")
+    again = small.launch("jobs.report.set.resources.threads=3", environment=environment)  # harmless, but too late
     assert again.returncode == 0, again.stderr
     assert "report: queued already: " in again.stdout
-    assert PipelineRun(small.run).record().jobs == before
+    assert (run.record().jobs, run.config("report")) == (before, config)
     for words, says in (
         (
             ["jobs.shards.set.seed=7"],
