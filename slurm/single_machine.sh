@@ -41,6 +41,7 @@ start() {
         echo "error: not found: ${missing[*]}; install SLURM and munge (Debian: apt-get install slurm-wlm munge)" >&2
         exit 1
     fi
+    one_at_a_time
     check_free
     mkdir -p "$dir"/{munge,state}
     touch "$dir/$ours"
@@ -51,16 +52,25 @@ start() {
     (umask 077 && head -c 1024 /dev/urandom >"$dir/munge/key")
     # --force: its home is in /tmp, which others may write to.
     munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/munge/pid" \
-        --seed-file="$dir/munge/seed" --log-file="$dir/munge.log" 2>>"$dir/munge.log"
+        --seed-file="$dir/munge/seed" --log-file="$dir/munge.log" 2>>"$dir/munge.log" 9<&-
     write_config
     resolve_nodes
-    slurmctld -f "$SLURM_CONF"
+    slurmctld -f "$SLURM_CONF" 9<&-
     for node in "${nodes[@]}"; do
-        slurmd -f "$SLURM_CONF" -N "$node"
+        slurmd -f "$SLURM_CONF" -N "$node" 9<&-
     done
     wait_until_idle
     trap - ERR
     echo "export SLURM_CONF=$SLURM_CONF"
+}
+
+# Two of these take no port, nor change /etc/hosts, at the same time. The lock ends with this script: daemons do not get it.
+one_at_a_time() {
+    exec 9</etc/hosts
+    if ! flock --timeout 60 9; then
+        echo "error: another $0 has been at work for a minute; fuser -v /etc/hosts says which" >&2
+        exit 1
+    fi
 }
 
 # One line and the end, where the folder or the ports are somebody's.
@@ -89,7 +99,12 @@ check_free() {
 # anybody's.
 running() {
     local pid
-    [[ -s $1 ]] && pid=$(<"$1") && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "$2" ]] && echo "$pid"
+    [[ -s $1 ]] && pid=$(<"$1") && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "$2" ]] && alive "$pid" && echo "$pid"
+}
+
+# What has ended is there until init has seen it, which in a container may take seconds.
+alive() {
+    grep -q -s '^State:[[:space:]]*[^ZX]' "/proc/$1/status"
 }
 
 status() {
@@ -165,7 +180,7 @@ wait_until_idle() {
 }
 
 stop() {
-    local file pid
+    local file pid pids=()
     if [[ ! -e $dir/$ours ]]; then
         echo "error: $dir holds no SLURM that $0 started" >&2
         exit 1
@@ -178,9 +193,11 @@ stop() {
         done
     fi
     for file in "$dir"/slurmd-*.pid "$dir/slurmctld.pid" "$dir/munge/pid"; do
-        pid=$(running "$file" "$(daemon_of "$file")") && end "$pid"
+        pid=$(running "$file" "$(daemon_of "$file")") && pids+=("$pid")
     done
+    end ${pids[@]+"${pids[@]}"}
     end_orphans
+    one_at_a_time
     forget_nodes
     rm -rf "$dir"
 }
@@ -194,10 +211,15 @@ daemon_of() {
 }
 
 end() {
-    kill "$1" 2>/dev/null || return 0
-    for _ in {1..50}; do
-        kill -0 "$1" 2>/dev/null || return 0
-        sleep 0.2
+    local pid
+    for pid; do
+        kill "$pid" 2>/dev/null || true
+    done
+    for pid; do
+        for _ in {1..50}; do
+            alive "$pid" || break
+            sleep 0.2
+        done
     done
 }
 

@@ -1,9 +1,9 @@
 """slurm/single_machine.sh itself: what it says where it cannot start, and that it clears away what a crash left."""
 
+import fcntl
 import os
 import signal
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -34,9 +34,24 @@ def test_a_second_start_says_in_one_line_that_it_runs_or_that_the_port_is_taken_
     assert "holds no SLURM" in refused(other, "stop")
 
 
+def test_while_another_is_being_started_or_stopped_it_waits_and_so_both_keep_their_ports_and_names(slurm, tmp_path):
+    """The names are lines of /etc/hosts, which has no other lock."""
+    other = Slurm(tmp_path / "other")
+    with open("/etc/hosts") as hosts:
+        fcntl.flock(hosts, fcntl.LOCK_EX)
+        with subprocess.Popen([SCRIPT, "start"], env=other.environment, stdout=subprocess.DEVNULL) as start:
+            with pytest.raises(subprocess.TimeoutExpired):
+                start.wait(2)
+            assert not (tmp_path / "other").exists()
+            fcntl.flock(hosts, fcntl.LOCK_UN)
+            assert start.wait(60) == 0
+    subprocess.run([SCRIPT, "stop"], env=other.environment, check=True, timeout=60)  # the daemons have not the lock
+    assert os.getuid() or str(tmp_path) not in Path("/etc/hosts").read_text()
+
+
 def test_after_a_crash_start_says_what_to_do_and_stop_ends_the_jobs_left_and_removes_everything(slurm, tmp_path):
     other = Slurm(tmp_path / "crashed")
-    subprocess.run([SCRIPT, "start"], env=other.environment, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    assert not other.start()
     folder = tmp_path / "crashed"
     job = None
     try:
@@ -44,11 +59,8 @@ def test_after_a_crash_start_says_what_to_do_and_stop_ends_the_jobs_left_and_rem
         other.wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
         job = psutil.Process(int((tmp_path / "pid").read_text()))
         for file in (*folder.glob("slurm*.pid"), folder / "munge" / "pid"):
-            daemon = psutil.Process(int(file.read_text()))
-            daemon.send_signal(signal.SIGKILL)
-            with suppress(psutil.TimeoutExpired):
-                daemon.wait(5)
-        assert "is left of a SLURM that was killed" in refused(other, "start")
+            os.kill(int(file.read_text()), signal.SIGKILL)
+        other.wait_for(lambda: "is left of a SLURM that was killed" in refused(other, "start"), 5)
         assert job.is_running()
     finally:
         subprocess.run([SCRIPT, "stop"], env=other.environment, check=True, timeout=60)
