@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from launcher import ranks
 from launcher.probe.facts import RankFacts, Stage
 from launcher.rank import end_with, leave
 from stpredict.jobs.requeue import job_id
+from stpredict.run import node_name
 from stpredict.source import output
 from stpredict.training.signals import StopRequest
 
@@ -40,7 +40,7 @@ def probe(folder: str) -> None:
 def _probe(folder: Path, stop: StopRequest) -> None:
     facts = RankFacts(
         rank=int(os.environ["RANK"]),
-        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        host=node_name(),
         local_rank=int(os.environ["LOCAL_RANK"]),
         python=platform.python_version(),
         executable=sys.executable,

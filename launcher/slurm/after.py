@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import UsageError, UserError
 from launcher.config import SlurmCluster
 from launcher.record import PipelineRun, home_of
 from launcher.rundir import locked
@@ -84,11 +84,15 @@ def expand_nodes(nodes: str) -> list[str]:
     return found
 
 
-def after(pipeline: PipelineRun, name: str, part: int | None, merge: bool, sinfo: str) -> Verdict:
-    """Finds what happened, decides, and writes it down."""
+def after(pipeline: PipelineRun, name: str, sinfo: str) -> Verdict:
+    """Finds what happened, decides, and writes it down. UsageError where the run knows nothing of this SLURM job."""
     record, config, job = pipeline.record(), pipeline.config(name), job_id(os.environ)
-    run = Run(config.run) if merge else home_of(config, part, record.jobs[name].array)
-    logs = pipeline.slurm_folder(f"{name}.merge" if merge else name)
+    mine = next((one for one in record.jobs[name].submitted if one.slurm_id == job), None)
+    if mine is None:
+        raise UsageError(f"{pipeline.record_path}: SLURM job {job} is not one of {name!r} there; launch again")
+    merge = mine.merge
+    run = Run(config.run) if merge else home_of(config, mine.part, record.jobs[name].array)
+    logs = pipeline.slurm_folder(mine.of(name))
     if was_asked(this_start(read(batch_log(logs, job)))):
         # The job asks for a new start itself, where it can: in a container there may be no scontrol.
         status = run.status()
@@ -134,7 +138,7 @@ def _tell(run: Run, fingerprint: str, kind: str, **changes: object) -> None:
             if status is None or status.fingerprint == fingerprint:
                 who = {"kind": kind, "fingerprint": fingerprint, "slurm_job_id": job_id(os.environ)}
                 run.update_status(**who, **changes)
-    except UsageError as error:
+    except UserError as error:
         print(f"after: {error}", file=sys.stderr)
 
 
@@ -142,13 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("job")
-    parser.add_argument("--parts", type=lambda text: [int(part) for part in text.split(",")])
-    parser.add_argument("--merge", action="store_true")
     parser.add_argument("--nodes", required=True)
     given = parser.parse_args(arguments)
-    # One part alone is submitted as a plain job.
-    part = given.parts[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))] if given.parts else None
-    verdict = after(PipelineRun(given.run), given.job, part, given.merge, given.nodes)
+    try:
+        verdict = after(PipelineRun(given.run), given.job, given.nodes)
+    except UserError as error:
+        print(f"after: error: {error}", file=sys.stderr)
+        return error.exit_status
     if verdict.again:
         print(",".join(verdict.excluded or ()))
     return 0 if verdict.again else 1

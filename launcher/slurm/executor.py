@@ -71,7 +71,7 @@ class SlurmExecutor:
             needed = self._needed(job, launch, new=lambda name: f"<id of {name}>")
             for kind, parts in _steps(job, launch):
                 name = _name(job, kind)
-                executor = self._executor(job, launch, kind, parts, needed)
+                executor = self._executor(job, launch, kind, needed)
                 found[name] = _text(executor, len(parts))
                 needed = [f"<id of {name}>"]
         return found
@@ -85,7 +85,7 @@ class SlurmExecutor:
         there = limits()
         for job in launch.to_do:
             for kind, parts in _steps(job, launch):
-                executor = self._executor(job, launch, kind, parts, [])
+                executor = self._executor(job, launch, kind, [])
                 with outside_slurm():
                     why = refusal(executor.parameters, _text(executor, len(parts)), there)
                 if why:
@@ -110,7 +110,7 @@ class SlurmExecutor:
         needed = self._needed(job, launch)
         record.submitted.clear()
         for kind, parts in _steps(job, launch):
-            executor = self._executor(job, launch, kind, parts, needed)
+            executor = self._executor(job, launch, kind, needed)
             where = str(launch.run.path.absolute())
             with refusals(_name(job, kind)), outside_slurm(), uninterrupted(), executor.batch():
                 submitted = [executor.submit(work, where, job.name, part, kind == "merge") for part in parts]
@@ -123,15 +123,9 @@ class SlurmExecutor:
                 Submitted(slurm_id=id, part=part, merge=kind == "merge") for id, part in zip(ids, parts, strict=True)
             ]
 
-    def _executor(
-        self, job: Job, launch: Launch, kind: JobKind, parts: Sequence[int | None], needed: Sequence[str]
-    ) -> submitit.SlurmExecutor:
+    def _executor(self, job: Job, launch: Launch, kind: JobKind, needed: Sequence[str]) -> submitit.SlurmExecutor:
         name = _name(job, kind)
         after = [str(launch.run.path.absolute()), job.name]
-        if kind == "merge":
-            after.append("--merge")
-        elif job.array:
-            after.append(f"--parts={','.join(map(str, parts))}")
         folder = launch.run.slurm_folder(name).absolute()
         executor = _Submitit(folder=folder, python=python_of(self.cluster))
         config = None if kind == "merge" else job.config

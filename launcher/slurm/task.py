@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UsageError, UserError
 from launcher import ranks
 from launcher.jobs import join
 from launcher.parts import merge as merge_parts
@@ -42,7 +42,7 @@ def _work(run: PipelineRun, name: str, part: int | None, merge: bool) -> int:
 
 
 def _check_needs(run: PipelineRun, name: str) -> None:
-    """UserError unless what the job reads is there and made as the launch expected."""
+    """UserError unless what the job reads is there, and UsageError unless it was made as the launch expected."""
     record = run.record()
     for need in record.jobs[name].needs:
         status = Run(run.path / need).status()
@@ -50,4 +50,4 @@ def _check_needs(run: PipelineRun, name: str) -> None:
             found = f"whose state is {status.state}" if status else "which is not there"
             raise UserError(f"job {name!r} needs {run.path / need}, {found}; launch again")
         if status.fingerprint != record.jobs[need].fingerprint:
-            raise UserError(f"job {name!r} needs {run.path / need}, which was made with another config; launch again")
+            raise UsageError(f"job {name!r} needs {run.path / need}, which was made with another config; launch again")

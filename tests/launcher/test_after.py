@@ -1,14 +1,16 @@
 """What becomes of a SLURM job that did not end well: what happened, and what is decided. tests/slurm has the jobs."""
 
+import fcntl
 import os
 
 import pytest
+from pydantic import TypeAdapter
 
+from launcher import rundir
 from launcher.config import SlurmCluster
-from launcher.record import JobRecord, PipelineRun, Record
+from launcher.record import JobRecord, PipelineRun, Record, Submitted
 from launcher.slurm.after import Failures, decide, eligible_nodes, expand_nodes, main
-from launcher.slurm.failure import Failure, rank_log, was_asked, what_happened
-from stpredict.config import load
+from launcher.slurm.failure import Failure, batch_log, rank_log, was_asked, what_happened
 from stpredict.jobs.config import AnyJobConfig
 from stpredict.run import Run
 
@@ -158,27 +160,57 @@ def test_lists_of_nodes_are_expanded():
     assert expand_nodes("") == []
 
 
-@pytest.mark.parametrize(
-    ("job", "parts", "part"),
-    [
-        ({"SLURM_JOB_ID": "6", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}, "0,2", 2),
-        ({"SLURM_JOB_ID": "5"}, "1", 1),
-    ],
-    ids=["a-task", "the-only-one-left"],
-)
-def test_of_an_array_the_part_that_failed_says_so(tmp_path, monkeypatch, job, parts, part):
-    for name, value in {"SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "1", **job}.items():
+@pytest.fixture
+def ended(tmp_path, monkeypatch):
+    """``ended(log, submitted)``: what the run's status.json says after SLURM job 5, of a pipeline's job ``shards``, has
+    ended with the batch ``log``, and the exit status of ``after``. ``submitted`` is what the launch has recorded."""
+    for name, value in {"SLURM_JOB_ID": "5", "SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "1"}.items():
         monkeypatch.setenv(name, value)
-    run = PipelineRun(tmp_path)
-    run.write_config("shards", load(AnyJobConfig, "configs/data/moving_digits.yaml", [f"run={tmp_path / 'shards'}"]))
-    record = JobRecord(fingerprint="f", array=3)
-    run.write_record(
-        Record(
-            pipeline="p", cluster_name="c", cluster=SlurmCluster(), code="x", launched="2026", jobs={"shards": record}
-        )
-    )
-    run.slurm_folder("shards").mkdir(parents=True)
-    assert main([str(tmp_path), "shards", f"--parts={parts}", "--nodes=one-a idle all*"]) == 0
-    said = Run(tmp_path / "shards" / "parts" / f"{part}-of-3").status()
-    assert (said.state, said.fingerprint) == ("pending", "f")
-    assert "start 2 of 3 follows" in said.note
+
+    def make(log, **submitted):
+        pipeline = PipelineRun(tmp_path / "run")
+        config = {"kind": "shard", "run": str(pipeline.path / "shards"), "source": {"kind": "moving_digits"}}
+        config = TypeAdapter(AnyJobConfig).validate_python(config)
+        pipeline.write_config("shards", config)
+        one = Submitted(slurm_id="5", **submitted)
+        job = JobRecord(fingerprint="f", array=3, submitted=[Submitted(slurm_id="4", part=0), one])
+        record = Record(pipeline="p", cluster_name="c", cluster=CLUSTER, code="x", launched="now", jobs={"shards": job})
+        pipeline.write_record(record)
+        logs = pipeline.slurm_folder(one.of("shards"))
+        logs.mkdir(parents=True, exist_ok=True)
+        batch_log(logs, "5").write_text(BEGIN + log)
+        code = main([str(pipeline.path), "shards", "--nodes=one-a idle all*\none-b idle all*"])
+        return code, Run(config.run if one.merge else config.run / "parts" / "1-of-3").status()
+
+    return make
+
+
+@pytest.mark.parametrize("submitted", [{"part": 1}, {"merge": True}])
+def test_the_part_or_the_merge_that_a_job_does_is_told_of_though_the_job_is_no_array(ended, capsys, submitted):
+    code, status = ended("srun: error: one-b: task 0: Killed\n", **submitted)
+    assert (code, status.state, status.slurm_job_id) == (0, "pending", "5")
+    assert status.note.endswith("; start 2 of 3 follows, without one-b")
+    assert capsys.readouterr().out == "one-b\n"
+
+
+def test_a_job_that_the_run_does_not_know_is_not_started_again(ended, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    assert ended("srun: error: one-b: task 0: Killed\n", part=1) == (2, None)
+    assert "record.json: SLURM job 6 is not one of 'shards' there; launch again" in capsys.readouterr().err
+
+
+def test_a_run_that_an_earlier_start_still_holds_is_left_alone_and_the_job_starts_again(
+    ended, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(rundir, "STARTS_END_S", 0.3)
+    folder = tmp_path / "run" / "shards" / "parts" / "1-of-3"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        lock.write("process 1 on lost-node (SLURM job 5.0)\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert ended("srun: error: one-b: task 0: Exited with exit code 1\n", part=1) == (0, None)
+    said = capsys.readouterr()
+    assert "an earlier start of this job, process 1 on lost-node (SLURM job 5.0), holds it after" in said.err
+    assert said.out == "one-b\n"

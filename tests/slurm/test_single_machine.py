@@ -37,7 +37,7 @@ def test_a_second_start_says_in_one_line_that_it_runs_or_that_the_port_is_taken_
 def test_while_another_is_being_started_or_stopped_it_waits_and_so_both_keep_their_ports_and_names(slurm, tmp_path):
     """The names are lines of /etc/hosts, which has no other lock."""
     other = Slurm(tmp_path / "other")
-    with open("/etc/hosts") as hosts:
+    with Path("/etc/hosts").open() as hosts:
         fcntl.flock(hosts, fcntl.LOCK_EX)
         with subprocess.Popen([SCRIPT, "start"], env=other.environment, stdout=subprocess.DEVNULL) as start:
             with pytest.raises(subprocess.TimeoutExpired):
