@@ -129,7 +129,7 @@ def _on_slurm(cluster: SlurmCluster, expected: Expected, folder: Path, timeout_s
 
 def _executor(cluster: SlurmCluster, expected: Expected, folder: Path) -> submitit.SlurmExecutor:
     job, code = _job(expected.nodes, expected.ranks), snapshot(folder / "code")
-    # The warning comes when it is asked for, not by the clock; and nothing is to become of it when it fails.
+    # The warning comes when it is asked for, not by the clock; and nothing is to become of the job when it fails.
     given = parameters(cluster.model_copy(update={"signal_delay_s": 1}), KIND, "doctor", job, code, [])
     del given["teardown"]
     more = {name: value for name, value in given["additional_parameters"].items() if name not in ("requeue", "hold")}

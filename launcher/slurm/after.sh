@@ -1,6 +1,7 @@
 # The last line of every batch script sources this:  source after.sh STATUS COMMAND...
 # STATUS is srun's. Of a job that did not end well, COMMAND decides whether SLURM is to start it again, and it is here,
 # outside of any container, that SLURM is told so: the same job, with the same id, so that its dependents go on waiting.
+unset "${!SINFO_@}" "${!SCONTROL_@}" # a person's habits
 status=$1
 shift
 ((status == 0)) && exit 0

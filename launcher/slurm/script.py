@@ -15,8 +15,9 @@ from data_pipeline.errors import UsageError
 from launcher.config import Apptainer, JobKind, Pyxis, SlurmCluster
 from launcher.slurm.failure import BEGIN
 from launcher.snapshot import environment_for
-from stpredict.jobs.config import JobConfig
+from stpredict.jobs.config import JobConfig, minutes
 
+WARNED_EARLY_S = 60  # SLURM's resolution: sbatch's manual, --signal
 CODE_INSIDE = {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}  # beside PYTHONPATH, in a container
 
 
@@ -49,6 +50,16 @@ def shape_of(cluster: SlurmCluster, kind: JobKind, config: JobConfig | None, nam
     return Shape(nodes, ranks // nodes)
 
 
+def _check_time(cluster: SlurmCluster, time: str, name: str) -> None:
+    """UsageError where a start may be told to stop before it has begun, and so the next one, without end."""
+    if minutes(time) * 60 <= cluster.signal_delay_s + WARNED_EARLY_S:
+        raise UsageError(
+            f"job {name!r}: its time limit is {time}, and it is told to save {cluster.signal_delay_s} s before that "
+            f"(signal_delay_s of the profile), or up to {WARNED_EARLY_S} s earlier: it would start again and again, "
+            "and do nothing; give more time (resources.time, or time of the profile), or a shorter signal_delay_s"
+        )
+
+
 def parameters(
     cluster: SlurmCluster,
     kind: JobKind,
@@ -59,14 +70,9 @@ def parameters(
     dependencies: Sequence[str] = (),
 ) -> dict[str, Any]:
     """submitit's parameters for one job. ``after`` are the arguments of the program that decides about a failed job;
-    ``dependencies`` the SLURM jobs that must end well first."""
+    ``dependencies`` the SLURM jobs that must end well first. UsageError where its ranks or its time cannot be."""
     options, shape = cluster.options_of(kind, config), shape_of(cluster, kind, config, name)
-    if options.minutes * 60 <= cluster.signal_delay_s:
-        raise UsageError(
-            f"job {name!r}: its time limit is {options.time}, and it is told to save {cluster.signal_delay_s} s before "
-            "that (signal_delay_s of the profile): it would start again and again, and do nothing; give more time "
-            "(resources.time, or time of the profile), or a shorter signal_delay_s"
-        )
+    _check_time(cluster, options.time, name)
     cpus = options.cpus_per_rank
     gpus = min(options.gpus_per_node, shape.ranks_per_node) if not options.exclusive else options.gpus_per_node
     additional: dict[str, Any] = {"requeue": True, "hold": True, "chdir": str(Path.cwd()), **options.options}

@@ -106,6 +106,7 @@ class Trainer:
             log.info("times, throughput, memory and the rest: %s and TensorBoard", self.run.metrics_path)
         self.engine.train()
         meter.restart()
+        began = self.step
         profiler = Profiler(self.run, training.profile, ranks)
         with ExitStack() as stack:
             stack.callback(self.watchdog.stop)
@@ -124,7 +125,7 @@ class Trainer:
                     self.checkpointing.finish()
                 if stopping:
                     self.checkpointing.save(last=True)
-                    self._leave_preempted(stop.received)
+                    self._leave_preempted(stop.received, began)
                 if profiled:
                     profiler.start(self.step + 1, profiled)
                 sums = self.learner.step(self.step, micro_batches, counts)
@@ -251,10 +252,11 @@ class Trainer:
         ).tolist()
         return dict(zip(counts, sums, strict=True)), stops > 0, self.saver.is_writing and writers == 0, int(profiled)
 
-    def _leave_preempted(self, received: Collection[Signals]) -> None:
+    def _leave_preempted(self, received: Collection[Signals], began: int) -> None:
         """Says so in status.json, and has the job requeued, before any rank ends: the first may take the others with
         it."""
-        stopped, then = f"stopped at step {self.step} of {self.training.steps}", AGAIN
+        idle = " (no step in this start: it needs more time)" if self.step == began else ""
+        stopped, then = f"stopped at step {self.step} of {self.training.steps}{idle}", AGAIN
         if self.ranks.is_main:
             self.run.update_status(state="preempted", step=self.step, finished=now(), error=f"{stopped}; {then}")
             then = self.after_stop(received)

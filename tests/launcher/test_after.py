@@ -162,33 +162,40 @@ def test_lists_of_nodes_are_expanded():
 
 @pytest.fixture
 def ended(tmp_path, monkeypatch):
-    """``ended(log, submitted)``: what the run's status.json says after SLURM job 5, of a pipeline's job ``shards``, has
-    ended with the batch ``log``, and the exit status of ``after``. ``submitted`` is what the launch has recorded."""
+    """``ended(log)``: what the run's status.json says after SLURM job 5, of a pipeline's job ``shards``, has ended with
+    the batch ``log``, and the exit status of ``after``. ``id`` and ``submitted`` are what the launch has recorded."""
     for name, value in {"SLURM_JOB_ID": "5", "SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "1"}.items():
         monkeypatch.setenv(name, value)
 
-    def make(log, **submitted):
+    def make(log, id="5", **submitted):
         pipeline = PipelineRun(tmp_path / "run")
         config = {"kind": "shard", "run": str(pipeline.path / "shards"), "source": {"kind": "moving_digits"}}
         config = TypeAdapter(AnyJobConfig).validate_python(config)
         pipeline.write_config("shards", config)
-        one = Submitted(slurm_id="5", **submitted)
+        one = Submitted(slurm_id=id, **submitted)
         job = JobRecord(fingerprint="f", array=3, submitted=[Submitted(slurm_id="4", part=0), one])
         record = Record(pipeline="p", cluster_name="c", cluster=CLUSTER, code="x", launched="now", jobs={"shards": job})
         pipeline.write_record(record)
         logs = pipeline.slurm_folder(one.of("shards"))
         logs.mkdir(parents=True, exist_ok=True)
-        batch_log(logs, "5").write_text(BEGIN + log)
+        batch_log(logs, id).write_text(BEGIN + log)
         code = main([str(pipeline.path), "shards", "--nodes=one-a idle all*\none-b idle all*"])
         return code, Run(config.run if one.merge else config.run / "parts" / "1-of-3").status()
 
     return make
 
 
-@pytest.mark.parametrize("submitted", [{"part": 1}, {"merge": True}])
-def test_the_part_or_the_merge_that_a_job_does_is_told_of_though_the_job_is_no_array(ended, capsys, submitted):
-    code, status = ended("srun: error: one-b: task 0: Killed\n", **submitted)
-    assert (code, status.state, status.slurm_job_id) == (0, "pending", "5")
+@pytest.mark.parametrize(
+    ("id", "submitted"),
+    [("5_1", {"part": 1}), ("5", {"part": 1}), ("5", {"merge": True})],
+    ids=["a task", "the only part that was missing, which is no array", "the merge"],
+)
+def test_the_part_or_the_merge_that_a_job_does_is_told_of(ended, capsys, monkeypatch, id, submitted):
+    if "_" in id:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    code, status = ended("srun: error: one-b: task 0: Killed\n", id=id, **submitted)
+    assert (code, status.state, status.slurm_job_id) == (0, "pending", id)
     assert status.note.endswith("; start 2 of 3 follows, without one-b")
     assert capsys.readouterr().out == "one-b\n"
 

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def test_every_profile_loads_and_makes_scripts_for_every_kind_of_job(path, tmp_p
         assert options(text)["partition"] == cluster.options_of(kind).partition
         assert options(text)["dependency"] == "afterok:7:8"
         assert srun(text)[0] == "srun"
+
+
+@pytest.mark.parametrize(("time", "delay", "refused"), [("00:07:00", 360, True), ("00:08:00", 360, False)])
+def test_a_time_limit_within_which_a_job_would_only_be_told_to_stop_is_refused(tmp_path, time, delay, refused):
+    cluster = SlurmCluster(signal_delay_s=delay)
+    with (
+        pytest.raises(UsageError, match="limit is 00:07:00, and it is told to save 360 s before that")
+        if refused
+        else nullcontext()
+    ):
+        script(cluster, "tokenizer", job(time=time), tmp_path)
 
 
 def test_the_a100_profile_asks_for_whole_nodes_of_gpus_and_for_a_cpu_where_no_gpu_helps(tmp_path):

@@ -53,8 +53,9 @@ def uninterrupted(slurm, train, tmp_path_factory) -> Run:
 @pytest.fixture(scope="module")
 def pipeline(slurm, shards, uninterrupted, tmp_path_factory) -> PipelineRun:
     """Three trainings and a report that needs them, launched. In the middle of ``requeued`` an operator has requeued
-    it; ``limited``, which is warned a minute before its time limit of two, is held there until SLURM, which wakes it,
-    does so: its steps are too quick to last. ``lost``, on one node, waits until both, over two nodes, have ended."""
+    it; ``limited``, which is warned a minute before its time limit, is held there and given little more than that,
+    until SLURM, which wakes it, does so: its steps are too quick to last. ``lost``, on one node, waits until both, over
+    two nodes, have ended."""
     folder = tmp_path_factory.mktemp("pipeline")
 
     def training(resources: dict, needs: list[str]) -> dict:
@@ -63,7 +64,7 @@ def pipeline(slurm, shards, uninterrupted, tmp_path_factory) -> PipelineRun:
 
     jobs = {
         "requeued": training({"nodes": 2}, []),
-        "limited": training({"nodes": 2, "time": "00:02:00"}, []),
+        "limited": training({"nodes": 2}, []),
         "lost": training({"nodes": 1}, ["requeued", "limited"]),
     }
     runs = {name: f"${{run:{name}}}" for name in jobs}
@@ -78,6 +79,8 @@ def pipeline(slurm, shards, uninterrupted, tmp_path_factory) -> PipelineRun:
     def hold(job: str) -> None:
         for pid, _ in slurm.ranks(job).values():
             os.kill(pid, signal.SIGSTOP)
+        hours, minutes, _ = map(int, slurm.about(job)["RunTime"].split(":"))
+        slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={hours * 60 + minutes + 2}")
 
     meddling = {"requeued": lambda job: slurm.run("scontrol", "requeue", job), "limited": hold}
 

@@ -2,9 +2,11 @@ import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from stpredict.training.engine import Trainer
 from stpredict.training.signals import Preempted, StopRequest, sparing_children
 
 BOTH = (signal.SIGTERM, signal.SIGUSR2)
@@ -67,3 +69,12 @@ def test_a_compiler_is_spared_and_the_signal_not_lost():
         assert stop
         compiler.kill()
         compiler.wait()
+
+
+@pytest.mark.parametrize(("step", "says"), [(3, "3 of 9 (no step in this start: it needs more time);"), (4, "4 of 9;")])
+def test_a_training_that_was_stopped_before_its_first_step_says_that_it_needs_more_time(step, says):
+    ranks = SimpleNamespace(is_main=False, barrier=lambda: None)
+    trainer = SimpleNamespace(step=step, training=SimpleNamespace(steps=9), ranks=ranks)
+    with pytest.raises(Preempted) as stopped:
+        Trainer._leave_preempted(trainer, set(), began=3)
+    assert str(stopped.value) == f"stopped at step {says} run again to continue"
