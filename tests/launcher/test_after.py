@@ -221,3 +221,20 @@ def test_a_run_that_an_earlier_start_still_holds_is_left_alone_and_the_job_start
     said = capsys.readouterr()
     assert "an earlier start of this job, process 1 on lost-node (SLURM job 5.0), holds it after" in said.err
     assert said.out == "one-b\n"
+
+
+def test_failures_are_counted_from_start_to_start_and_the_nodes_of_the_profile_stay_excluded(
+    ended, capsys, monkeypatch
+):
+    monkeypatch.setitem(globals(), "CLUSTER", SlurmCluster(retries=2, exclude="old"))
+    ended("srun: error: one-b: task 0: Killed\n", part=1)
+    assert capsys.readouterr().out == "old,one-b\n"
+    assert ended("srun: error: one-a: task 0: Killed\n", part=1)[1].note.endswith("start 3 of 3 follows, again with "
+        "one-a: too few nodes are left without it")  # fmt: skip
+    code, status = ended("srun: error: one-a: task 0: Killed\n", part=1)
+    assert (code, status.state, status.note) == (1, "failed", "failed 3 times; run again to continue")
+
+
+def test_the_status_of_another_jobs_work_is_left_alone(ended, tmp_path):
+    Run(tmp_path / "run" / "shards" / "parts" / "1-of-3").update_status(kind="shard", state="done", fingerprint="g")
+    assert ended("srun: error: one-b: task 0: Killed\n", part=1)[1].state == "done"
