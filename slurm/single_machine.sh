@@ -227,11 +227,15 @@ end() {
 end_orphans() {
     local process
     for process in /proc/[0-9]*; do
-        if { tr '\0' '\n' <"$process/environ" | grep -q -x -F "SLURM_CONF=$SLURM_CONF" &&
-            tr '\0' '\n' <"$process/environ" | grep -q '^SLURM_JOB_ID='; } 2>/dev/null; then
+        if { tr '\0' '\n' <"$process/environ" | grep -q -x -F "SLURM_CONF=$SLURM_CONF" && of_a_job "$process"; } 2>/dev/null; then
             kill -9 "${process#/proc/}" 2>/dev/null || true
         fi
     done
+}
+
+# Its processes, and the daemon that saw to them and would wait for the controller for ever.
+of_a_job() {
+    tr '\0' '\n' <"$1/environ" | grep -q '^SLURM_JOB_ID=' || [[ $(<"$1/comm") == slurmstepd ]]
 }
 
 forget_nodes() {

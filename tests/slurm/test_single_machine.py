@@ -22,6 +22,17 @@ def refused(slurm: Slurm, word: str) -> str:
     return told.stderr
 
 
+def serves_a_job_of(process: psutil.Process, folder: Path) -> bool:
+    """Whether it is a slurmstepd of the SLURM in ``folder``."""
+    try:
+        environment = (
+            Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+        )  # its title overwrote the beginning
+        return process.name() == "slurmstepd" and f"SLURM_CONF={folder}/slurm.conf".encode() in environment
+    except (psutil.Error, OSError):
+        return False
+
+
 def test_a_second_start_says_in_one_line_that_it_runs_or_that_the_port_is_taken_and_makes_nothing(slurm, tmp_path):
     assert f"it runs already: export SLURM_CONF={slurm.environment['SLURM_CONF']}" in refused(slurm, "start")
     other = Slurm(tmp_path / "other")
@@ -66,5 +77,6 @@ def test_after_a_crash_start_says_what_to_do_and_stop_ends_the_jobs_left_and_rem
         subprocess.run([SCRIPT, "stop"], env=other.environment, check=True, timeout=60)
     psutil.wait_procs([job], timeout=5)
     assert not job.is_running() or job.status() == psutil.STATUS_ZOMBIE
+    assert not [left for left in psutil.process_iter() if serves_a_job_of(left, folder)]
     assert not folder.exists()
     assert os.getuid() or str(folder) not in Path("/etc/hosts").read_text()
