@@ -7,7 +7,7 @@ import os
 import socket
 from signal import SIGUSR2
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UsageError, UserError
 from stpredict.jobs.config import JobConfig
 from stpredict.jobs.rank_log import log_to
 from stpredict.jobs.requeue import already_requeued, job_id, requeue
@@ -31,6 +31,9 @@ COMMANDS = {"tokenizer": "train", "prior": "train"}
 # Jobs that save at a step boundary when they are asked to stop. The others are left wherever they are: what they have
 # finished is kept.
 SAVING = {"tokenizer", "prior"}
+# Of the others, those that keep nothing of what they have not finished; out of time, each start is like the one before.
+STARTING_OVER = {"generate", "evaluate", "report"}
+MOST_STARTS = 4
 EXIT_PREEMPTED = 75
 FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up"}
 
@@ -85,6 +88,11 @@ def _work_until(stop: StopRequest, config: JobConfig, run: Run, rank: int) -> No
             raise RuntimeError("ended, since another rank failed") from None  # srun's SIGTERM, or the launcher's
         if not isinstance(error, Preempted):  # it went wrong by the signal: a peer left, a worker process died
             log.warning("since the signal: %r", error)
+    starts = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
+    if config.kind in STARTING_OVER and SIGUSR2 in stop.received and starts >= MOST_STARTS:
+        raise UsageError(
+            f"not done in {starts} starts, and each begins from the beginning; give it more resources.time, or less to do"
+        )
     _leave_word(run, rank, "preempted", f"stopped; {AGAIN}")
     then = None
     if rank == 0:  # a SIGTERM may also mean that another rank died: nothing is requeued for it

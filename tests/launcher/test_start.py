@@ -153,6 +153,16 @@ def test_a_job_that_does_not_train_is_left_with_75_where_it_is(rank, requeued):
     assert requeued == [{signal.SIGUSR2}]
 
 
+def test_a_job_that_starts_over_each_time_is_not_requeued_for_ever(rank, requeued, monkeypatch):
+    for restarts, ended in ((2, 75), (3, 2)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        code, run = rank(0, signals=[signal.SIGUSR2])
+        assert code == ended
+    assert (run.status().state, len(requeued)) == ("failed", 1)
+    assert "not done in 4 starts" in run.status().error
+    assert "resources.time" in run.status().error
+
+
 def test_a_job_that_slurm_requeues_by_itself_says_so(rank, requeued, monkeypatch):
     monkeypatch.setattr(module, "already_requeued", lambda: "SLURM job 12 is requeued")
     _, run = rank(0, signals=[signal.SIGTERM])
