@@ -91,7 +91,7 @@ def _work_until(stop: StopRequest, config: JobConfig, run: Run, rank: int) -> No
     starts = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
     if config.kind in STARTING_OVER and SIGUSR2 in stop.received and starts >= MOST_STARTS:
         raise UsageError(
-            f"not done in {starts} starts, and each begins from the beginning; give it more resources.time, or less to do"
+            f"not done in {starts} starts, each from the beginning; give it more resources.time, or less to do"
         )
     _leave_word(run, rank, "preempted", f"stopped; {AGAIN}")
     then = None
