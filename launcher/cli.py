@@ -240,6 +240,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="wait for it to start, go on until it ends")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="lines from the end")] = 40,
     slurm: Annotated[bool, typer.Option("--slurm", help="what SLURM's batch script wrote, and srun")] = False,
+    json: Annotated[bool, typer.Option("--json", help="every line as JSON: job, rank, line")] = False,
 ) -> None:
     """Print the log of a job's rank.
 
@@ -252,8 +253,9 @@ def logs(
     from launcher import logs as log_files
 
     try:
-        for line in log_files.LogReader(run, job, rank, part, slurm).read(lines, follow):
-            sys.stdout.write(line)
+        reader = log_files.LogReader(run, job, rank, part, slurm)
+        for line in reader.read(lines, follow):
+            sys.stdout.write(reader.as_json(line) if json else line)
             sys.stdout.flush()
     except KeyboardInterrupt:
         raise typer.Exit(0) from None

@@ -1,5 +1,6 @@
 """What ``stpredict logs`` prints: the end of a rank's log, or of SLURM's, and what comes after it."""
 
+import json
 import sys
 import time
 from collections import deque
@@ -62,6 +63,10 @@ class LogReader:
         if follow:
             self._look(at_once=True)
             _say(f"{self.name}: {_in_words(self.row)}")
+
+    def as_json(self, line: str) -> str:
+        """The line as an object on a line of its own; of an array's task, ``job`` is JOB.PART."""
+        return json.dumps({"job": self.name, "rank": self.rank, "line": line.rstrip("\n")}) + "\n"
 
     def files(self) -> list[Path]:
         """The log that was asked for, or, where the job ended without it, SLURM's."""

@@ -249,6 +249,7 @@ def test_logs_are_of_the_last_started_job_unless_named(stpredict, tmp_path):
     write(tmp_path / "p" / "pipeline.yaml", {"jobs": {"one": {}, "two": {}}})
     assert stpredict("logs", "p", "-n", "2")[1] == "two 3\ntwo 4\n"
     assert stpredict("logs", "p", "one", "-n", "1", "-f")[1] == "one 4\n"
+    assert json.loads(stpredict("logs", "p", "-n", "1", "--json")[1]) == {"job": "two", "rank": 0, "line": "two 4"}
     assert "has no job 'x'; jobs: one, two" in stpredict("logs", "p", "x")[2]
     assert "logs there: rank_0.log" in stpredict("logs", "p", "one", "--rank", "3")[2]
 
