@@ -80,7 +80,8 @@ def _alive(record: Record | None, jobs: list[Row], only: str | None = None) -> s
     if not queue.here():
         return set()
     if record:
-        return {id for name, ids in queue.queued_jobs(record).items() if only in (None, name) for id in ids}
+        wanted = {one.slurm_id for name, job in record.jobs.items() if only in (None, name) for one in job.submitted}
+        return wanted & queue.queued_of(record).keys()
     return set(queue.queued(id for row in jobs for id in row.slurm_ids))
 
 

@@ -1,5 +1,6 @@
 """`stpredict launch --dry-run`: what a launch would do, and the batch scripts that it would submit. Writes nothing."""
 
+import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import UsageError
-from launcher.cli import print_json
 from launcher.config import ClusterConfig, PipelineConfig, SlurmCluster
 from launcher.launch import Launch, executor_of, prepare
 from launcher.pipeline import Job
@@ -43,9 +43,8 @@ def preview(
 def _show(launch: Launch, cluster: ClusterConfig, scripts: Mapping[str, str], as_json: bool) -> None:
     rows = [_row(job, cluster) | {"action": launch.actions[job.name]} for job in launch.jobs]
     if as_json:
-        print_json(
-            {"run": str(launch.run.path), "cluster": launch.record.cluster_name, "jobs": rows, "scripts": scripts}
-        )
+        found = {"run": str(launch.run.path), "cluster": launch.record.cluster_name, "jobs": rows, "scripts": scripts}
+        print(json.dumps(found, indent=1))
         return
     table = Table("job", "kind", "needs", "nodes x ranks", "array", "time", "partition", "would", box=box.SIMPLE)
     for row in rows:

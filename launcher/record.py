@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError, field_serializer
 
 from data_pipeline.errors import UsageError
 from launcher.config import LAUNCHER, AnyCluster, ClusterConfig, LocalCluster
-from stpredict.config import as_yaml, load
+from stpredict.config import load
 from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
 from stpredict.run import Run, write_atomically
 
@@ -101,11 +101,6 @@ class PipelineRun:
     def write_record(self, record: Record) -> None:
         self.record_path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.record_path, record.model_dump_json(indent=1) + "\n")
-
-    def write_config(self, job: str, config: JobConfig) -> None:
-        path = self.config_path(job)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, as_yaml(config))
 
     def config(self, job: str) -> JobConfig:
         return load(AnyJobConfig, self.config_path(job))

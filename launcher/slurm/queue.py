@@ -63,20 +63,13 @@ def queued(ids: Iterable[str]) -> dict[str, Queued]:
     return {name: job for name, job in known(ids).items() if not job.over}
 
 
-def queued_jobs(record: Record) -> dict[str, list[str]]:
-    """Job → the SLURM jobs that are still to do something of it, where SLURM is here and has any."""
-    if not here():
-        return {}
-    alive = queued(record.slurm_ids())
-    found = {
-        name: [
-            one.slurm_id
-            for one in job.submitted
-            if one.slurm_id in alive and alive[one.slurm_id].name == record.slurm_name(one.of(name))
-        ]
-        for name, job in record.jobs.items()
+def queued_of(record: Record) -> dict[str, Queued]:
+    """Of the jobs that a launch submitted those that are waiting, running or ending. Their names are compared too:
+    another SLURM may have given the same id to something else."""
+    names = {
+        one.slurm_id: record.slurm_name(one.of(name)) for name, job in record.jobs.items() for one in job.submitted
     }
-    return {name: ids for name, ids in found.items() if ids}
+    return {id: job for id, job in queued(names).items() if job.name == names[id]}
 
 
 def cancel(ids: Collection[str]) -> None:

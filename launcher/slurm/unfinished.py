@@ -40,15 +40,9 @@ def still_to_do(run: PipelineRun, before: Record) -> dict[str, list[str]]:
 def _settled(before: Record) -> set[str]:
     end = time.monotonic() + SETTLE_S
     while True:
-        jobs = queue.queued(before.slurm_ids())
+        jobs = queue.queued_of(before)
         if not any(job.state == "COMPLETING" for job in jobs.values()) or time.monotonic() > end:
-            # Another SLURM may have given the same id to something else.
-            ours = {
-                one.slurm_id: before.slurm_name(one.of(name))
-                for name, job in before.jobs.items()
-                for one in job.submitted
-            }
-            return {id for id, job in jobs.items() if job.reason != NEVER and job.name == ours[id]}
+            return {id for id, job in jobs.items() if job.reason != NEVER}
         time.sleep(0.5)
 
 

@@ -11,6 +11,7 @@ from launcher.config import SlurmCluster
 from launcher.record import JobRecord, PipelineRun, Record, Submitted
 from launcher.slurm.after import Failures, decide, eligible_nodes, expand_nodes, main
 from launcher.slurm.failure import Failure, batch_log, rank_log, was_asked, what_happened
+from stpredict.config import as_yaml
 from stpredict.jobs.config import AnyJobConfig
 from stpredict.run import Run
 
@@ -171,7 +172,9 @@ def ended(tmp_path, monkeypatch):
         pipeline = PipelineRun(tmp_path / "run")
         config = {"kind": "shard", "run": str(pipeline.path / "shards"), "source": {"kind": "moving_digits"}}
         config = TypeAdapter(AnyJobConfig).validate_python(config)
-        pipeline.write_config("shards", config)
+        path = pipeline.config_path("shards")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(as_yaml(config))
         one = Submitted(slurm_id=id, **submitted)
         job = JobRecord(fingerprint="f", array=3, submitted=[Submitted(slurm_id="4", part=0), one])
         record = Record(pipeline="p", cluster_name="c", cluster=CLUSTER, code="x", launched="now", jobs={"shards": job})
