@@ -191,6 +191,52 @@ def launch(
 
 
 @app.command()
+def study(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML of kind study")],
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option(help="name in configs/clusters, or a YAML (default: here)")] = None,
+    rerun: Annotated[list[str] | None, typer.Option(metavar="JOB", help="make JOB and what needs it anew")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only print the jobs and their batch scripts; write nothing")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Run the trials of a grid, those that are missing or unfinished, and write a report: curves, fitted laws.
+
+    A study is a pipeline of many jobs, TRIAL-JOB: status, logs, cancel and resume look after it as after any other.
+    stpredict report RUN writes the report at any time, of what is there.
+
+    \b
+    stpredict study configs/studies/nbp_sizes_tiny.yaml
+    stpredict study configs/studies/nbp_sizes_tiny.yaml 'grid.seed.values=[0,1,2]' at_once=2 --cluster local
+    """
+    from launcher.config import LocalCluster, load_cluster
+    from launcher.launch import launch
+    from launcher.study import load_study
+
+    where = load_cluster(cluster, study) if cluster else LocalCluster()
+    _, pipeline, jobs = load_study(study, overrides or ())
+    if dry_run:
+        from launcher.preview import preview
+
+        preview(pipeline, jobs, where, rerun or (), cluster or "local", json)
+    else:
+        raise typer.Exit(launch(pipeline, jobs, where, rerun or (), cluster or "local", as_json=json))
+
+
+@app.command()
+def estimate(
+    config: Config,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Say what a training takes before it is begun: parameters, FLOPs, memory, time. Trains nothing; needs no GPU."""
+    from launcher import estimates
+
+    estimates.estimate(config, overrides or (), json)
+
+
+@app.command()
 def status(
     run: RunPath,
     json: Json = False,

@@ -1,14 +1,15 @@
 """Configs of what runs where: pipelines (jobs with ``needs``) and clusters. Torch-free."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from data_pipeline.config import Config
 from data_pipeline.errors import UsageError
 from stpredict.config import load
 from stpredict.jobs.config import JobConfig, TimeLimit, minutes
+from stpredict.studies.config import AnalysisConfig, Role
 
 LAUNCHER = "launcher"  # folder of a pipeline's run, and so no job's name
 
@@ -20,14 +21,17 @@ def _not_reserved(name: str) -> str:
 
 
 JobName = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$"), AfterValidator(_not_reserved)]
-JobKind = Literal["shard", "tokenizer", "encode", "prior", "generate", "evaluate", "report", "merge"]
+JobKind = Literal["shard", "tokenizer", "encode", "prior", "generate", "evaluate", "report", "study_report", "merge"]
 
 
 class PipelineJob(Config):
     """One job of a pipeline: a job's own config file, changed by ``set``, started after the jobs it ``needs``."""
 
-    config: Path = Field(description="a job's YAML, relative to the pipeline file")
+    config: Path | None = Field(
+        None, description="a job's YAML, relative to the pipeline file (default: `set` is all of it)"
+    )
     needs: tuple[JobName, ...] = ()
+    after: tuple[JobName, ...] = Field((), description="jobs that must have ended before it starts, however they end")
     set: dict[str, Any] = Field({}, description="merged over the job's config; ${run:JOB} is the run of a needed job")
     array: int | None = Field(None, ge=1, description="tasks that write its shards together; a merge job follows them")
 
@@ -40,6 +44,43 @@ class PipelineConfig(Config):
     vars: dict[str, Any] = Field({}, description="values of the pipeline's own, for ${vars.NAME}")
     run: Path = Field(default_factory=lambda fields: Path("runs") / fields.get("name", ""))
     jobs: dict[JobName, PipelineJob] = Field(min_length=1)
+
+
+class Axis(Config):
+    """One axis of a study's grid."""
+
+    key: str | None = Field(
+        None,
+        description="what of `trial` its values are: prior.set.seed (default: each value is changes of `trial`)",
+    )
+    values: list[Any] | dict[str, Any] = Field(description="the values, or label → value")
+    role: Role = Field("other", description="what it is to the analysis (default: its name, where that is a role)")
+
+
+def _with_roles(grid: Any) -> Any:
+    """Axes that are called like a role have it."""
+    if not isinstance(grid, dict):
+        return grid
+    own = {
+        name: {"role": name, **axis} for name, axis in grid.items() if name in get_args(Role) and isinstance(axis, dict)
+    }
+    return {**grid, **own}
+
+
+class StudyConfig(Config):
+    """A grid of trials. ``jobs`` are done once; the jobs of ``trial`` for every point of ``grid``, as TRIAL-JOB."""
+
+    kind: Literal["study"] = "study"
+    name: str
+    vars: dict[str, Any] = Field({}, description="values of the study's own, for ${vars.NAME}")
+    run: Path = Field(default_factory=lambda fields: Path("runs") / fields.get("name", ""))
+    at_once: int | None = Field(
+        None, ge=1, description="trials that run at once at most (default: as many as there is room for)"
+    )
+    jobs: dict[JobName, PipelineJob] = Field({})
+    grid: Annotated[dict[JobName, Axis], BeforeValidator(_with_roles)] = Field(min_length=1)
+    trial: dict[JobName, PipelineJob] = Field(min_length=1)
+    analysis: AnalysisConfig = AnalysisConfig()
 
 
 class LocalCluster(Config):

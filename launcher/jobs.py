@@ -45,7 +45,7 @@ def run(config: JobConfig) -> int:
 
 def result_of(config: JobConfig) -> Path:
     """What a person opens first of a finished job."""
-    return config.run / "report.html" if config.kind == "report" else config.run
+    return config.run / "report.html" if config.kind in ("report", "study_report") else config.run
 
 
 def _print_result(config: JobConfig) -> None:

@@ -193,7 +193,9 @@ def _refuse(run: PipelineRun, pipeline: PipelineConfig) -> None:
 def _job_record(job: Job, action: Action, before: Record | None) -> JobRecord:
     old = before.jobs.get(job.name) if before and action != "rerun" else None
     submitted = list(old.submitted) if old else []
-    return JobRecord(needs=job.needs, fingerprint=job.fingerprint, array=job.array, submitted=submitted)
+    return JobRecord(
+        needs=job.needs, after=job.after, fingerprint=job.fingerprint, array=job.array, submitted=submitted
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from rich.table import Table
 from launcher.config import LocalCluster
 from launcher.jobs import result_of
 from launcher.launch import Launch
-from launcher.local import run_job
+from launcher.local import PREEMPTED, run_job
 from launcher.parts import merge
 from launcher.pipeline import Job
 from launcher.progress import format_seconds
@@ -20,7 +20,8 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 class LocalExecutor:
-    """Runs the jobs in order up to the first that does not end well, and ends with its exit status, otherwise 0."""
+    """Runs the jobs in order, but those that need one that did not end well, up to one that is asked to stop. Ends with
+    the exit status of the first that did not end well, otherwise 0."""
 
     def __init__(self, cluster: LocalCluster, run_job: Callable[..., int] = run_job):
         self.cluster, self.run_job = cluster, run_job
@@ -36,18 +37,25 @@ class LocalExecutor:
 
     def run(self, launch: Launch) -> int:
         seconds: dict[str, float] = {}
-        code = 0
+        code, unmet = 0, set()
         with launch.committed():
             pass
         for job in launch.jobs:
             if launch.actions[job.name] == "skip":
                 console.print(f"{job.name}: up to date")
                 continue
+            if unmet & set(job.needs):
+                unmet.add(job.name)
+                continue
             began = time.monotonic()
-            code = self._run_job(job, launch)
+            ended = self._run_job(job, launch)
             seconds[job.name] = time.monotonic() - began
-            if code:
-                break
+            if ended:
+                code = code or ended
+                unmet.add(job.name)
+                if ended == PREEMPTED:
+                    break
+                continue
             console.print(f"{job.name}: {job.run.status().state} in {format_seconds(seconds[job.name])}")
         console.print(_table(launch, seconds))
         if code:
@@ -57,7 +65,7 @@ class LocalExecutor:
             console.print(f"not run: {', '.join(waiting)}" if waiting else "")
         else:
             for job in launch.jobs:
-                if job.config.kind == "report":
+                if job.config.kind in ("report", "study_report"):
                     print(result_of(job.config))
         return code
 

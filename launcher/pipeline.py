@@ -32,6 +32,7 @@ class Job:
     config: JobConfig
     fingerprint: str
     array: int | None = None
+    after: tuple[str, ...] = ()
 
     @property
     def run(self) -> Run:
@@ -53,7 +54,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineCo
     node = read_yaml(path)
     if node.get("kind") in MODULES:
         pipeline = _alone(path, overrides)
-        return pipeline, _jobs(pipeline, path)
+        return pipeline, jobs_of(pipeline, path)
     known = list(node.get("jobs") or {})
     for override in overrides:
         match override.partition("=")[0].split("."):
@@ -65,7 +66,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineCo
     # A job's ${run:NAME} is kept as it is until the job's own config is resolved.
     data = resolve(node, path, run_of=lambda name: f"${{run:{name}}}")
     pipeline = validate(PipelineConfig, data, path)
-    return pipeline, _jobs(pipeline, path)
+    return pipeline, jobs_of(pipeline, path)
 
 
 def _alone(path: Path, overrides: Sequence[str]) -> PipelineConfig:
@@ -79,14 +80,15 @@ def _alone(path: Path, overrides: Sequence[str]) -> PipelineConfig:
     return PipelineConfig(name=path.stem, run=config.run, jobs={config.kind: job})
 
 
-def _jobs(pipeline: PipelineConfig, path: Path) -> list[Job]:
+def jobs_of(pipeline: PipelineConfig, path: Path) -> list[Job]:
     """In the order of their needs."""
     jobs: dict[str, Job] = {}
     for name in _order(pipeline, path):
-        needs, array = pipeline.jobs[name].needs, pipeline.jobs[name].array
+        job = pipeline.jobs[name]
         config = _job_config(pipeline, path, name)
-        upstream = [jobs[need].fingerprint for need in needs]
-        jobs[name] = Job(name, needs, config, fingerprint(config, upstream), None if array == 1 else array)
+        upstream = [jobs[need].fingerprint for need in job.needs]
+        array = None if job.array == 1 else job.array
+        jobs[name] = Job(name, job.needs, config, fingerprint(config, upstream), array, job.after)
     return list(jobs.values())
 
 
@@ -130,11 +132,12 @@ def plan(
                 f"run anew: add --rerun {job.name}"
             )
         else:
-            actions[job.name] = _continue_or_skip(job)
+            follows_work = any(actions[other] != "skip" for other in (*job.needs, *job.after))
+            actions[job.name] = _continue_or_skip(job, follows_work)
     return actions
 
 
-def _continue_or_skip(job: Job) -> Action:
+def _continue_or_skip(job: Job, follows_work: bool) -> Action:
     status = job.run.status()
     begun = [run for run in part_runs(job.run.path) if run.status()] if status is None else [job.run]
     other = next((run for run in begun if run.status().fingerprint != job.fingerprint), None)
@@ -154,7 +157,8 @@ def _continue_or_skip(job: Job) -> Action:
             f"job {job.name!r}: {job.run.path} has another config ({changes}); --rerun {job.name} makes it and what "
             "needs it anew (the old ones are kept), or give another `run`"
         )
-    return "skip" if status is not None and status.state == "done" else "continue"
+    done = status is not None and status.state == "done"
+    return "skip" if done and not (job.config.repeatable and follows_work) else "continue"
 
 
 def _is_done(run: Run, fingerprint: str) -> bool:
@@ -164,19 +168,22 @@ def _is_done(run: Run, fingerprint: str) -> bool:
 
 def _order(pipeline: PipelineConfig, path: Path) -> list[str]:
     for name, job in pipeline.jobs.items():
-        for need in job.needs:
-            if need not in pipeline.jobs:
-                raise UsageError(f"{path}: job {name!r} needs {need!r}, which is not one of {', '.join(pipeline.jobs)}")
+        for verb, others in (("needs", job.needs), ("comes after", job.after)):
+            if unknown := next((other for other in others if other not in pipeline.jobs), None):
+                raise UsageError(
+                    f"{path}: job {name!r} {verb} {unknown!r}, which is not one of {', '.join(pipeline.jobs)}"
+                )
+    before = {name: (*job.needs, *job.after) for name, job in pipeline.jobs.items()}
     try:
-        return list(TopologicalSorter({name: job.needs for name, job in pipeline.jobs.items()}).static_order())
+        return list(TopologicalSorter(before).static_order())
     except CycleError as error:
-        raise UsageError(f"{path}: jobs need each other in a circle: {' → '.join(error.args[1][::-1])}") from None
+        raise UsageError(f"{path}: jobs wait for each other in a circle: {' → '.join(error.args[1][::-1])}") from None
 
 
 def _job_config(pipeline: PipelineConfig, path: Path, name: str) -> JobConfig:
     job = pipeline.jobs[name]
-    file = path.parent / job.config
-    if not file.is_file():
+    file = path.parent / job.config if job.config else None
+    if file and not file.is_file():
         raise UsageError(f"{path}: job {name!r}: {file}: no such config file (paths are relative to the pipeline file)")
 
     def run_of(other: str) -> Path:
@@ -184,8 +191,9 @@ def _job_config(pipeline: PipelineConfig, path: Path, name: str) -> JobConfig:
             raise UsageError(f"{path}: job {name!r} reads ${{run:{other}}} but does not need it: add it to `needs`")
         return pipeline.run / other
 
-    node = OmegaConf.merge(read_yaml(file), OmegaConf.create(job.set), {"run": str(pipeline.run / name)})
-    where = f"{path}: job {name!r} ({job.config})"
+    base = read_yaml(file) if file else OmegaConf.create()
+    node = OmegaConf.merge(base, OmegaConf.create(job.set), {"run": str(pipeline.run / name)})
+    where = f"{path}: job {name!r}" + (f" ({job.config})" if file else "")
     config = validate(AnyJobConfig, resolve(node, where, run_of), where)
     if config.home != config.run:
         raise UsageError(f"{where}: `parts` are for jobs submitted by hand; here, set jobs.{name}.array")

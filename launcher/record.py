@@ -39,6 +39,7 @@ class Submitted(BaseModel):
 
 class JobRecord(BaseModel):
     needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     fingerprint: str
     array: int | None = None
     submitted: list[Submitted] = []

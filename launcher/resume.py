@@ -46,7 +46,10 @@ def resumable(path: Path, cluster: str | None = None) -> Resumable:
             f"{path} was launched as {pipeline.run.absolute()}, and its jobs' configs name each other's runs there; "
             "move it back"
         )
-    found = [Job(name, job.needs, run.config(name), job.fingerprint, job.array) for name, job in record.jobs.items()]
+    found = [
+        Job(name, job.needs, run.config(name), job.fingerprint, job.array, job.after)
+        for name, job in record.jobs.items()
+    ]
     return Resumable(pipeline, found, where, cluster or record.cluster_name)
 
 

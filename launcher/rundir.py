@@ -88,7 +88,7 @@ def is_done(run: Run, config: JobConfig) -> bool:
             f"or remove that directory{forced}"
         )
     status = run.status()
-    return status is not None and status.state == "done"
+    return status is not None and status.state == "done" and not config.repeatable
 
 
 def put_back(run: Run, before: str | None) -> None:

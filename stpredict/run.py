@@ -1,6 +1,6 @@
 """A run directory: what one job wrote, and where. Torch-free, so that a login node can read it.
 
-config.yaml  status.json  metrics.jsonl  environment.json  tensorboard/  logs/rank_N.log  logs/rank_N.error
+config.yaml  status.json  metrics.jsonl  scale.json  environment.json  tensorboard/  logs/rank_N.log  logs/rank_N.error
 checkpoints/step_00001000/  export/  samples/
 """
 
@@ -71,6 +71,7 @@ class Run:
     status_path = property(lambda self: self.path / "status.json")
     metrics_path = property(lambda self: self.path / "metrics.jsonl")
     environment_path = property(lambda self: self.path / "environment.json")
+    scale_path = property(lambda self: self.path / "scale.json")
     tensorboard = property(lambda self: self.path / "tensorboard")
     checkpoints = property(lambda self: self.path / "checkpoints")
     export = property(lambda self: self.path / "export")

@@ -68,12 +68,12 @@ class SlurmExecutor:
         """As they would be submitted, but that the ids of jobs that are not submitted yet are their names."""
         found = {}
         for job in launch.to_do:
-            needed = self._needed(job, launch, new=lambda name: f"<id of {name}>")
+            dependencies = self._dependencies(job, launch, new=lambda name: f"<id of {name}>")
             for kind, parts in _steps(job, launch):
                 name = _name(job, kind)
-                executor = self._executor(job, launch, kind, needed)
+                executor = self._executor(job, launch, kind, dependencies)
                 found[name] = _text(executor, len(parts))
-                needed = [f"<id of {name}>"]
+                dependencies = [f"afterok:<id of {name}>"]
         return found
 
     def check_jobs(self, launch: Launch) -> None:
@@ -91,46 +91,53 @@ class SlurmExecutor:
                 if why:
                     raise UsageError(f"job {_name(job, kind)!r}: {why}; nothing is submitted")
 
-    def _needed(self, job: Job, launch: Launch, new: Callable[[str], str] | None = None) -> list[str]:
-        """The SLURM jobs whose good end is that of the jobs that ``job`` needs and that are not done."""
+    def _dependencies(self, job: Job, launch: Launch, new: Callable[[str], str] | None = None) -> list[str]:
+        """What sbatch is to wait for: the good end of the jobs that ``job`` needs, any end of those that it comes
+        after."""
+        ids = {"afterok": self._last(job.needs, launch, new), "afterany": self._last(job.after, launch, new)}
+        return [":".join((how, *those)) for how, those in ids.items() if those]
+
+    def _last(self, names: Sequence[str], launch: Launch, new: Callable[[str], str] | None) -> list[str]:
+        """The SLURM jobs whose end is that of those of the jobs ``names`` that are not done."""
         found = []
-        for need in job.needs:
-            if launch.actions[need] == "skip":
+        for name in names:
+            if launch.actions[name] == "skip":
                 continue
-            other = next(other for other in launch.jobs if other.name == need)
-            if new and launch.actions[need] != "queued":
+            other = next(other for other in launch.jobs if other.name == name)
+            if new and launch.actions[name] != "queued":
                 found.append(new(_name(other, _steps(other, launch)[-1][0])))
             else:
-                found.append(launch.record.jobs[need].submitted[-1].slurm_id.partition("_")[0])
+                found.append(launch.record.jobs[name].submitted[-1].slurm_id.partition("_")[0])
         return found
 
     def _submit_job(self, job: Job, launch: Launch, new: list[str]) -> None:
         """Submits a job; an array's tasks and its merge. Adds what SLURM called them to ``new`` and to the record."""
         record = launch.record.jobs[job.name]
-        needed = self._needed(job, launch)
+        dependencies = self._dependencies(job, launch)
         record.submitted.clear()
         for kind, parts in _steps(job, launch):
-            executor = self._executor(job, launch, kind, needed)
+            executor = self._executor(job, launch, kind, dependencies)
             where = str(launch.run.path.absolute())
             with refusals(_name(job, kind)), outside_slurm(), uninterrupted(), executor.batch():
                 submitted = [executor.submit(work, where, job.name, part, kind == "merge") for part in parts]
             ids = [one.job_id for one in submitted]
             for id in ids:  # another SLURM, or one that began to count anew, may have had a job of that id here
                 failures_path(launch.run.slurm_folder(_name(job, kind)), id).unlink(missing_ok=True)
-            needed = sorted({id.partition("_")[0] for id in ids})
-            new += needed
+            arrays = sorted({id.partition("_")[0] for id in ids})
+            new += arrays
+            dependencies = [":".join(("afterok", *arrays))]
             record.submitted += [
                 Submitted(slurm_id=id, part=part, merge=kind == "merge") for id, part in zip(ids, parts, strict=True)
             ]
 
-    def _executor(self, job: Job, launch: Launch, kind: JobKind, needed: Sequence[str]) -> submitit.SlurmExecutor:
+    def _executor(self, job: Job, launch: Launch, kind: JobKind, terms: Sequence[str]) -> submitit.SlurmExecutor:
         name = _name(job, kind)
         after = [str(launch.run.path.absolute()), job.name]
         folder = launch.run.slurm_folder(name).absolute()
         executor = _Submitit(folder=folder, python=python_of(self.cluster))
         config = None if kind == "merge" else job.config
         executor.update_parameters(
-            **parameters(self.cluster, kind, launch.record.slurm_name(name), config, launch.code, after, needed)
+            **parameters(self.cluster, kind, launch.record.slurm_name(name), config, launch.code, after, terms)
         )
         return executor
 

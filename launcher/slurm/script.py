@@ -70,7 +70,8 @@ def parameters(
     dependencies: Sequence[str] = (),
 ) -> dict[str, Any]:
     """submitit's parameters for one job. ``after`` are the arguments of the program that decides about a failed job;
-    ``dependencies`` the SLURM jobs that must end well first. UsageError where its ranks or its time cannot be."""
+    ``dependencies`` are terms of sbatch's --dependency that must all come true. UsageError where its ranks or its time
+    cannot be."""
     options, shape = cluster.options_of(kind, config), shape_of(cluster, kind, config, name)
     _check_time(cluster, options.time, name)
     cpus = options.cpus_per_rank
@@ -80,7 +81,7 @@ def parameters(
         option, _, value = options.gpu_request.partition("=")
         additional[option] = value.format(gpus=gpus)
     if dependencies:
-        additional |= {"dependency": "afterok:" + ":".join(dependencies), "kill-on-invalid-dep": "yes"}
+        additional |= {"dependency": ",".join(dependencies), "kill-on-invalid-dep": "yes"}
     variables = {"OMP_NUM_THREADS": str(cpus), **_code_for(cluster, code), **cluster.environment}
     setup = [
         BEGIN,

@@ -9,8 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.config import ClipDataConfig, Config, Source
 from stpredict.losses.config import ReconstructionLossConfig
-from stpredict.priors.config import NextBlockConfig, PriorDataConfig
+from stpredict.priors.config import LatentConfig, NextBlockConfig, PriorDataConfig
 from stpredict.sampling.config import SamplingConfig
+from stpredict.studies.config import AnalysisConfig, Role, TrialConfig
 from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, TokenizedClipDataConfig
 from stpredict.training.config import InitFrom, TrainingConfig
 
@@ -88,6 +89,8 @@ class JobConfig(Config):
 
     #: Keys, with those below them, that change nothing in what the job makes: it may be continued with others.
     harmless: ClassVar[tuple[str, ...]] = ("run", *(f"resources.{key}" for key in RESOURCES))
+    #: Asked for again, it is done again, though it is done: it is about others, that may have gone on.
+    repeatable: ClassVar[bool] = False
 
     @property
     def home(self) -> Path:
@@ -197,6 +200,12 @@ class PriorJobConfig(TrainingJobConfig):
     data: PriorDataConfig
     tokenizer: Path = Field(description="run or export of the tokenizer that made the latents and will decode samples")
     given_frames: int = Field(5, ge=1, description="frames given in the pictures of predictions")
+    # Left out where there is none: runs that are older than the key are runs without.
+    latent: LatentConfig | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="what the latents are to be: others are refused, and `estimate` needs none that are there",
+    )
     model: NextBlockConfig = NextBlockConfig()
 
 
@@ -231,7 +240,30 @@ class ReportConfig(JobConfig):
     runs: dict[str, Path] = Field(description="name → run directory, in the order shown")
 
 
+class StudyReportConfig(JobConfig):
+    """What the trials of a study found: curves, fitted laws, predictions, as one HTML page, pictures and tables.
+
+    A page of what is there: it is written anew whenever it is asked for, under any config.
+    """
+
+    kind: Literal["study_report"] = "study_report"
+    title: str = "study"
+    axes: dict[str, Role] = Field(description="of the grid, and what each is")
+    trials: dict[str, TrialConfig]
+    analysis: AnalysisConfig = AnalysisConfig()
+
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, "title", "axes", "trials", "analysis", "seed")
+    repeatable: ClassVar[bool] = True
+
+
 AnyJobConfig = Annotated[
-    ShardConfig | TokenizerJobConfig | EncodeConfig | PriorJobConfig | GenerateConfig | EvaluateConfig | ReportConfig,
+    ShardConfig
+    | TokenizerJobConfig
+    | EncodeConfig
+    | PriorJobConfig
+    | GenerateConfig
+    | EvaluateConfig
+    | ReportConfig
+    | StudyReportConfig,
     Field(discriminator="kind"),
 ]

@@ -25,6 +25,7 @@ MODULES = {
     "generate": "stpredict.jobs.generate",
     "evaluate": "stpredict.jobs.evaluate",
     "report": "stpredict.jobs.report",
+    "study_report": "stpredict.jobs.study_report",
 }
 # The command for each kind of job that is not called like its command.
 COMMANDS = {"tokenizer": "train", "prior": "train"}
@@ -32,7 +33,7 @@ COMMANDS = {"tokenizer": "train", "prior": "train"}
 # finished is kept.
 SAVING = {"tokenizer", "prior"}
 # Of the others, those that keep nothing of what they have not finished; out of time, each start is like the one before.
-STARTING_OVER = {"generate", "evaluate", "report"}
+STARTING_OVER = {"generate", "evaluate", "report", "study_report"}
 MOST_STARTS = 4
 EXIT_PREEMPTED = 75
 FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up"}

@@ -4,10 +4,13 @@ import os
 
 import torch
 
+from data_pipeline.shard_set import read_set
 from stpredict.config import flat
-from stpredict.exports import export_checkpoint
+from stpredict.exports import export_checkpoint, load_tokenizer
 from stpredict.jobs.config import FORCE, PriorJobConfig, TokenizerJobConfig
 from stpredict.jobs.requeue import requeue
+from stpredict.priors.config import given_latent_frames
+from stpredict.priors.data import TrainedTokenizer, check_latent, open_data
 from stpredict.priors.task import PriorTask
 from stpredict.run import Run
 from stpredict.tokenizers.task import TokenizerTask
@@ -42,6 +45,11 @@ def run(config: TrainConfig, run: Run) -> None:
 def build_task(config: TrainConfig) -> Task:
     match config:
         case TokenizerJobConfig():
+            read_set(config.data.shards, "val")  # a missing one is said now, not at the first validation
             return TokenizerTask(config.model, config.loss, config.data, config.seed)
         case PriorJobConfig():
-            return PriorTask(config.model, config.data, config.tokenizer, config.given_frames, config.seed)
+            tokenizer = TrainedTokenizer(config.tokenizer, *load_tokenizer(config.tokenizer))
+            data = open_data(config.data, tokenizer, config.seed)
+            check_latent(config.latent, data)
+            given = given_latent_frames(config.given_frames, data.clip, tokenizer.export.model, config.model)
+            return PriorTask(config.model, data, tokenizer, given)

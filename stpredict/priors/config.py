@@ -68,6 +68,13 @@ class NextBlockConfig(Config):
         return self
 
 
+class LatentConfig(Config):
+    """Token ids below ``codebook_size`` on a ``grid`` (T', H', W')."""
+
+    grid: tuple[PositiveInt, PositiveInt, PositiveInt]
+    codebook_size: int = Field(ge=2)
+
+
 def given_latent_frames(given: int, clip: ClipConfig, tokenizer: CausalCnnConfig, prior: NextBlockConfig) -> int:
     """Latent frames that ``given`` frames of a clip make. UsageError where they do not, or are not whole blocks, or
     leave nothing to predict."""

@@ -11,7 +11,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_batches, clip_evaluation_batches, latent_batches, latent_evaluation_batches
 from stpredict.exports import TokenizerExport
-from stpredict.priors.config import CachedLatentsConfig, PriorDataConfig, TokenizedClipsConfig
+from stpredict.priors.config import CachedLatentsConfig, LatentConfig, PriorDataConfig, TokenizedClipsConfig
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.clips import clip_for, clip_tokens, clips_for
 from stpredict.training.task import Batch, Share, TrainingBatches
@@ -119,6 +119,25 @@ class TokenizedClips:
 
     def tokens(self, batch: Batch) -> Tensor:
         return clip_tokens(self._tokenizer, batch["clip"], self._batch_size)
+
+
+class PlannedLatents:
+    """Latents that are not there yet: enough for what needs shapes alone."""
+
+    def __init__(self, config: LatentConfig):
+        self.grid, self.codebook_size = config.grid, config.codebook_size
+
+    def tokens(self, batch: Batch) -> Tensor:
+        return batch["latent"]
+
+
+def check_latent(expected: LatentConfig | None, data: PriorData) -> None:
+    """UsageError where ``data`` are not what the config has ``expected``."""
+    if expected and (expected.grid, expected.codebook_size) != (tuple(data.grid), data.codebook_size):
+        raise UsageError(
+            f"latent: {expected.grid} of {expected.codebook_size} codes is expected, and the tokenizer makes "
+            f"{tuple(data.grid)} of {data.codebook_size}"
+        )
 
 
 def _grid(clip: ClipConfig, export: TokenizerExport) -> tuple[int, int, int]:

@@ -1,7 +1,6 @@
 """Training a prior: predict the next block of tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 from data_pipeline.errors import UsageError
 from data_pipeline.transforms import to_clip
 from stpredict.evaluation.pictures import side_by_side, stacked
-from stpredict.exports import PriorExport, load_tokenizer
-from stpredict.priors.config import NextBlockConfig, PriorDataConfig, given_latent_frames
-from stpredict.priors.data import TrainedTokenizer, open_data
+from stpredict.exports import PriorExport
+from stpredict.priors.config import NextBlockConfig
+from stpredict.priors.data import PriorData, TrainedTokenizer
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.sampling.config import SamplingConfig
 from stpredict.sampling.next_block import continue_tokens
@@ -24,14 +23,16 @@ PICTURED = 4
 class PriorTask(Task):
     metrics = ("cross_entropy", "accuracy")
 
-    def __init__(self, model: NextBlockConfig, data: PriorDataConfig, tokenizer: Path, given_frames: int, seed: int):
-        self.tokenizer = TrainedTokenizer(tokenizer, *load_tokenizer(tokenizer))
-        self.data = open_data(data, self.tokenizer, seed)
+    """``tokenizer`` decodes the pictures, in which ``given_latent_frames`` are given."""
+
+    def __init__(
+        self, model: NextBlockConfig, data: PriorData, tokenizer: TrainedTokenizer | None, given_latent_frames: int
+    ):
+        self.data, self.tokenizer, self.given_latent_frames = data, tokenizer, given_latent_frames
         try:
-            self.model = NextBlockPrior(model, self.data.codebook_size, self.data.grid)
+            self.model = NextBlockPrior(model, data.codebook_size, data.grid)
         except ValueError as error:
             raise UsageError(f"model.block: {error}") from error
-        self.given_latent_frames = given_latent_frames(given_frames, self.data.clip, self.tokenizer.export.model, model)
         self.weights = {"cross_entropy": 1.0}
         self.quarantined = {}
 

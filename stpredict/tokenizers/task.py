@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.config import ClipDataConfig
-from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_batches, clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
 from stpredict.evaluation.frame_metrics import frame_mse, frame_psnr
@@ -30,7 +29,6 @@ class TokenizerTask(Task):
         model.check_clip(data.clip, "data.clip")
         for name, other in data.mix.items():
             model.check_clip(other.clip, f"data.mix.{name}.clip")
-        read_set(data.shards, "val")  # a missing one is said now, not at the first validation
         self.model = CausalCnnTokenizer(model)
         self.weights = {name: weight for name, weight in (("l1", loss.l1), ("l2", loss.l2)) if weight}
         self.data, self.seed, self.quarantined = data, seed, {}

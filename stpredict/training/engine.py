@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import UsageError
-from stpredict.run import Progress, Run, now
+from stpredict.run import Progress, Run, now, write_atomically
 from stpredict.training.checkpointing import Checkpointing, Position
 from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.early_stopping import EarlyStopping
@@ -191,6 +191,7 @@ class Trainer:
             log.log(self.ranks.warning, "step %d: %s", self.step, line)
         values = self.meter.values(sums, counts, self.position.replaced)
         if self.logger:
+            write_atomically(self.run.scale_path, self.meter.scale.model_dump_json(indent=1) + "\n")
             self.logger.scalars("train", self.step, values)
             shown = {name: values[name] for name in ("loss", "samples_per_s", "mfu") if name in values}
             shown = {name: value for name, value in shown.items() if math.isfinite(value)}

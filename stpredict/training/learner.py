@@ -16,7 +16,7 @@ from stpredict.training.compilation import compile_layers, compiles
 from stpredict.training.config import DiscriminatorConfig, TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
 from stpredict.training.guards import Guards
-from stpredict.training.pieces import Ema, Held, Piece, dealt, owned
+from stpredict.training.pieces import Ema, Held, Piece, dealt, elements, owned
 from stpredict.training.precision import NAMES, TYPES, LossScale, resolve_precision
 from stpredict.training.ranks import Ranks
 from stpredict.training.schedule import apply_schedule, learning_rate_factor
@@ -212,7 +212,7 @@ class Learner:
 
     def summary(self) -> str:
         """A line that says what is trained, and how."""
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.model.parameters())
+        parameters = sum(map(elements, self.task.model.parameters()))
         ranks, batch = self.ranks, self.training.batch_size
         return (
             f"{parameters:,} parameters, {self.dtype}, ZeRO-{self.training.zero_stage}, {ranks.size} ranks on "

@@ -1,6 +1,7 @@
 """What the steps since the last line of metrics.jsonl did, took and used: the values of the next line."""
 
 import torch
+from torch import nn
 
 from stpredict.quantizers.code_use import perplexity, share_used
 from stpredict.training.clock import StepClock
@@ -8,7 +9,9 @@ from stpredict.training.config import TrainingConfig
 from stpredict.training.flops import FORWARDS_PER_STEP, ForwardFlops, peak_tflops
 from stpredict.training.learner import Learner
 from stpredict.training.memory import memory
+from stpredict.training.pieces import elements
 from stpredict.training.ranks import Ranks
+from stpredict.training.scale import Scale
 from stpredict.training.task import Batch, Sums, Task
 
 
@@ -20,6 +23,7 @@ class Meter:
         self.clock = StepClock()
         self.tokens = 0
         self.code_use: Sums = {}
+        self.scale: Scale | None = None  # known with the first line
         flops.watch(learner.engine)
         self.peak = peak_tflops(ranks.device, learner.dtype, training.peak_tflops) if ranks.is_main else None
 
@@ -63,12 +67,24 @@ class Meter:
         values["samples_per_s"] = clock.steps * self.training.batch_size / clock.elapsed_s
         if self.tokens:
             values["tokens_per_s"] = self.tokens * self.ranks.size / clock.elapsed_s
-        values |= self._throughput() | self._of_all_ranks(replaced) | self._code_use()
+        flops = self.flops.take() if self.ranks.is_main else 0
+        self.scale = self._scale(flops)
+        values |= self._throughput(flops) | self._of_all_ranks(replaced) | self._code_use()
         self.restart()
         return values
 
-    def _throughput(self) -> dict[str, float]:
-        flops = self.flops.take() if self.ranks.is_main else 0
+    def _scale(self, flops: float) -> Scale:
+        """Of a step among those since the last line."""
+        model, steps, ranks = self.task.model, max(1, self.clock.steps), self.ranks.size
+        tables = [table.weight for table in model.modules() if isinstance(table, nn.Embedding)]
+        return Scale(
+            parameters=sum(map(elements, model.parameters())),
+            embedding_parameters=sum(map(elements, tables)),
+            tokens_per_step=self.tokens * ranks // steps,
+            flops_per_step=FORWARDS_PER_STEP * flops * ranks / steps if flops else None,
+        )
+
+    def _throughput(self, flops: float) -> dict[str, float]:
         if not flops:
             return {}
         tflops = FORWARDS_PER_STEP * flops / self.clock.elapsed_s / 1e12

@@ -225,3 +225,8 @@ def _moments(optimizer: Optimizer, tensor: Tensor) -> dict[str, Tensor]:
         for kind in ("exp_avg", "exp_avg_sq"):
             state[kind] = torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
     return {kind: value for kind, value in state.items() if torch.is_tensor(value) and value.shape == tensor.shape}
+
+
+def elements(parameter: Tensor) -> int:
+    """Of the whole parameter, also where DeepSpeed has split it among the ranks."""
+    return getattr(parameter, "ds_numel", parameter.numel())

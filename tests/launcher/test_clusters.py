@@ -27,7 +27,7 @@ def job(kind: str = "tokenizer", **resources):
 def script(cluster: SlurmCluster, kind: str, config, folder: Path) -> str:
     """The text that submitit would give sbatch."""
     executor = submitit.SlurmExecutor(folder=folder, python=python_of(cluster))
-    executor.update_parameters(**parameters(cluster, kind, "p.job", config, CODE, ["/run", "job"], ["7", "8"]))
+    executor.update_parameters(**parameters(cluster, kind, "p.job", config, CODE, ["/run", "job"], ["afterok:7:8"]))
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 

@@ -13,6 +13,7 @@ from data_pipeline.manifest import merge
 from data_pipeline.order import Share
 from stpredict.exports import load_tokenizer
 from stpredict.jobs.config import PriorJobConfig
+from stpredict.jobs.train import build_task
 from stpredict.priors.task import PriorTask
 from tests.stpredict.tokenized import CLIP, GRID, TRAIN, VAL, make_tokenizer
 
@@ -33,7 +34,7 @@ def task(tokenizer, data) -> PriorTask:
         }
     )
     torch.manual_seed(0)
-    return PriorTask(config.model, config.data, config.tokenizer, config.given_frames, config.seed)
+    return build_task(config)
 
 
 def training_tokens(task: PriorTask, samples: int) -> dict[str, torch.Tensor]:
