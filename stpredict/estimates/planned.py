@@ -24,9 +24,9 @@ class Planned:
     task: Task
     sample: dict[str, torch.Tensor]
 
-    def batch(self, size: int) -> Batch:
+    def batch(self, size: int, device: str = "meta") -> Batch:
         """As the stream would give it to one rank."""
-        tensors = {name: one.new_empty(size, *one.shape) for name, one in self.sample.items()}
+        tensors = {name: one.new_empty(size, *one.shape, device=device) for name, one in self.sample.items()}
         return {"key": [str(number) for number in range(size)], **tensors}
 
 

@@ -1,0 +1,132 @@
+"""What a micro-batch's forward and backward pass keep in memory, operator by operator, from shapes alone.
+
+The task's own training step is run on tensors that have shapes and no memory, with the activation checkpointing that
+the learner would apply.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from stpredict.estimates.cuda_kernels import CudaKernels
+from stpredict.estimates.live_bytes import LiveBytes
+from stpredict.estimates.planned import Planned
+from stpredict.training.activation_checkpointing import recompute
+from stpredict.training.computing import ActivationCheckpointingConfig
+from stpredict.training.task import Task, weighted
+
+# Two sizes of micro-batch tell what grows with it. Not one sample: axes of one element take other ways through torch.
+MEASURED = (2, 3)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """In what a model computes: the type of its ``weights``, and that of autocast, if it is used."""
+
+    weights: torch.dtype
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Activations:
+    """At each moment of a forward and backward pass: bytes of what it has made that are alive, ``fixed`` +
+    ``per_sample`` x micro-batch, finished gradients not among them; and the elements of parameters whose gradients
+    are ``finished``."""
+
+    fixed: np.ndarray
+    per_sample: np.ndarray
+    finished: np.ndarray
+
+    def bytes(self, micro_batch: int) -> np.ndarray:
+        return self.fixed + micro_batch * self.per_sample
+
+
+def follow(
+    planned: Planned, checkpointing: ActivationCheckpointingConfig, numbers: Numbers, device: str
+) -> Activations:
+    """``device``: cuda or cpu, whose kernels keep different things."""
+    (few, finished), (more, _) = (
+        _moments(planned, checkpointing, numbers, device, micro_batch) for micro_batch in MEASURED
+    )
+    per_sample = (more - few) / (MEASURED[1] - MEASURED[0])
+    return Activations(few - MEASURED[0] * per_sample, per_sample, finished)
+
+
+def _moments(
+    planned: Planned,
+    checkpointing: ActivationCheckpointingConfig,
+    numbers: Numbers,
+    device: str,
+    micro_batch: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    task = _with_shapes(planned.task, numbers.weights, mode)
+    recompute(task.layers(), checkpointing)
+    alive: list[int] = []
+    finished: list[int] = []
+    done = 0
+
+    def note() -> None:
+        alive.append(live.bytes)
+        finished.append(done)
+
+    def finish(parameter: nn.Parameter) -> None:
+        nonlocal done
+        done += parameter.numel()
+        parameter.grad = None
+
+    for parameter in task.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(finish)
+    live = LiveBytes(note)
+    live.ignore((*task.model.parameters(), *task.model.buffers()))
+    with ExitStack() as stack:
+        for context in (mode, _Shapes(), *([CudaKernels()] if device == "cuda" else []), live):
+            stack.enter_context(context)
+        batch = planned.batch(micro_batch, device="cpu")
+        sums = task.training_step(_forward(task.model, numbers), batch)
+        weighted(sums, task.weights, task.counts(batch)).backward()
+    note()
+    return np.array(alive, dtype=np.float64), np.array(finished, dtype=np.float64)
+
+
+def _forward(model: nn.Module, numbers: Numbers) -> Callable[..., Any]:
+    """As DeepSpeed's engine calls the model: autocast is around its forward alone."""
+    if numbers.autocast is None:
+        return model
+
+    def forward(*args, **kwargs):
+        with torch.autocast("cpu", dtype=numbers.autocast):
+            return model(*args, **kwargs)
+
+    return forward
+
+
+def _with_shapes(task: Task, dtype: torch.dtype, mode: FakeTensorMode) -> Task:
+    """``task`` with a model that has no memory, and whose parameters are of ``dtype``."""
+    with mode:
+        shapes: dict[int, Any] = {id(b): torch.empty(b.shape, dtype=b.dtype) for b in task.model.buffers()}
+        for parameter in task.model.parameters():
+            empty = torch.empty(parameter.shape, dtype=dtype)
+            shapes[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    task = copy.copy(task)
+    task.model = copy.deepcopy(task.model, shapes).train()
+    return task
+
+
+class _Shapes(TorchFunctionMode):
+    """What has a shape that depends on values has here the shape that it has in a training step."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.bincount:  # of codes, all of which are below ``minlength``
+            return args[0].new_empty(kwargs["minlength"])
+        return func(*args, **kwargs)

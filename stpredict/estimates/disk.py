@@ -1,0 +1,116 @@
+"""Bytes on disk: of checkpoints, exports and cached latents."""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_pipeline.latents import default_clips_per_member, latent_shards
+from stpredict.estimates.planned import Planned
+from stpredict.training.config import TrainingConfig
+from stpredict.training.saving import random_states
+
+# Of files of JSON, measured: tests/stpredict/estimates/test_disk.py holds them against real ones.
+ABOUT_PIECE = 110  # bytes: a piece in the header of its rank's file, beside its key
+ABOUT_TENSOR = 75  # a tensor in the index, beside its key, and
+ABOUT_RANGE = 25  # each of its pieces
+ABOUT_CHECKPOINT = 5000  # state.json, COMPLETE
+ABOUT_EXPORTED = 70  # a tensor in the header of an export, beside its name
+ABOUT_EXPORT = 600  # its config
+ABOUT_CLIP = 12  # name and label of a clip, compressed
+ABOUT_SHARD = 12_000  # the end of a tar, its record
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of one ``checkpoint`` and of the ``export``. At most ``checkpoints`` are there at once: those that are
+    kept, and the one that is being written; ``peak`` is what they take with the export."""
+
+    checkpoint: int
+    export: int
+    checkpoints: int
+
+    @property
+    def peak(self) -> int:
+        return self.checkpoints * self.checkpoint + self.export
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """``per_clip`` is a clip's token ids alone, ``total`` all files of a split, with what stands around them."""
+
+    per_clip: int
+    total: int
+
+
+def disk_of(planned: Planned, training: TrainingConfig, ranks: int) -> Disk:
+    return Disk(_checkpoint(planned, training, ranks), _export(planned), _most_at_once(training))
+
+
+def latent_cache(grid: tuple[int, int, int], codebook_size: int, clips: int, shards: int = 96) -> LatentCache:
+    """Of ``clips`` clips as token ids, in ``shards`` shards or fewer, as an encode job writes them."""
+    per_clip = math.prod(grid) * np.min_scalar_type(codebook_size - 1).itemsize
+    shards, at_once = latent_shards(clips, shards), default_clips_per_member(per_clip)
+    total = 0
+    for index in range(shards):
+        left = (index + 1) * clips // shards - index * clips // shards
+        while left > 0:
+            count = min(left, at_once)
+            total += _in_tar(128 + count * per_clip) + _in_tar(80 + count * ABOUT_CLIP)
+            left -= count
+    return LatentCache(per_clip, total + shards * ABOUT_SHARD)
+
+
+def _in_tar(size: int) -> int:
+    """Of a file: its header, and filled up to a block."""
+    return 512 + -(-size // 512) * 512
+
+
+def _checkpoint(planned: Planned, training: TrainingConfig, ranks: int) -> int:
+    model = planned.task.model
+    states = 0 if training.optimizer.kind == "sgd" else 2
+    kinds = ["weight", *("exp_avg", "exp_avg_sq")[:states], *(["ema"] if training.ema_decay is not None else [])]
+    total = tensors = named = 0
+    for name, parameter in model.named_parameters():
+        mine = kinds if parameter.requires_grad else ["weight"]
+        total += 4 * len(mine) * parameter.numel()
+        tensors += len(mine)
+        named += sum(len(f"model/{kind}/{name}") for kind in mine)
+    for name, buffer in _persistent(model):
+        total += buffer.nbytes
+        tensors += 1
+        named += len(f"model/buffer/{name}")
+    split = ranks if training.zero_stage == 3 else 1
+    pieces = tensors * split + (ranks - 1) * len(kinds) * 2 * (training.zero_stage in (1, 2))
+    total += named * (split + 1) + pieces * (ABOUT_PIECE + ABOUT_RANGE) + tensors * ABOUT_TENSOR
+    return total + ranks * _random() + ABOUT_CHECKPOINT
+
+
+def _export(planned: Planned) -> int:
+    model = planned.task.model
+    tensors = [(name, 4 * p.numel()) for name, p in model.named_parameters()]
+    tensors += [(name, buffer.nbytes) for name, buffer in _persistent(model)]
+    return sum(size + len(name) + ABOUT_EXPORTED for name, size in tensors) + ABOUT_EXPORT
+
+
+def _persistent(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    saved = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+
+
+def _random() -> int:
+    """Of a rank's file of random states."""
+    packed = io.BytesIO()
+    torch.save(random_states(), packed)
+    return len(packed.getvalue())
+
+
+def _most_at_once(training: TrainingConfig) -> int:
+    checkpoint, steps = training.checkpoint, training.steps
+    saved = steps // checkpoint.every + bool(steps % checkpoint.every)
+    kept = checkpoint.keep + (checkpoint.best.keep if checkpoint.best else 0)
+    if checkpoint.keep_every:
+        kept += steps // math.lcm(checkpoint.every, checkpoint.keep_every)
+    return min(saved, kept + 1)
