@@ -140,6 +140,8 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a run; prints its path last.
 
+    Of a study's run: the study's report, of what is there now, with its pictures (PNG) and tables (CSV).
+
     \b
     stpredict report runs/demo
     """
@@ -148,6 +150,13 @@ def report(
     if overrides:
         raise UsageError(f"{run} is no config file: there is nothing that {overrides[0]} could change")
     from launcher.overview import runs_of
+    from launcher.study_run import report_of
+
+    if study := report_of(run):
+        from stpredict.studies.report import write_study_report
+
+        print(write_study_report(study, study.run))
+        return
     from stpredict.evaluation.report import write_report
 
     runs = {name: job.path for name, job in runs_of(run).items() if job.config_path.is_file()}

@@ -59,6 +59,7 @@ def evaluate(generated: Generated, report: Callable[[int, int], None] = lambda d
         gain_over_repeat_db=float(gains.mean()),
         gain_over_repeat_stderr_db=float(gains.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
         tokenizer=_tokenizer_scores(values["reconstruction of all"], values["constant"], generated),
+        speed=generated.index.speed,
     )
 
 

@@ -12,8 +12,41 @@ from stpredict.run import Run
 CLIPS = ("truth", "prediction", "reconstruction")
 
 
+class Speed(BaseModel):
+    """How fast one rank, the first, continued its clips, in ``batches`` of at most ``batch_size``; a warm-up before
+    them is no part of it. Seconds are summed over the batches: ``sampling_s`` is drawing the tokens, ``whole_s`` also
+    tokenizing the given frames and decoding all frames."""
+
+    clips: int
+    predicted_frames: int  # of all clips
+    batches: int
+    batch_size: int
+    forward_steps: int  # of the prior, for one batch
+    sampling_s: float = Field(gt=0)
+    whole_s: float = Field(gt=0)
+    device: str
+
+    @property
+    def frames_per_s(self) -> float:
+        """Predicted frames of this rank per second of sampling tokens."""
+        return self.predicted_frames / self.sampling_s
+
+    @property
+    def frames_per_s_whole(self) -> float:
+        """With tokenizing and decoding."""
+        return self.predicted_frames / self.whole_s
+
+    def in_words(self) -> str:
+        return (
+            f"{self.frames_per_s:.3g} predicted frames/s of one rank, {self.frames_per_s_whole:.3g} with the "
+            f"tokenizer: {self.clips} clips in batches of {self.batch_size}, {self.forward_steps} forward passes "
+            f"each, on {self.device}, after a warm-up"
+        )
+
+
 class Index(BaseModel):
-    """Contents of index.json: ``keys`` name the clips of the arrays, in order."""
+    """Contents of index.json: ``keys`` name the clips of the arrays, in order. ``speed`` has been written since it is
+    measured; older files have none."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -21,6 +54,7 @@ class Index(BaseModel):
     given_frames: int = Field(ge=1)
     codebook_size: int = Field(ge=1)
     prior_step: int | None = None
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)

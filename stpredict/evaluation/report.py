@@ -5,16 +5,14 @@ The page says plainly what is missing, so it can be written at any time. Torch-f
 
 import base64
 import shlex
-from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from stpredict.evaluation.charts import as_svg, frame_chart, training_chart
+from stpredict.evaluation.page import render
 from stpredict.evaluation.run_facts import TRAINING, RunFacts, read_facts
 from stpredict.jobs.start import command_of
 from stpredict.run import write_atomically
@@ -27,18 +25,10 @@ def write_report(title: str, runs: dict[str, Path], out: Path) -> Path:
     """Writes the page about ``runs`` (name → run directory, in the order shown) to ``out`` and returns ``out``."""
     facts = [read_facts(name, Path(path)) for name, path in runs.items()]
     facts = [run for run in facts if run.kind != "report"]
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters |= {"duration": _duration, "bytes": _bytes}
-    page = pages.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         title=title,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        provenance=_provenance(facts),
+        facts=facts,
         runs=facts,
         total_s=sum(run.wall_s or 0 for run in facts),
         pictures=_pictures(facts),
@@ -50,46 +40,6 @@ def write_report(title: str, runs: dict[str, Path], out: Path) -> Path:
     )
     write_atomically(out, page)
     return out
-
-
-def _provenance(facts: list[RunFacts]) -> dict[str, str]:
-    """Where the numbers come from: code, precision, machine. More than one of a kind, where the runs differ."""
-    environments = [run.environment for run in facts if run.environment]
-    return {
-        "commit": _distinct(
-            f"{e['git_commit'][:12]}{' with uncommitted changes' if e.get('git_diff') else ''}"
-            for e in environments
-            if e.get("git_commit")
-        ),
-        "precision": _precision(facts),
-        "hardware": _distinct(_hardware(run) for run in facts if run.environment),
-        "software": _distinct(_software(e) for e in environments),
-    }
-
-
-def _precision(facts: list[RunFacts]) -> str:
-    of_run = {run.name: run.precision for run in facts if run.precision}
-    if len(set(of_run.values())) > 1:
-        return ", ".join(f"{name} {precision}" for name, precision in of_run.items())
-    return _distinct(of_run.values())
-
-
-def _hardware(run: RunFacts) -> str:
-    host = (run.status and run.status.host) or run.environment.get("host")
-    cpus = run.environment.get("cpus")
-    cores = f"{cpus} cores of {run.environment.get('cpu') or 'an unnamed CPU'}" if cpus else None
-    return ", ".join(filter(None, [host, cores, *run.environment.get("gpus", []), run.environment.get("platform")]))
-
-
-def _software(environment: dict[str, Any]) -> str:
-    packages = environment.get("packages") or {}
-    versions = {"Python": environment.get("python", "").split(" ")[0]}
-    versions |= {name: packages.get(name, "") for name in ("torch", "deepspeed")}
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-
-
-def _distinct(values: Iterable[str | None]) -> str:
-    return "; ".join(dict.fromkeys(filter(None, values)))
 
 
 def _pictures(facts: list[RunFacts]) -> list[dict[str, Any]]:
@@ -158,19 +108,3 @@ def _svg(figure, run: RunFacts) -> Markup:
 
 def _data_uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "not known"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import UsageError
+from stpredict.evaluation.generated import Speed
 
 
 class PerFrame(BaseModel):
@@ -60,6 +61,7 @@ class Evaluation(BaseModel):
     gain_over_repeat_db: float  # prediction.psnr - repeat_last_frame.psnr
     gain_over_repeat_stderr_db: float | None  # standard error over clips; none for a single clip
     tokenizer: TokenizerScores
+    speed: Speed | None = None  # of the sampling; none where it was not measured
 
     @property
     def beats_repeating(self) -> bool:
@@ -125,4 +127,5 @@ def as_text(evaluation: Evaluation) -> str:
         f"reconstruction of all frames {tokenizer.psnr:.2f} dB, best constant frame "
         f"{tokenizer.constant_frame_psnr:.2f} dB: {tokenizer.gain_db:+.2f} dB; {tokenizer.codes_used} of "
         f"{tokenizer.codebook_size} codes in use, perplexity {tokenizer.codebook_perplexity:.1f}"
+        f"{f'{chr(10)}{evaluation.speed.in_words()}' if evaluation.speed else ''}"
     )

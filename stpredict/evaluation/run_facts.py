@@ -103,16 +103,36 @@ def _read_work(facts: RunFacts) -> None:
 
 def _read_training(facts: RunFacts) -> None:
     run = facts.run
-    try:
-        facts.rows = [row for row in run.metrics() if "step" in row and "split" in row]
-    except (ValueError, TypeError):
-        facts.problems.append(f"{run.metrics_path} is damaged")
+    facts.rows, damaged = _read_rows(run.metrics_path)
+    if damaged:
+        facts.problems.append(f"{damaged} lines of {run.metrics_path} are damaged and left out")
     if not facts.rows:
         facts.problems.append(f"no metrics in {run.metrics_path}: no training curves")
     states = sorted(run.checkpoints.glob("step_*/state.json"))
     state = _read_json(facts, states[-1]) if states else None
     if state:
         facts.precision = state.get("precision")
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of metrics.jsonl that can be read, and how many cannot. The end of a line that is being written, or that
+    a kill cut off, is neither."""
+    rows, damaged = [], 0
+    try:
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+    except OSError:
+        return [], 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            damaged += line.endswith("\n")
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and "split" in row:
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged
 
 
 def _attempt(facts: RunFacts, read, what: Run | Path) -> Any:

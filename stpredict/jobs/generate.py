@@ -7,6 +7,8 @@ import math
 from itertools import compress
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from data_pipeline.config import ClipConfig, ClipDataConfig
 from data_pipeline.disk import check_space
@@ -16,13 +18,16 @@ from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
 from data_pipeline.video_files import write_gif, write_mp4
+from stpredict.evaluation.generated import Speed
 from stpredict.evaluation.pictures import side_by_side
 from stpredict.exports import PriorExport, load_prior, load_tokenizer
 from stpredict.jobs.config import GenerateConfig
 from stpredict.priors.config import given_latent_frames
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Progress, Run, write_atomically
+from stpredict.sampling.filters import probabilities
 from stpredict.sampling.next_block import continue_tokens
+from stpredict.sampling.stopwatch import Stopwatch
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.clips import clips_for
 from stpredict.tokenizers.config import CausalCnnConfig
@@ -42,7 +47,7 @@ def run(config: GenerateConfig, run: Run) -> None:
     with join_ranks() as ranks:
         tokenizer.to(ranks.device)
         prior.to(ranks.device)
-        _continue_clips(config, data, tokenizer, prior, run, ranks)
+        speed = _continue_clips(config, data, tokenizer, prior, run, ranks)
         ranks.barrier()
         if ranks.is_main:
             keys = _merge_parts(run, ranks)
@@ -51,6 +56,7 @@ def run(config: GenerateConfig, run: Run) -> None:
                 "given_frames": config.given_frames,
                 "codebook_size": prior_export.codebook_size,
                 "prior_step": prior_export.step,
+                "speed": speed and speed.model_dump(),
             }
             write_atomically(run.samples / "index.json", json.dumps(facts, indent=1) + "\n")
             _write_pictures(run, keys[: config.pictures])
@@ -78,8 +84,9 @@ def _continue_clips(
     prior: NextBlockPrior,
     run: Run,
     ranks: Ranks,
-) -> None:
-    """Continues this rank's share of the clips and writes them to samples/part_RANK.npz."""
+) -> Speed | None:
+    """Continues this rank's share of the clips and writes them to samples/part_RANK.npz. Returns how fast; None where
+    it has none."""
     clips_there = min(config.clips, read_set(data.shards, "val").manifest.samples * data.clip.per_video)
     progress = Progress(run, clips_there, "clip") if ranks.is_main else None
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "index", "keys")}
@@ -90,17 +97,25 @@ def _continue_clips(
         share=Share(ranks.rank, ranks.size, config.batch_size),
         samples=range(config.clips),
     )
-    done = 0
+    watch = Stopwatch(ranks.device)
+    done = clips_timed = batches_timed = 0
     for batch in batches:
         real = batch["weight"] > 0
         if not real.any():
             continue
         clips, keys = batch["clip"][real], list(compress(batch["key"], real))
         video = to_video(clips.to(ranks.device))
-        # Only the given frames go into the prompt; the tokens of the whole clip are for the reconstruction.
-        given, tokens = tokenizer.encode(video[:, :, : config.given_frames]), tokenizer.encode(video)
-        predicted = continue_tokens(prior, given, config.sampling, [_seed(config.seed, key) for key in keys])
-        prediction, reconstruction = (to_clip(tokenizer.decode(ids)).cpu() for ids in (predicted, tokens))
+        tokens = tokenizer.encode(video)  # for the reconstruction: only the given frames go into the prompt
+        if not batches_timed:
+            _warm_up(config, tokenizer, prior, video, tokens)
+        with watch.timing("tokenizing"):
+            given = tokenizer.encode(video[:, :, : config.given_frames])
+        with watch.timing("sampling"):
+            predicted = continue_tokens(prior, given, config.sampling, [_seed(config.seed, key) for key in keys])
+        with watch.timing("decoding"):
+            decoded = tokenizer.decode(predicted)
+        batches_timed, clips_timed = batches_timed + 1, clips_timed + len(keys)
+        prediction, reconstruction = (to_clip(frames).cpu() for frames in (decoded, tokenizer.decode(tokens)))
         prediction[:, : config.given_frames] = clips[:, : config.given_frames]
         arrays = (clips, prediction, reconstruction, tokens.cpu(), batch["index"][real], keys)
         for name, array in zip(parts, arrays, strict=True):
@@ -111,6 +126,34 @@ def _continue_clips(
     run.samples.mkdir(parents=True, exist_ok=True)
     merged = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
     np.savez(run.samples / f"part_{ranks.rank}.npz", **merged)
+    if not batches_timed:
+        return None
+    speed = Speed(
+        clips=clips_timed,
+        predicted_frames=clips_timed * (data.clip.frames - config.given_frames),
+        batches=batches_timed,
+        batch_size=config.batch_size,
+        forward_steps=(prior.order.tokens - given[0].numel()) // prior.order.block_tokens,
+        sampling_s=watch.seconds["sampling"],
+        whole_s=sum(watch.seconds.values()),
+        device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU",
+    )
+    log.info("%s", speed.in_words())
+    return speed
+
+
+@torch.no_grad()
+def _warm_up(
+    config: GenerateConfig, tokenizer: CausalCnnTokenizer, prior: NextBlockPrior, video: Tensor, tokens: Tensor
+) -> None:
+    """The first forwards of a process are slow (kernels are loaded and chosen, memory is found): they are done before
+    the clock starts, with shapes as in what follows."""
+    given = tokenizer.encode(video[:, :, : config.given_frames])
+    sequence, caches = prior.order.to_sequence(tokens), prior.make_caches(len(tokens))
+    start, size = given[0].numel(), prior.order.block_tokens
+    for block in (sequence[:, :start], sequence[:, start : start + size]):
+        probabilities(prior(block, caches=caches), config.sampling)
+    tokenizer.decode(tokens)
 
 
 def _seed(seed: int, key: str) -> int:

@@ -18,7 +18,7 @@ from stpredict.run import Run
 from stpredict.training.checkpoint import CheckpointState, read_state, step_of
 from stpredict.training.config import InitFromConfig, TrainingConfig
 from stpredict.training.early_stopping import EarlyStopping
-from stpredict.training.guards import ADVICE
+from stpredict.training.guards import ADVICE, NOT_SAVED
 from stpredict.training.initial import initialise
 from stpredict.training.learner import Learner
 from stpredict.training.ranks import Ranks
@@ -173,7 +173,7 @@ class Checkpointing:
         is a model or an optimizer that made it out of what is."""
         if keys := self.learner.not_finite():
             raise UserError(
-                f"{self.run.path}: the state of step {self.position.step} is not finite and not saved: "
+                f"{self.run.path}: the state of step {self.position.step} {NOT_SAVED}: "
                 f"{'; '.join(named('', keys)).strip()}; lower training.optimizer.lr or lengthen the warm-up"
             )
 

@@ -86,7 +86,7 @@ class Guards:
         return self.state.bad_in_a_row >= self.config.max_bad_steps
 
     def why(self) -> str:
-        return f"{self.state.bad_in_a_row} steps in a row had a loss or gradient that is not finite or a spike"
+        return f"{self.state.bad_in_a_row} steps in a row {BAD}"
 
     def rolled_back(self, state: GuardState, step: int) -> None:
         """The training is at ``step`` again, as a checkpoint with ``state`` has it. UserError where that has not helped
@@ -108,4 +108,7 @@ class Guards:
         )
 
 
+BAD = "had a loss or gradient that is not finite or a spike"
+NOT_SAVED = "is not finite and not saved"
+GIVEN_UP = (BAD, NOT_SAVED)  # one of which is said by a training that failed since it diverged
 ADVICE = "look at the data there, lower training.optimizer.lr or lengthen the warm-up"

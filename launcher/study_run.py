@@ -1,0 +1,33 @@
+"""The report of a study's run, at any time: whatever has become of its trials, and wherever the run is now."""
+
+from pathlib import Path
+
+import yaml
+
+from launcher.record import PipelineRun
+from stpredict.jobs.config import StudyReportConfig
+
+
+def report_of(path: Path) -> StudyReportConfig | None:
+    """The config of the report of the study whose run ``path`` is; None where it is that of no study.
+
+    The runs are those that are there: a run may be read elsewhere than it was written.
+    """
+    run = PipelineRun(path)
+    try:
+        jobs = yaml.safe_load(run.pipeline_path.read_text())["jobs"]
+    except FileNotFoundError:
+        return None
+    name = next((name for name, job in jobs.items() if job["set"].get("kind") == "study_report"), None)
+    if name is None or not run.config_path(name).is_file():
+        return None
+    config = run.config(name)
+    trials = {
+        trial: found.model_copy(update={"runs": {job: _here(run, there, jobs) for job, there in found.runs.items()}})
+        for trial, found in config.trials.items()
+    }
+    return config.model_copy(update={"run": path / name, "trials": trials})
+
+
+def _here(run: PipelineRun, there: Path, jobs: dict) -> Path:
+    return run.path / there.name if there.name in jobs else there

@@ -1,0 +1,146 @@
+import csv
+
+import pytest
+
+from stpredict.jobs import study_report
+from stpredict.run import Run
+from stpredict.studies.report import write_study_report
+from tests.processes import succeeding
+from tests.stpredict.studies.made_up_study import (
+    STEPS,
+    TOKENS,
+    config_of,
+    loss_of,
+    write_sizes,
+    write_training,
+)
+
+SIZES = {"small": 100_000, "middle": 400_000, "large": 1_600_000}
+
+
+def rows_of(folder, table: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / f"{table}.csv").open()))
+
+
+def test_the_tables_hold_what_the_trainings_wrote(tmp_path):
+    write_study_report(write_sizes(tmp_path, SIZES), tmp_path / "report")
+    runs = {row["trial"]: row for row in rows_of(tmp_path / "report", "runs")}
+    assert list(runs) == [f"{size}-seed{seed}" for size in SIZES for seed in (0, 1)]
+    row = runs["large-seed1"]
+    assert (row["size"], row["seed"], row["state"], row["why"]) == ("large", "seed1", "done", "")
+    assert int(row["parameters"]) == SIZES["large"]
+    assert int(row["tokens"]) == STEPS * TOKENS
+    assert float(row["flops"]) == 6.0 * SIZES["large"] * STEPS * TOKENS
+    assert float(row["loss"]) == pytest.approx(loss_of(SIZES["large"], STEPS * TOKENS) + 0.005)
+    assert float(row["training_s"]) == STEPS * 0.5
+    assert float(row["memory_gb"]) == pytest.approx(1.16)
+    validations = rows_of(tmp_path / "report", "validations")
+    assert len(validations) == 6 * 16
+    first = validations[0]
+    assert (first["trial"], int(first["step"]), int(first["tokens"])) == ("small-seed0", 25, 25 * TOKENS)
+    assert float(first["loss"]) == pytest.approx(loss_of(SIZES["small"], 25 * TOKENS) - 0.005)
+
+
+def test_the_page_says_what_was_found_and_what_ran(tmp_path):
+    page = write_study_report(write_sizes(tmp_path, SIZES), tmp_path / "report").read_text()
+    small, large = (loss_of(SIZES[size], STEPS * TOKENS) for size in ("small", "large"))
+    assert f"cross_entropy {small:.4g} with small (100 k), {large:.4g} with large (1.6 M)" in page
+    assert "The larger the model, the lower its loss" in page
+    assert '<strong>6</strong> trials:\n<span class="done">6 done</span>' in page
+    assert "the 6\njobs that started took 24 min 00 s together" in page
+    assert "abc123abc123" in page
+    assert "node7, 2 cores of A CPU" in page
+    assert page.count("<svg") == len(list((tmp_path / "report").glob("*.png"))) >= 2
+    assert "Not done" not in page
+    assert "<script" not in page
+
+
+def test_a_larger_model_that_is_worse_is_said_to_be(tmp_path):
+    trials = {}
+    for size, penalty in {"small": 0.0, "large": 2.0}.items():
+        trials[f"{size}-seed0"] = {"size": size, "seed": "seed0"}
+        write_training(tmp_path / f"{size}-seed0-prior", SIZES[size], penalty=penalty)
+    config = config_of(tmp_path, {"size": "size", "seed": "seed"}, trials)
+    page = write_study_report(config, tmp_path / "report").read_text()
+    assert "The largest model does NOT have the lowest loss" in page
+    assert "one run each" in page
+
+
+def test_what_failed_diverged_runs_or_did_not_begin_is_named_with_its_reason(tmp_path):
+    kinds = {
+        "fails": {"state": "failed", "until": 200, "error": "out of <b>memory</b>"},
+        "diverges": {"diverges": 100},
+        "runs": {"state": "running", "until": 100},
+        "stops": {"state": "preempted", "until": 100, "error": "stopped at step 100"},
+        "works": {},
+    }
+    for name, keys in kinds.items():
+        write_training(tmp_path / f"{name}-prior", 100_000, **keys)
+    config = config_of(tmp_path, {"size": "size"}, {name: {"size": name} for name in (*kinds, "waits")})
+    page = write_study_report(config, tmp_path / "report").read_text()
+    states = {row["trial"]: row["state"] for row in rows_of(tmp_path / "report", "runs")}
+    assert states == {
+        "fails": "failed",
+        "diverges": "diverged",
+        "runs": "running",
+        "stops": "preempted",
+        "works": "done",
+        "waits": "not started",
+    }
+    assert "out of &lt;b&gt;memory&lt;/b&gt;" in page
+    assert "<b>memory" not in page
+    assert f"log: {tmp_path}/fails-prior/logs/rank_0.log" in page
+    assert "its training loss ended at" in page
+    assert "step 100 of 400" in page
+    assert "stopped at step 100" in page
+    assert '<span class="not">not started</span>: waits' in page
+    assert f"stpredict resume {tmp_path}" in page
+    assert "Only works" in page  # is done: nothing to compare it with
+
+
+def test_a_study_of_which_nothing_has_run_is_a_page_too(tmp_path):
+    config = config_of(tmp_path, {"size": "size"}, {"a": {"size": "a"}, "b": {"size": "b"}})
+    page = write_study_report(config, tmp_path / "report").read_text()
+    assert "No trial is done yet" in page
+    assert "2 not started" in page
+    assert "no validation yet" in page
+    assert "No job of a trial\nhas started" in page
+    assert rows_of(tmp_path / "report", "validations") == []
+
+
+def test_a_line_half_written_and_lines_of_rubbish_are_left_out_and_said(tmp_path):
+    config = write_sizes(tmp_path, {"small": 100_000, "large": 400_000}, seeds=1)
+    path = Run(tmp_path / "small-seed0-prior").metrics_path
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_bytes("".join(lines[:4]).encode() + b"\x00\xff{\n[1, 2]\n" + "".join(lines[4:]).encode() + b'{"step": 4')
+    page = write_study_report(config, tmp_path / "report").read_text()
+    assert f"2 lines of {path} are damaged and left out" in page
+    assert len(rows_of(tmp_path / "report", "validations")) == 2 * 16
+
+
+def test_damaged_small_files_do_not_stop_the_page(tmp_path):
+    config = write_sizes(tmp_path, SIZES)
+    for number, name in enumerate(("status.json", "scale.json", "config.yaml", "environment.json", "metrics.jsonl")):
+        trial = list(config.trials)[number]
+        (tmp_path / f"{trial}-prior" / name).write_text("{[\n")
+    page = write_study_report(config, tmp_path / "report").read_text()
+    assert page.count("damaged") >= 5
+
+
+def test_trials_that_train_nothing_are_a_table(tmp_path):
+    for name in ("a", "b"):
+        run = Run(tmp_path / f"{name}-prior")
+        run.path.mkdir()
+        run.write_config("kind: shard\n")
+        run.update_status(kind="shard", state="done")
+    config = config_of(tmp_path, {"workers": "other"}, {"a": {"workers": "a"}, "b": {"workers": "b"}})
+    page = write_study_report(config, tmp_path / "report").read_text()
+    assert [row["state"] for row in rows_of(tmp_path / "report", "runs")] == ["done", "done"]
+    assert "No trial is done yet" not in page
+
+
+def test_the_job_writes_the_page_and_needs_no_torch(tmp_path):
+    config = write_sizes(tmp_path, {"small": 100_000, "large": 400_000}, seeds=1)
+    study_report.run(config, Run(config.run))
+    assert (tmp_path / "report" / "report.html").is_file()
+    succeeding(["python", "-c", "import sys, stpredict.jobs.study_report; assert 'torch' not in sys.modules"])
