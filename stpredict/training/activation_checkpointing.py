@@ -11,6 +11,7 @@ from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -80,7 +81,21 @@ def _everything():
 
 def _selecting():
     first, again = create_selective_checkpoint_contexts(_policy)
-    return first, _Selection(again)
+    return _beside(first), _Selection(_beside(again))
+
+
+def _beside(mode: TorchDispatchMode) -> TorchDispatchMode:
+    """``mode``, which operators pass by that are not kept. torch would count them, and refuse a recomputation that has
+    others than the forward pass had: as with ZeRO-3, whose fetching of large models is not the same in both."""
+
+    class Beside(type(mode)):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if _is_kept(func):
+                return super().__torch_dispatch__(func, types, args, kwargs)
+            return func(*args, **(kwargs or {}))
+
+    mode.__class__ = Beside
+    return mode
 
 
 class _Selection(Recomputation):
@@ -97,6 +112,9 @@ class _Selection(Recomputation):
 
 
 def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _is_kept(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_kept(operator) -> bool:
     name = operator.overloadpacket.__name__ if hasattr(operator, "overloadpacket") else ""
-    kept = name in _KEPT and operator.namespace == "aten"
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return name in _KEPT and operator.namespace == "aten"

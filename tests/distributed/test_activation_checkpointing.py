@@ -26,8 +26,9 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
     for (precision, stage), (name, policy) in product(KINDS, POLICIES.items()):
         settings = {"precision": precision, "zero_stage": stage, "activation_checkpointing": policy, "steps": 3}
         settings["micro_batch_size"] = 2
-        if stage == 3:  # small parameters are gathered and released too, as large ones are
-            settings["deepspeed"] = {"zero_optimization": {"param_persistence_threshold": 0}}
+        if stage == 3:  # small parameters are gathered ahead and released too, as large ones are
+            large = {"param_persistence_threshold": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 100}
+            settings["deepspeed"] = {"zero_optimization": large}
         trials.append(trial(f"{precision}_{stage}_{name}", training=settings, dropout=0.5))
     out = tmp_path_factory.mktemp("recomputed")
     results = run_ranks(trials, out, 2, timeout_s=400, script=deep_toy.__file__)

@@ -1,0 +1,81 @@
+"""What ranks send each other in a step, as DeepSpeed 0.19 does it with our settings.
+
+| ZeRO | gradients                                  | weights                                                    |
+|------|--------------------------------------------|------------------------------------------------------------|
+| 0    | one all-reduce a step                      | none                                                       |
+| 1    | one all-reduce a step                      | one all-gather a step, after the update                    |
+| 2    | one all-reduce for each micro-batch        | one all-gather a step, after the update                    |
+| 3    | one reduce-scatter for each micro-batch    | all-gathers as they are needed (``zero3_gathers``)         |
+
+At ZeRO 1 and 2 it is an all-reduce, twice the traffic of a reduce-scatter, unless
+``deepspeed.zero_optimization.use_multi_rank_bucket_allreduce`` is false. Left out: the engine's own all-reduces of a
+few numbers (counts, loss, gradient norm), batch statistics, a discriminator, and validation.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from stpredict.estimates.zero3_gathers import gathered, thresholds
+from stpredict.training.config import TrainingConfig
+
+Kind = Literal["all-reduce", "reduce", "reduce-scatter", "all-gather"]
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """``tensor_bytes`` are those of the whole tensors, of all micro-batches of a step. ``hidden``: it runs beside the
+    computation."""
+
+    what: str
+    kind: Kind
+    tensor_bytes: float
+    hidden: bool
+
+    def sent(self, ranks: int) -> float:
+        """Bytes that each rank sends (and receives) in a step, in a ring; a reduce's on average over the ranks."""
+        passes = 2 if self.kind == "all-reduce" else 1
+        return passes * self.tensor_bytes * (ranks - 1) / ranks
+
+
+def communication(
+    model: nn.Module,
+    recomputed: Collection[nn.Module],
+    training: TrainingConfig,
+    precision: str,
+    ranks: int,
+) -> list[Collective]:
+    """Of one step; none for one rank. ``precision`` is what ``training.precision`` comes to. UsageError where the batch
+    does not divide among ``ranks``."""
+    micro_batches = training.accumulation_steps(ranks)
+    if ranks == 1:
+        return []
+    stage, settings = training.zero_stage, training.deepspeed.get("zero_optimization", {})
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    each = trained * BYTES[training.accumulation_dtype]
+    weights = trained * BYTES[precision]
+    scattered, overlaps = settings.get("reduce_scatter", True), settings.get("overlap_comm")
+    # ZeRO-1 in bf16 with sums in fp32 is another optimizer of DeepSpeed's, BF16_Optimizer, which knows one way only.
+    plain = stage == 1 and precision == "bf16" and training.accumulation_dtype == "fp32"
+    if stage == 0:
+        return [Collective("gradients, once a step", "all-reduce", each, False)]
+    if stage < 3:
+        own = scattered and not settings.get("use_multi_rank_bucket_allreduce", True) and not plain
+        kind: Kind = "reduce" if own else "all-reduce"
+        how_often, times = ("once a step", 1) if stage == 1 else ("each micro-batch", micro_batches)
+        hidden = bool(overlaps) and not plain
+        return [
+            Collective(f"gradients, {how_often}", kind, times * each, hidden),
+            Collective("weights, after the update", "all-gather", weights, False),
+        ]
+    found = gathered(model, recomputed, thresholds(training))
+    elements = micro_batches * found.per_micro_batch + found.per_step
+    hidden = overlaps is not False
+    kind = "reduce-scatter" if scattered else "all-reduce"
+    return [
+        Collective("gradients, each micro-batch", kind, micro_batches * each, hidden),
+        Collective("weights, as they are needed", "all-gather", elements * BYTES[precision], hidden),
+    ]
