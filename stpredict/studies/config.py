@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from data_pipeline.config import Config
 
@@ -22,8 +22,11 @@ class AnalysisConfig(Config):
         "where the learning rate does not fall (schedule.kind constant)",
     )
     parameters: Literal["all", "without_embeddings"] = Field("all", description="what N counts")
-    predict: tuple[float, ...] = Field((), description="N of larger models whose loss is to be extrapolated")
-    bootstrap: int = Field(1000, ge=0, description="resamplings behind the intervals")
+    predict: tuple[PositiveFloat, ...] = Field((), description="N of larger models whose loss is to be extrapolated")
+    predict_tokens: tuple[PositiveFloat, ...] = Field(
+        (), description="D of those, by the joint law (default: the largest that was fitted)"
+    )
+    bootstrap: int = Field(1000, ge=0, description="draws behind the intervals; 0: no intervals")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
 
 

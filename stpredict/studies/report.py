@@ -19,6 +19,7 @@ from stpredict.evaluation.units import count, power
 from stpredict.jobs.config import StudyReportConfig
 from stpredict.run import write_atomically
 from stpredict.studies import charts, law_charts
+from stpredict.studies.analyse import analyse
 from stpredict.studies.analysis import Analysis, Estimate
 from stpredict.studies.compare import cells_of, chosen_of, to_compare
 from stpredict.studies.headline import headline
@@ -37,7 +38,7 @@ class Chart(NamedTuple):
 def write_study_report(config: StudyReportConfig, folder: Path) -> Path:
     """Writes what there is now of the study into ``folder``; returns the page."""
     trials = [read_trial(name, trial, config.analysis.metric) for name, trial in config.trials.items()]
-    analysis = _measured(trials, config)
+    analysis = analyse(trials, config.axes, config.analysis)
     look, chosen = look_of(trials, config.axes), chosen_of(analysis)
     folder.mkdir(parents=True, exist_ok=True)
     tables = tables_of(trials, config.axes, analysis, look, chosen)
@@ -69,19 +70,6 @@ def write_study_report(config: StudyReportConfig, folder: Path) -> Path:
     drawn.remove_others()
     write_atomically(folder / "report.html", page)
     return folder / "report.html"
-
-
-def _measured(trials: Sequence[TrialPoints], config: StudyReportConfig) -> Analysis:
-    settings = config.analysis
-    return Analysis(
-        metric=settings.metric or next((trial.metric for trial in trials if trial.metric), None),
-        points=settings.points,
-        counted=settings.parameters,
-        confidence=settings.confidence,
-        draws=settings.bootstrap,
-        groups=[],
-        warnings=["no law is fitted yet"],
-    )
 
 
 class _Charts:
