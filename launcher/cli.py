@@ -204,16 +204,19 @@ def study(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML of kind study")],
     overrides: Overrides = None,
     cluster: Annotated[str | None, typer.Option(help="name in configs/clusters, or a YAML (default: here)")] = None,
-    rerun: Annotated[list[str] | None, typer.Option(metavar="JOB", help="make JOB and what needs it anew")] = None,
+    rerun: Annotated[
+        list[str] | None, typer.Option(metavar="JOB", help="make anew: TRIAL, TRIAL-JOB, or JOB of every trial")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only print the jobs and their batch scripts; write nothing")
+        bool, typer.Option("--dry-run", help="only print the grid, the jobs and their batch scripts; write nothing")
     ] = False,
     json: Json = False,
 ) -> None:
     """Run the trials of a grid, those that are missing or unfinished, and write a report: curves, fitted laws.
 
     A study is a pipeline of many jobs, TRIAL-JOB: status, logs, cancel and resume look after it as after any other.
-    stpredict report RUN writes the report at any time, of what is there.
+    stpredict report RUN writes the report at any time, of what is there. Trials that fail hold up nothing; the same
+    command again does them, and those of values that the grid has got since, and writes the report anew.
 
     \b
     stpredict study configs/studies/nbp_sizes_tiny.yaml
@@ -221,16 +224,17 @@ def study(
     """
     from launcher.config import LocalCluster, load_cluster
     from launcher.launch import launch
-    from launcher.study import load_study
+    from launcher.study import headline, load_study
 
     where = load_cluster(cluster, study) if cluster else LocalCluster()
-    _, pipeline, jobs = load_study(study, overrides or ())
+    found = load_study(study, overrides or ())
     if dry_run:
         from launcher.preview import preview
 
-        preview(pipeline, jobs, where, rerun or (), cluster or "local", json)
+        preview(found.pipeline, found.jobs, where, rerun or (), cluster or "local", json, found.config)
     else:
-        raise typer.Exit(launch(pipeline, jobs, where, rerun or (), cluster or "local", as_json=json))
+        print(headline(found), file=sys.stderr)
+        raise typer.Exit(launch(found.pipeline, found.jobs, where, rerun or (), cluster or "local", as_json=json))
 
 
 @app.command()

@@ -34,6 +34,7 @@ class PipelineJob(Config):
     after: tuple[JobName, ...] = Field((), description="jobs that must have ended before it starts, however they end")
     set: dict[str, Any] = Field({}, description="merged over the job's config; ${run:JOB} is the run of a needed job")
     array: int | None = Field(None, ge=1, description="tasks that write its shards together; a merge job follows them")
+    trial: JobName | None = Field(None, description="jobs of one trial count as one for `at_once`; a study sets it")
 
 
 class PipelineConfig(Config):
@@ -43,7 +44,17 @@ class PipelineConfig(Config):
     name: str
     vars: dict[str, Any] = Field({}, description="values of the pipeline's own, for ${vars.NAME}")
     run: Path = Field(default_factory=lambda fields: Path("runs") / fields.get("name", ""))
+    at_once: int | None = Field(None, ge=1, description="trials (see jobs.JOB.trial) that run at once at most")
     jobs: dict[JobName, PipelineJob] = Field(min_length=1)
+
+
+def _text_labels(values: Any) -> Any:
+    """YAML takes a label like 32 for a number."""
+    return {str(label): value for label, value in values.items()} if isinstance(values, dict) else values
+
+
+def _text_points(point: Any) -> Any:
+    return {axis: str(label) for axis, label in point.items()} if isinstance(point, dict) else point
 
 
 class Axis(Config):
@@ -53,7 +64,9 @@ class Axis(Config):
         None,
         description="what of `trial` its values are: prior.set.seed (default: each value is changes of `trial`)",
     )
-    values: list[Any] | dict[str, Any] = Field(description="the values, or label → value")
+    values: list[Any] | Annotated[dict[str, Any], BeforeValidator(_text_labels)] = Field(
+        description="the values, or label → value"
+    )
     role: Role = Field("other", description="what it is to the analysis (default: its name, where that is a role)")
 
 
@@ -79,15 +92,21 @@ class StudyConfig(Config):
     )
     jobs: dict[JobName, PipelineJob] = Field({})
     grid: Annotated[dict[JobName, Axis], BeforeValidator(_with_roles)] = Field(min_length=1)
+    without: tuple[Annotated[dict[str, str], BeforeValidator(_text_points)], ...] = Field(
+        (), description="points of the grid that are left out, as axis → label: {size: xl, lr: lr3e-3}"
+    )
     trial: dict[JobName, PipelineJob] = Field(min_length=1)
     analysis: AnalysisConfig = AnalysisConfig()
 
 
 class LocalCluster(Config):
-    """This machine: every rank is a process here, and jobs run one after another."""
+    """This machine: every rank is a process here."""
 
     kind: Literal["local"] = "local"
-    threads: int | None = Field(None, ge=1, description="CPU threads per rank, where the job does not say")
+    jobs: int = Field(1, ge=1, description="jobs that run at once; they share cores and GPUs")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads per rank, where the job does not say (default: cores / jobs / processes)"
+    )
 
 
 class Apptainer(Config):

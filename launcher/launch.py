@@ -4,7 +4,7 @@ then is what was launched, or what was there before."""
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from launcher.record import JobRecord, PipelineRun, Record
 from launcher.rundir import locked, refuse_foreign
 from launcher.slurm.unfinished import still_to_do
 from launcher.snapshot import place_of, snapshot
+from launcher.turns import lanes
 from stpredict.config import as_yaml
 from stpredict.jobs.start import FULL
 from stpredict.run import Run, now
@@ -30,7 +31,8 @@ UNTOUCHED = ("skip", "queued")  # actions: the job is left as it is
 
 @dataclass(frozen=True)
 class Launch:
-    """What an executor is given. ``record`` knows the jobs; the executor adds who does them."""
+    """What an executor is given. ``record`` knows the jobs; the executor adds who does them. ``behind`` says which
+    trials wait for which others, where all are to be lined up at once."""
 
     pipeline: PipelineConfig
     run: PipelineRun
@@ -39,11 +41,24 @@ class Launch:
     record: Record
     code: Path
     before: Record | None = None
+    behind: dict[str, tuple[str, ...]] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
 
     @property
     def to_do(self) -> list[Job]:
         return [job for job in self.jobs if self.actions[job.name] not in UNTOUCHED]
+
+    def turn_after(self, job: Job) -> list[str]:
+        """The jobs whose end, however they end, makes it the turn of the trial that begins with ``job``."""
+        mine = {other.name for other in self.to_do if other.trial == job.trial}
+        if job.trial is None or mine.intersection(job.needs):
+            return []
+        found = []
+        for trial in self.behind.get(job.trial, ()):
+            left = [other for other in self.jobs if other.trial == trial and self.actions[other.name] != "skip"]
+            needed = {need for other in left for need in other.needs}
+            found += [other.name for other in left if other.name not in needed]
+        return found
 
     def missing_parts(self, job: Job) -> list[int]:
         """The tasks of an array's job that are to do. (What is done anew is set aside only when all else is ready.)"""
@@ -168,6 +183,7 @@ def prepare(
         )
     actions = plan(jobs, rerun, {name: before.jobs[name].fingerprint for name in queued})
     code = place_of(run.code)
+    behind = _behind(pipeline, jobs, actions, before)
     record = Record(
         pipeline=pipeline.name,
         cluster_name=cluster_name,
@@ -175,9 +191,22 @@ def prepare(
         code=code.name,
         launched=now(),
         directory=str(Path.cwd()),
-        jobs={job.name: _job_record(job, actions[job.name], before) for job in jobs},
+        jobs={job.name: _job_record(job, actions[job.name], before, behind) for job in jobs},
     )
-    return Launch(pipeline, run, jobs, actions, record, code, before)
+    return Launch(pipeline, run, jobs, actions, record, code, before, behind)
+
+
+def _behind(
+    pipeline: PipelineConfig, jobs: Sequence[Job], actions: Mapping[str, Action], before: Record | None
+) -> dict[str, tuple[str, ...]]:
+    """Which trials that are to do wait for which others, where only ``at_once`` run at once. Those that SLURM has
+    already keep their places."""
+    queued: dict[str, set[str]] = {}
+    for job in jobs:
+        if job.trial and actions[job.name] == "queued":
+            queued.setdefault(job.trial, set()).update(before.jobs[job.name].behind)
+    new = dict.fromkeys(job.trial for job in jobs if job.trial and actions[job.name] not in UNTOUCHED)
+    return lanes([trial for trial in new if trial not in queued], pipeline.at_once, queued)
 
 
 def _refuse(run: PipelineRun, pipeline: PipelineConfig) -> None:
@@ -190,11 +219,16 @@ def _refuse(run: PipelineRun, pipeline: PipelineConfig) -> None:
         )
 
 
-def _job_record(job: Job, action: Action, before: Record | None) -> JobRecord:
+def _job_record(job: Job, action: Action, before: Record | None, behind: Mapping[str, tuple[str, ...]]) -> JobRecord:
     old = before.jobs.get(job.name) if before and action != "rerun" else None
-    submitted = list(old.submitted) if old else []
     return JobRecord(
-        needs=job.needs, after=job.after, fingerprint=job.fingerprint, array=job.array, submitted=submitted
+        needs=job.needs,
+        after=job.after,
+        fingerprint=job.fingerprint,
+        array=job.array,
+        trial=job.trial,
+        behind=old.behind if old and action == "queued" else behind.get(job.trial, ()),
+        submitted=list(old.submitted) if old else [],
     )
 
 

@@ -1,7 +1,8 @@
-"""The local executor: one job as N processes of this machine, joined by torch.distributed's environment.
+"""A job on this machine: N processes, joined by torch.distributed's environment.
 
 The launcher prepares the run directory, starts the ranks, shows the progress that rank 0 writes to status.json and
 sees to it that all ranks end together: when one fails, when the launcher is asked to stop, and when it is killed.
+A job that runs is a generator: who goes on with it now and then, until it returns, may have several.
 """
 
 import os
@@ -11,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import Progress
 
 from data_pipeline.errors import UsageError
 from launcher.parts import whole_is_done
@@ -32,7 +35,10 @@ POLL_S = 0.1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 console = Console(stderr=True)
+_given_ports: set[int] = set()
 Command = Callable[[Run], list[str]]
+T = TypeVar("T")
+Running = Generator[None, None, T]  # yields whenever there is nothing to do but to wait
 
 
 def rank_command(run: Run) -> list[str]:
@@ -47,29 +53,59 @@ def run_job(
     command: Command = rank_command,
     code: Path | None = None,
 ) -> int:
-    """Runs ``config`` to its end and returns its exit status. ``print_of`` is its fingerprint in a pipeline, ``code``
-    the copy of the packages that its ranks import (default: these here).
+    """Runs ``config`` to its end and returns its exit status: see ``running``."""
+    return to_the_end(running(config, name, print_of, threads, command=command, code=code))
+
+
+def to_the_end(job: Running[T]) -> T:
+    while True:
+        try:
+            next(job)
+        except StopIteration as end:
+            return end.value
+        time.sleep(POLL_S)
+
+
+def running(
+    config: JobConfig,
+    name: str | None = None,
+    print_of: str | None = None,
+    threads: int | None = None,
+    gpus: Sequence[str] | None = None,
+    stops: list[int] | None = None,
+    bars: Progress | None = None,
+    command: Command = rank_command,
+    code: Path | None = None,
+) -> Running[int]:
+    """``config`` while it runs; what it returns is its exit status. ``print_of`` is its fingerprint in a pipeline,
+    ``code`` the copy of the packages that its ranks import (default: these here).
+
+    ``gpus`` are those that its ranks may use (default: all); ``stops`` the stop signals that the process has received
+    so far (default: it looks after them itself); ``bars`` are where it shows its own beside those of other jobs.
 
     Raises UsageError when the run directory is in use or holds the work of another config.
     """
     run, name = Run(config.home), name or config.kind
     if whole_is_done(config):
-        _say(f"{name}: already done and merged; remove {config.run} to do it again")
+        say(f"{name}: already done and merged; remove {config.run} to do it again")
         return 0
     refuse_foreign(run.path)
-    with locked(run.path) as lock, stop_signals() as stops:
+    with locked(run.path) as lock, stop_signals() if stops is None else nullcontext(stops) as stops:
         if is_done(run, config):
             more = ", or train on with more training.steps and --force" if isinstance(config, TrainingJobConfig) else ""
-            _say(f"{name}: already done; remove {run.path} to do it again{more}")
+            say(f"{name}: already done; remove {run.path} to do it again{more}")
             return 0
         config.check_ranks(config.resources.processes)
         before = prepare(run, config, print_of)
         for error in run.logs.glob("rank_*.error"):  # of an earlier start, perhaps with more ranks
             error.unlink()
         threads = config.resources.threads or threads
-        ranks = start_ranks(command(run), config.resources.processes, run.log_path, threads, code, [lock.fileno()])
-        with Watch(run, name, console) as watch:
-            ended = supervise(ranks, stops, watch.show)
+        seen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        ranks = start_ranks(
+            command(run), config.resources.processes, run.log_path, threads, code, [lock.fileno()], seen
+        )
+        with Watch(run, name, console, bars) as watch:
+            ended = yield from supervised(ranks, stops, watch.show, name)
         code = _conclude(run, name, ended)
         if code == UsageError.exit_status:
             put_back(run, before)
@@ -77,7 +113,7 @@ def run_job(
         from stpredict.jobs.shard import left_out
 
         if line := left_out(config):
-            _say(f"{name}: {line}", style="yellow")
+            say(f"{name}: {line}", style="yellow")
     return code
 
 
@@ -88,6 +124,7 @@ def start_ranks(
     threads: int | None = None,
     code: Path | None = None,
     keep_open: Sequence[int] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen]:
     """Starts the ranks, each in a session of its own: a terminal's Ctrl-C is for the launcher alone. ``log_of`` a rank
     is the file that gets its output; ``keep_open`` are files that live as long as any rank."""
@@ -99,6 +136,7 @@ def start_ranks(
         "OMP_NUM_THREADS": str(threads or max(1, len(os.sched_getaffinity(0)) // processes)),
         "PYTHONUNBUFFERED": "1",
         **(environment_for(code) if code else {}),
+        **(variables or {}),
     }
     ranks = []
     for rank in range(processes):
@@ -122,7 +160,14 @@ def start_ranks(
 
 
 def supervise(ranks: Sequence[subprocess.Popen], stops: list[int], show: Callable[[], None]) -> dict[int, int]:
-    """Waits for all ranks; returns rank → exit status, in the order in which they ended.
+    """Waits for all ranks: see ``supervised``."""
+    return to_the_end(supervised(ranks, stops, show))
+
+
+def supervised(
+    ranks: Sequence[subprocess.Popen], stops: list[int], show: Callable[[], None], name: str = "the job"
+) -> Running[dict[int, int]]:
+    """Returns, when all ranks have ended, rank → exit status, in the order in which they ended.
 
     A rank that ends with anything but 0 takes the others with it: SIGTERM, and SIGKILL after a grace. ``stops`` are
     the stop signals received meanwhile: SIGUSR2 is passed on, others as SIGTERM; ranks save and end with 75, and under
@@ -130,25 +175,27 @@ def supervise(ranks: Sequence[subprocess.Popen], stops: list[int], show: Callabl
     """
     ended: dict[int, int] = {}
     told, deadline = False, None
-    while len(ended) < len(ranks):
-        codes = {rank: code for rank, process in enumerate(ranks) if (code := process.poll()) is not None}
-        for rank in sorted(codes.keys() - ended.keys(), key=codes.get):  # a death by signal explains the other errors
-            killed = codes[rank] in (-signal.SIGTERM, -signal.SIGUSR2, -signal.SIGKILL)
-            asked = killed and (stops or PREEMPTED in ended.values())
-            ended[rank] = PREEMPTED if asked else codes[rank]
-        bad = [code for code in ended.values() if code != 0]
-        if not told and (bad or stops):
-            told = True
-            if stops:
-                _say("stopping: the job saves its state and ends; Ctrl-C again kills it")
-            _signal(ranks, signal.SIGUSR2 if signal.SIGUSR2 in stops else signal.SIGTERM)
-        if bad and deadline is None:
-            deadline = time.monotonic() + (GRACE_PREEMPTED_S if bad[0] == PREEMPTED else GRACE_FAILED_S)
-        if stops.count(signal.SIGINT) > 1 or (deadline and time.monotonic() > deadline):
-            _kill_groups(ranks)
-        show()
-        time.sleep(POLL_S)
-    _kill_groups(ranks)  # what a rank left behind, such as its data workers: they hold the lock of the directory
+    try:
+        while len(ended) < len(ranks):
+            codes = {rank: code for rank, process in enumerate(ranks) if (code := process.poll()) is not None}
+            for rank in sorted(codes.keys() - ended.keys(), key=codes.get):  # a death by signal explains other errors
+                killed = codes[rank] in (-signal.SIGTERM, -signal.SIGUSR2, -signal.SIGKILL)
+                asked = killed and (stops or PREEMPTED in ended.values())
+                ended[rank] = PREEMPTED if asked else codes[rank]
+            bad = [code for code in ended.values() if code != 0]
+            if not told and (bad or stops):
+                told = True
+                if stops:
+                    say(f"stopping: {name} saves its state and ends; Ctrl-C again kills it")
+                _signal(ranks, signal.SIGUSR2 if signal.SIGUSR2 in stops else signal.SIGTERM)
+            if bad and deadline is None:
+                deadline = time.monotonic() + (GRACE_PREEMPTED_S if bad[0] == PREEMPTED else GRACE_FAILED_S)
+            if stops.count(signal.SIGINT) > 1 or (deadline and time.monotonic() > deadline):
+                _kill_groups(ranks)
+            show()
+            yield
+    finally:
+        _kill_groups(ranks)  # what a rank left behind, such as its data workers: they hold the lock of the directory
     return ended
 
 
@@ -170,11 +217,11 @@ def _conclude(run: Run, name: str, ended: dict[int, int]) -> int:
     first = run.first_error(failed)
     if code != 0 and status.state == "done" and first is None:
         rank, how = next((rank, _describe(code)) for rank, code in ended.items() if code)
-        _say(f"warning: {name}: done, but rank {rank} {how} afterwards (log: {run.log_path(rank)})", style="yellow")
+        say(f"warning: {name}: done, but rank {rank} {how} afterwards (log: {run.log_path(rank)})", style="yellow")
         return 0
     if code == PREEMPTED:
         run.update_status(state="preempted", finished=now())
-        _say(f"{name}: {status.error or 'stopped; run again to continue'}")
+        say(f"{name}: {status.error or 'stopped; run again to continue'}")
         return PREEMPTED
     culprit = failed[0] if failed else 0
     if first and ended[culprit] > 0:  # a death by signal explains the errors of the others, which saw it as one
@@ -183,7 +230,7 @@ def _conclude(run: Run, name: str, ended: dict[int, int]) -> int:
         error = f"rank {culprit} {_describe(ended[culprit])}; {_last_line(run.log_path(culprit))}"
     log = run.log_path(culprit)
     run.update_status(state="failed", finished=now(), error=error)
-    _say(f"error: {name}: {error} (log: {log})", style="red")
+    say(f"error: {name}: {error} (log: {log})", style="red")
     return code or 1
 
 
@@ -226,10 +273,16 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that nobody has, nor a job that was just started here and has not come so far."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
-def _say(line: str, style: str | None = None) -> None:
+def say(line: str, style: str | None = None) -> None:
+    """A line on standard error, above bars."""
     console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)

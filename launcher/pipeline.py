@@ -3,6 +3,7 @@
 Everything here is known before anything starts, and all that can be wrong with a pipeline file is said then.
 """
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -10,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Literal
 
+import yaml
 from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError
@@ -17,11 +19,12 @@ from launcher.config import PipelineConfig, PipelineJob
 from launcher.parts import WRITTEN, part_runs
 from launcher.record import PipelineRun, part_config
 from launcher.rundir import changed_keys, changed_since, fingerprint, is_empty, refuse_foreign
-from stpredict.config import apply_overrides, load, read_yaml, resolve, validate
+from stpredict.config import apply_overrides, flat, load, read_yaml, resolve, validate
 from stpredict.jobs.config import AnyJobConfig, JobConfig, PartedJobConfig
 from stpredict.jobs.start import MODULES
 from stpredict.run import Run
 
+MOST_NAMED = 20  # jobs of a pipeline that an error names all of
 Action = Literal["skip", "run", "continue", "rerun", "queued"]
 
 
@@ -33,10 +36,16 @@ class Job:
     fingerprint: str
     array: int | None = None
     after: tuple[str, ...] = ()
+    trial: str | None = None
 
     @property
     def run(self) -> Run:
         return Run(self.config.run)
+
+    @property
+    def role(self) -> str:
+        """What it is called in its trial, which all trials have a job of; its name where it is of none."""
+        return self.name.removeprefix(f"{self.trial}-")
 
     @property
     def parts(self) -> list[PartedJobConfig]:
@@ -52,6 +61,8 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineCo
     """The pipeline in ``path`` and its jobs, each after those that it needs. One job's config is a pipeline of that
     job: its ``run`` is the pipeline's, and KIND in it the job's."""
     node = read_yaml(path)
+    if node.get("kind") == "study":
+        raise UsageError(f"{path} is a study: use `stpredict study {path}`")
     if node.get("kind") in MODULES:
         pipeline = _alone(path, overrides)
         return pipeline, jobs_of(pipeline, path)
@@ -88,7 +99,7 @@ def jobs_of(pipeline: PipelineConfig, path: Path) -> list[Job]:
         config = _job_config(pipeline, path, name)
         upstream = [jobs[need].fingerprint for need in job.needs]
         array = None if job.array == 1 else job.array
-        jobs[name] = Job(name, job.needs, config, fingerprint(config, upstream), array, job.after)
+        jobs[name] = Job(name, job.needs, config, fingerprint(config, upstream), array, job.after, job.trial)
     return list(jobs.values())
 
 
@@ -97,16 +108,15 @@ def plan(
 ) -> dict[str, Action]:
     """What a launch does with each job. UsageError where it would touch the work of another config.
 
-    ``queued`` are the jobs that SLURM is to do already, with their fingerprints.
+    ``rerun`` are names of jobs, of trials, or of a job that each trial has. ``queued`` are the jobs that SLURM is to do
+    already, with their fingerprints.
     """
     queued = queued or {}
-    if unknown := set(rerun) - {job.name for job in jobs}:
-        raise UsageError(f"--rerun {min(unknown)}: no such job; jobs: {', '.join(job.name for job in jobs)}")
+    asked = _meant(rerun, jobs)
     if rerun and queued:
         run = quote(str(jobs[0].run.path.parent))
         raise UsageError(f"--rerun: {', '.join(queued)} queued or running; first: stpredict cancel {run}")
     actions: dict[str, Action] = {}
-    asked = set(rerun)
     for job in jobs:
         if asked & set(job.needs):
             asked.add(job.name)
@@ -133,8 +143,34 @@ def plan(
             )
         else:
             follows_work = any(actions[other] != "skip" for other in (*job.needs, *job.after))
-            actions[job.name] = _continue_or_skip(job, follows_work)
+            actions[job.name] = _continue_or_skip(job, follows_work or _is_stale(job))
     return actions
+
+
+def _meant(names: Collection[str], jobs: Sequence[Job]) -> set[str]:
+    """The jobs called ``names``, those of the trials called so, and those that are called so in every trial."""
+    found = set()
+    for name in names:
+        meant = {job.name for job in jobs if name in (job.name, job.trial, job.role)}
+        if not meant:
+            known = [name for job in jobs for name in (job.name, job.trial, job.role) if name]
+            near = difflib.get_close_matches(name, known, n=3) if len(jobs) > MOST_NAMED else dict.fromkeys(known)
+            of = f"did you mean {' or '.join(near)}?" if len(jobs) > MOST_NAMED and near else f"jobs: {', '.join(near)}"
+            raise UsageError(f"--rerun {name}: no such job; {of}")
+        found |= meant
+    return found
+
+
+def _is_stale(job: Job) -> bool:
+    """Whether a job that is ``repeatable`` is to be done again: what it is about has become other or newer since."""
+    status = job.run.status()
+    if not job.config.repeatable or status is None:
+        return False
+    old = flat(yaml.safe_load(job.run.config_path.read_text()))
+    finished = status.finished or ""
+    runs = [Run(job.run.path.parent / other) for other in job.after]
+    newer = any((other := run.status()) is not None and (other.finished or "") > finished for run in runs)
+    return newer or old != flat(job.config.model_dump(mode="json"))
 
 
 def _continue_or_skip(job: Job, follows_work: bool) -> Action:

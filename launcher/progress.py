@@ -1,6 +1,7 @@
 """A job's progress, read from status.json: a bar on a terminal, elsewhere a line now and then. And a bar for commands
 that read many bytes."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,27 +34,41 @@ def bytes_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-class Watch:
-    """Shows what a run's status says, each time it is asked to. Use as a context manager."""
+@contextmanager
+def bars_of_jobs(console: Console) -> Iterator[Progress | None]:
+    """On a terminal, where the jobs that run at once show a bar each."""
+    if not console.is_terminal:
+        yield None
+        return
+    with _bar(console) as bars:
+        yield bars
 
-    def __init__(self, run: Run, name: str, console: Console):
+
+class Watch:
+    """Shows what a run's status says, each time it is asked to: in a line of ``bars``, which is gone when the job has
+    ended, or alone. Use as a context manager."""
+
+    def __init__(self, run: Run, name: str, console: Console, bars: Progress | None = None):
         self.run, self.name, self.console = run, name, console
-        self.bar = _bar(console) if console.is_terminal else None
+        self.alone = bars is None
+        self.bar = bars or (_bar(console) if console.is_terminal else None)
         self.task = self.bar.add_task(name, total=None, unit="", values="") if self.bar else None
         self.shown_at, self.shown_step = time.monotonic(), 0
         self.said_where_from = False
 
     def __enter__(self) -> Self:
-        if self.bar:
+        if self.bar and self.alone:
             self.bar.start()
-        else:
+        elif not self.bar:
             self._line("started", f"log: {self.run.log_path(0)}")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.show()
-        if self.bar:
+        if self.bar and self.alone:
             self.bar.stop()
+        elif self.bar:
+            self.bar.remove_task(self.task)
 
     def show(self) -> None:
         status = self.run.status()
@@ -121,4 +136,5 @@ def _bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"),
         console=console,
+        redirect_stdout=sys.stdout.isatty(),  # what goes into a file stays out of the terminal
     )

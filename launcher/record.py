@@ -42,6 +42,8 @@ class JobRecord(BaseModel):
     after: tuple[str, ...] = ()
     fingerprint: str
     array: int | None = None
+    trial: str | None = None
+    behind: tuple[str, ...] = ()  # trials whose end it waits for, where only so many run at once
     submitted: list[Submitted] = []
 
 

@@ -47,7 +47,7 @@ def resumable(path: Path, cluster: str | None = None) -> Resumable:
             "move it back"
         )
     found = [
-        Job(name, job.needs, run.config(name), job.fingerprint, job.array, job.after)
+        Job(name, job.needs, run.config(name), job.fingerprint, job.array, job.after, job.trial)
         for name, job in record.jobs.items()
     ]
     return Resumable(pipeline, found, where, cluster or record.cluster_name)

@@ -56,10 +56,13 @@ class SlurmExecutor:
             last.enter_context(uninterrupted())  # from here on it is too late for a change of mind
             with launch.committed():
                 queue.release(new)
+        new_names = {job.name for job in launch.to_do}
         for job in launch.jobs:
             ids = ", ".join(sorted({s.slurm_id.partition("_")[0] for s in launch.record.jobs[job.name].submitted}))
             what = {"skip": "up to date", "queued": f"queued already: {ids}"}.get(launch.actions[job.name])
             console.print(f"{job.name}: {what or f'submitted: {ids}'}")
+            if "queued" in (what or "") and (later := [name for name in job.after if name in new_names]):
+                console.print(f"{job.name}: does not wait for {', '.join(later)}: launch again when all have ended")
         if new:
             console.print(f"how far they are: stpredict status {quote(str(launch.run.path))}")
         return 0
@@ -94,7 +97,8 @@ class SlurmExecutor:
     def _dependencies(self, job: Job, launch: Launch, new: Callable[[str], str] | None = None) -> list[str]:
         """What sbatch is to wait for: the good end of the jobs that ``job`` needs, any end of those that it comes
         after."""
-        ids = {"afterok": self._last(job.needs, launch, new), "afterany": self._last(job.after, launch, new)}
+        ended = [*job.after, *launch.turn_after(job)]
+        ids = {"afterok": self._last(job.needs, launch, new), "afterany": self._last(ended, launch, new)}
         return [":".join((how, *those)) for how, those in ids.items() if those]
 
     def _last(self, names: Sequence[str], launch: Launch, new: Callable[[str], str] | None) -> list[str]:

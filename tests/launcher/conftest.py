@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import run_job
+from launcher.local import run_job, running
 from stpredict.jobs.config import EvaluateConfig, Resources
 
 FAKE_RANK = Path(__file__).parent / "fake_rank.py"
@@ -24,6 +24,12 @@ def _no_ranks_around(monkeypatch):
 def fake():
     """``fake("ok", "crash")`` is a run_job whose rank 0 succeeds and whose rank 1 crashes."""
     return lambda *ranks: partial(run_job, command=fake_command(*ranks))
+
+
+@pytest.fixture
+def fake_running():
+    """The same as a job that goes on, for LocalExecutor."""
+    return lambda *ranks: partial(running, command=fake_command(*ranks))
 
 
 def fake_command(*ranks: str):

@@ -7,7 +7,7 @@ import sys
 import time
 
 from launcher.rank import end_with
-from stpredict.run import Progress, Run, write_atomically
+from stpredict.run import Progress, Run, now, write_atomically
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
     match what:
         case "ok":
             if rank == 0:
-                run.update_status(state="done")
+                run.update_status(state="done", finished=now())
             return 0
         case "save" | "hurt" | "sleep" | "deaf":
             for _ in range(600):

@@ -30,10 +30,10 @@ from pathlib import Path
 from conftest import fake_command
 from launcher.config import LocalCluster
 from launcher.launch import launch
-from launcher.local import run_job
+from launcher.local import running
 from launcher.local_pipeline import LocalExecutor
 from launcher.pipeline import load_pipeline
-executor = LocalExecutor(LocalCluster(), partial(run_job, command=fake_command(sys.argv[2])))
+executor = LocalExecutor(LocalCluster(), partial(running, command=fake_command(sys.argv[2])))
 sys.exit(launch(*load_pipeline(Path(sys.argv[1])), LocalCluster(), executor=executor))
 """
 
@@ -54,8 +54,8 @@ def pipeline(tmp_path) -> Path:
     return path
 
 
-def launch_with(pipeline: Path, fake, *ranks: str) -> int:
-    executor = LocalExecutor(LocalCluster(), fake(*ranks))
+def launch_with(pipeline: Path, fake_running, *ranks: str) -> int:
+    executor = LocalExecutor(LocalCluster(), fake_running(*ranks))
     return launch(*load_pipeline(pipeline), LocalCluster(), executor=executor)
 
 
@@ -110,24 +110,24 @@ def test_a_launcher_on_another_machine_is_named_and_left_alone(going_on):
     assert states(going_on)["first"] == "preempted"
 
 
-def test_what_resume_launches_is_what_was_launched_whatever_the_files_say_now(pipeline, fake, tmp_path):
-    assert launch_with(pipeline, fake, "2") == 2
+def test_what_resume_launches_is_what_was_launched_whatever_the_files_say_now(pipeline, fake_running, tmp_path):
+    assert launch_with(pipeline, fake_running, "2") == 2
     before = load_pipeline(pipeline)
     (tmp_path / "job.yaml").write_text("kind: evaluate\nrun: x\ngenerated: /other\nseed: 9\n")
     found = resumable(tmp_path / "run")
     assert (found.pipeline, found.jobs) == before
     assert (found.cluster, found.cluster_name) == (LocalCluster(), "local")
-    executor = LocalExecutor(found.cluster, fake("ok"))
+    executor = LocalExecutor(found.cluster, fake_running("ok"))
     assert launch(found.pipeline, found.jobs, found.cluster, executor=executor) == 0
     assert states(tmp_path / "run") == {"first": "done", "second": "done"}
     assert "/videos" in Run(tmp_path / "run" / "second").config_path.read_text()
 
 
-def test_resume_goes_to_where_it_was_launched_and_says_so(pipeline, fake, tmp_path, monkeypatch, capsys):
+def test_resume_goes_to_where_it_was_launched_and_says_so(pipeline, fake_running, tmp_path, monkeypatch, capsys):
     data = yaml.safe_load(pipeline.read_text())
     pipeline.write_text(yaml.safe_dump({**data, "run": "run"}))
     monkeypatch.chdir(tmp_path)
-    launch_with(pipeline, fake, "2")
+    launch_with(pipeline, fake_running, "2")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert resumable(Path("..") / "run").jobs[0].run.path.resolve() == tmp_path / "run" / "first"
@@ -135,8 +135,8 @@ def test_resume_goes_to_where_it_was_launched_and_says_so(pipeline, fake, tmp_pa
     assert f"in {tmp_path}, where it was launched" in capsys.readouterr().err
 
 
-def test_a_run_that_was_moved_or_has_no_record_is_not_resumed(pipeline, fake, tmp_path):
-    launch_with(pipeline, fake, "2")
+def test_a_run_that_was_moved_or_has_no_record_is_not_resumed(pipeline, fake_running, tmp_path):
+    launch_with(pipeline, fake_running, "2")
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     with pytest.raises(UsageError, match=r"moved was launched as .*/run, and .*; move it back"):
         resumable(moved)
@@ -155,13 +155,13 @@ def test_a_job_that_is_at_work_is_not_resumed_beside_itself(tmp_path, job):
         resume_job(run.path, ["--rerun"])
 
 
-def test_the_code_of_a_later_launch_is_another_and_it_says_so(pipeline, fake, tmp_path, capsys):
-    launch_with(pipeline, fake, "2")
+def test_the_code_of_a_later_launch_is_another_and_it_says_so(pipeline, fake_running, tmp_path, capsys):
+    launch_with(pipeline, fake_running, "2")
     run = PipelineRun(tmp_path / "run")
     run.write_record(run.record().model_copy(update={"code": "0123456789ab"}))
-    launch_with(pipeline, fake, "ok")
+    launch_with(pipeline, fake_running, "ok")
     assert "the code has changed since the last launch (0123456789ab → " in capsys.readouterr().out
-    launch_with(pipeline, fake, "ok")
+    launch_with(pipeline, fake_running, "ok")
     assert "the code has changed" not in capsys.readouterr().out
 
 

@@ -104,13 +104,13 @@ def test_an_array_runs_here_part_by_part_and_leaves_to_the_byte_what_one_job_lea
 def test_of_an_array_that_stopped_halfway_only_the_missing_task_runs_and_never_another_number_of_tasks(
     shards, tmp_path
 ):
-    from launcher.local import run_job
+    from launcher.local import running
 
     calls = []
 
     def stopping(config, name, *rest, **more):
         calls.append(name)
-        return 1 if calls == ["shards.0", "shards.1"] else run_job(config, name, *rest, **more)
+        return 1 if calls == ["shards.0", "shards.1"] else (yield from running(config, name, *rest, **more))
 
     def run(array):
         loaded = load_pipeline(shards(array))
@@ -137,12 +137,12 @@ def test_jobs_run_the_code_that_was_there_when_the_launch_began(shards, tmp_path
     module = source / "stpredict" / "jobs" / "shard.py"
 
     def edited_meanwhile(config, *rest, code, **more):
-        from launcher.local import run_job
+        from launcher.local import running
 
         assert code != ROOT
         module.write_text("raise RuntimeError('edited after the launch')\n")
         monkeypatch.setenv("PYTHONPATH", str(source))
-        return run_job(config, *rest, code=code, **more)
+        return (yield from running(config, *rest, code=code, **more))
 
     loaded = load_pipeline(shards(None))
     assert launch(*loaded, LocalCluster(), executor=LocalExecutor(LocalCluster(), edited_meanwhile)) == 0
@@ -174,9 +174,9 @@ def test_the_run_of_a_job_is_no_place_for_a_pipeline(shards, tmp_path, job, fake
         launch(inside, jobs, LocalCluster())
 
 
-def test_the_run_of_another_pipeline_is_refused(shards, tmp_path, fake):
+def test_the_run_of_another_pipeline_is_refused(shards, tmp_path, fake_running):
     pipeline, jobs = load_pipeline(shards(None))
-    assert launch(pipeline, jobs, LocalCluster(), executor=LocalExecutor(LocalCluster(), fake("ok"))) == 0
+    assert launch(pipeline, jobs, LocalCluster(), executor=LocalExecutor(LocalCluster(), fake_running("ok"))) == 0
     other = pipeline.model_copy(update={"name": "q"})
     before = tree(tmp_path)
     with pytest.raises(UsageError, match=r"is the run of pipeline 'p', not of 'q'; give another `run`"):
@@ -223,9 +223,9 @@ def test_the_table_of_a_dry_run_cuts_no_word_short_and_comes_last(capsys, monkey
         assert word in table
 
 
-def test_a_dry_run_here_shows_what_a_launch_would_do(shards, capsys, fake):
+def test_a_dry_run_here_shows_what_a_launch_would_do(shards, capsys, fake_running):
     pipeline, jobs = load_pipeline(shards(None))
-    assert launch(pipeline, jobs, LocalCluster(), executor=LocalExecutor(LocalCluster(), fake("ok"))) == 0
+    assert launch(pipeline, jobs, LocalCluster(), executor=LocalExecutor(LocalCluster(), fake_running("ok"))) == 0
     capsys.readouterr()
     preview(pipeline, jobs, LocalCluster(), (), "local", True)
     assert [row["action"] for row in json.loads(capsys.readouterr().out)["jobs"]] == ["skip"]

@@ -42,8 +42,8 @@ class Pipeline:
     def launch(self, *ranks, rerun=(), overrides=()):
         return self.launch_with(self.fake(*(ranks or ["ok"])), rerun, overrides)
 
-    def launch_with(self, run_job, rerun=(), overrides=(), cluster=LocalCluster()):  # noqa: B008
-        executor = LocalExecutor(cluster, run_job)
+    def launch_with(self, running, rerun=(), overrides=(), cluster=LocalCluster()):  # noqa: B008
+        executor = LocalExecutor(cluster, running)
         return launch(*self.load(*overrides), cluster, rerun, executor=executor)
 
     def run(self, job):
@@ -51,8 +51,8 @@ class Pipeline:
 
 
 @pytest.fixture
-def pipeline(tmp_path, fake):
-    return Pipeline(tmp_path, fake)
+def pipeline(tmp_path, fake_running):
+    return Pipeline(tmp_path, fake_running)
 
 
 def test_jobs_come_after_those_they_need_and_values_come_from_vars_and_runs(pipeline):
@@ -113,15 +113,15 @@ def test_a_job_that_is_not_done_stops_the_pipeline_and_the_next_launch_goes_on_f
 ):
     calls = []
 
-    def run_job(config, name, *rest, **more):
+    def running(config, name, *rest, **more):
         calls.append(name)
         rank = status if name == "second" and calls.count("second") == 1 else "ok"
-        return pipeline.fake(rank)(config, name, *rest, **more)
+        return (yield from pipeline.fake(rank)(config, name, *rest, **more))
 
-    assert pipeline.launch_with(run_job) == int(status)
+    assert pipeline.launch_with(running) == int(status)
     assert pipeline.run("second").status().state == state
     assert "not run: page" in capsys.readouterr().out
-    assert pipeline.launch_with(run_job) == 0
+    assert pipeline.launch_with(running) == 0
     assert calls == ["first", "second", "second", "page"]
 
 
