@@ -33,6 +33,7 @@ class Row(BaseModel):
     state: str
     reason: str | None = None
     live: bool = False
+    trial: str | None = None
     slurm_ids: list[str] = []
     nodes: str | None = None
     status: Status | None = None
@@ -148,6 +149,7 @@ class _Pipeline:
             unmet = states.unmet({need: verdicts[need] for need in job.needs})
             row = self._array_row(name, job, unmet) if job.array else self._job_row(name, job, unmet)
             verdicts[name] = Verdict(row.state, row.reason, row.live)
+            row.trial = job.trial
             yield row
 
     def _job_row(self, name: str, job: JobRecord, unmet: str | None) -> Row:

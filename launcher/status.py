@@ -25,11 +25,14 @@ COLOURS = {
     **dict.fromkeys(("failed", "lost"), "red"),
 }
 MOST_PARTS = 8  # of an array that get rows of their own
+MOST_ROWS = 30  # jobs, from which on the trials of a study of which there is nothing to tell share a row
+QUIET = ("done", "up to date", "not started", "queued", "submitted", "cancelled")
 ENDED_BADLY = ("failed", "lost", "preempted", "requeued", "cancelled")
 
 
 def show(rows: list[Row], console: Console) -> None:
     """A table, and below it what went wrong. On a narrow terminal the values, too, stand below it."""
+    rows = folded(rows)
     console.print(as_table(rows, console.width), soft_wrap=False)
     for line in below(rows, console.width):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -43,8 +46,9 @@ def watch(path: Path, console: Console, slurm: Slurm, ask_every_s: float = ASK_E
     note = slurm.note
 
     def view() -> RenderableType:
-        lines = [*below(found, console.width), *([f"note: {note}"] if note else [])]
-        return Group(as_table(found, console.width), *map(Text, lines))
+        shown = folded(found)
+        lines = [*below(shown, console.width), *([f"note: {note}"] if note else [])]
+        return Group(as_table(shown, console.width), *map(Text, lines))
 
     with Live(view(), console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while any(row.live for row in found):
@@ -84,6 +88,23 @@ def as_table(rows: list[Row], width: int) -> Table:
     for row in with_parts(rows):
         table.add_row(*(cell(row) for cell in columns.values()))
     return table
+
+
+def folded(rows: list[Row]) -> list[Row]:
+    """The rows; of many, those of trials together that are the same job in the same state, where that is all."""
+    if len(rows) <= MOST_ROWS:
+        return rows
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        role = row.job.removeprefix(f"{row.trial}-")
+        alike = row.trial is not None and row.state in QUIET
+        groups.setdefault((role, row.state, row.reason) if alike else (row.job,), []).append(row)
+    return [
+        Row(job=f"{key[0]} of {len(group)} trials", state=key[1], reason=key[2], live=group[0].live)
+        if len(group) > 1
+        else group[0]
+        for key, group in groups.items()
+    ]
 
 
 def with_parts(rows: list[Row]) -> list[Row]:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from launcher.overview import Row, rows
 from launcher.progress import Watch, format_seconds
-from launcher.status import show
+from launcher.status import folded, show
 from stpredict.run import Progress, Run, Status
 
 
@@ -117,3 +117,21 @@ def test_what_a_training_continues_from_is_said_once(tmp_path):
         watch.show()
         watch.show()
     assert console.file.getvalue().count("prior: continues from the checkpoint of step 40\n") == 1
+
+
+def test_of_many_trials_those_share_a_row_of_which_there_is_nothing_to_tell(capsys):
+    trials = [f"seed{number}" for number in range(40)]
+    found = [Row(job="videos", state="done")]
+    found += [Row(job=f"{trial}-guess", trial=trial, state="done") for trial in trials]
+    found += [Row(job=f"{trial}-judge", trial=trial, state="queued", reason="(Dependency)") for trial in trials]
+    found[5].state, found[7].state, found[44].reason = "running", "failed", "(Resources)"
+    shown = [(row.job, row.state) for row in folded(found)]
+    assert shown == [
+        ("videos", "done"),
+        ("guess of 38 trials", "done"),
+        ("seed4-guess", "running"),
+        ("seed6-guess", "failed"),
+        ("judge of 39 trials", "queued"),
+        ("seed3-judge", "queued"),
+    ]
+    assert folded(found[:20]) == found[:20]
