@@ -18,7 +18,7 @@ def report_of(path: Path) -> StudyReportConfig | None:
         jobs = yaml.safe_load(run.pipeline_path.read_text())["jobs"]
     except FileNotFoundError:
         return None
-    name = next((name for name, job in jobs.items() if job["set"].get("kind") == "study_report"), None)
+    name = next((name for name, job in jobs.items() if job.get("set", {}).get("kind") == "study_report"), None)
     if name is None or not run.config_path(name).is_file():
         return None
     config = run.config(name)

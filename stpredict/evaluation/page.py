@@ -11,6 +11,7 @@ from stpredict.evaluation import units
 from stpredict.evaluation.run_facts import RunFacts
 
 TEMPLATES = (Path(__file__).parent, Path(__file__).parents[1] / "studies")
+FORMS = (units.duration, units.bytes, units.count, units.power, units.formula)
 FEW = 6  # runs that are named one by one
 
 
@@ -23,7 +24,7 @@ def render(template: str, title: str, facts: Sequence[RunFacts], **values: Any) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {form.__name__: form for form in (units.duration, units.bytes, units.count, units.power)}
+    pages.filters |= {form.__name__: form for form in FORMS}
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return pages.get_template(template).render(title=title, written=written, provenance=provenance(facts), **values)
 

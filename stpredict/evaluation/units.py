@@ -1,6 +1,15 @@
-"""Numbers as people read them. Torch-free."""
+"""Numbers and formulae as people read them. Torch-free."""
 
 import math
+import re
+
+from markupsafe import Markup, escape
+
+GREEK = {
+    "alpha": "\N{GREEK SMALL LETTER ALPHA}",
+    "beta": "\N{GREEK SMALL LETTER BETA}",
+    "gamma": "\N{GREEK SMALL LETTER GAMMA}",
+}
 
 
 def duration(seconds: float | None) -> str:
@@ -35,3 +44,9 @@ def power(value: float, digits: int = 3) -> str:
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
     exponent = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"10{exponent}" if mantissa == "1" else f"{mantissa}·10{exponent}"
+
+
+def formula(text: str) -> Markup:
+    """A N^-alpha, with its exponent raised and its Greek letters Greek, as HTML."""
+    text = re.sub("|".join(GREEK), lambda found: GREEK[found[0]], str(escape(text)))
+    return Markup(re.sub(r"\^(-?\w+)", r"<sup>\1</sup>", text))

@@ -18,9 +18,10 @@ from stpredict.studies.analysis import Group
 from stpredict.studies.compare import Cell
 from stpredict.studies.config import Role
 from stpredict.studies.look import COUNT, FLOPS, GREY, PLAIN, Look, log_x, log_y
-from stpredict.studies.places import in_order, numbers_of
+from stpredict.studies.places import in_order, numbers_of, short
 from stpredict.studies.points import TrialPoints
 
+Measure = Callable[[TrialPoints], float | None]
 MOST_PANELS = 6
 FEW = 3  # that are named in a legend
 MOST_NAMED = 4  # diverged runs in one chart; the table names them all
@@ -35,7 +36,7 @@ def curve_chart(
     measures = {"step": (COUNT, lambda _: 1), "tokens": (COUNT, _tokens), "FLOPs": (FLOPS, _flops)}
     rows = _panels(trials, axes, look)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 0.6 + 2.9 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(10, 0.6 + (2.9 if len(rows) < 3 else 2.2) * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), len(measures), squeeze=False, sharey="row")
         for row, (title, there) in zip(grid, rows.items(), strict=True):
             for panel, (name, (form, per_step)) in zip(row, measures.items(), strict=True):
@@ -129,7 +130,7 @@ def final_chart(trials: Sequence[TrialPoints], look: Look, chosen: Mapping[str, 
     return figure
 
 
-def _at_the_top(panel: Axes, diverged: Sequence[TrialPoints], x_of: Callable[[TrialPoints], float | None]) -> None:
+def _at_the_top(panel: Axes, diverged: Sequence[TrialPoints], x_of: Measure) -> None:
     """What diverged has no place on the scale of the others: crosses at the top, the first few with their names."""
     for number, trial in enumerate(diverged):
         x = x_of(trial)
@@ -196,7 +197,7 @@ def _metric(trials: Sequence[TrialPoints]) -> str:
 def axis_chart(axis: str, cells: Sequence[Cell], look: Look, metric: str) -> Figure | None:
     """Final loss by the value of ``axis``; beside it, where they were measured, PSNR and SSIM against their
     yardsticks, and predicted frames per second. A dot for each trial, a line through the means of each colour's."""
-    wanted: dict[str, Callable[[TrialPoints], float | None]] = {metric: lambda trial: trial.final_loss}
+    wanted: dict[str, Measure] = {metric: lambda trial: trial.final_loss}
     wanted |= {
         "PSNR (dB)": lambda trial: trial.evaluation and trial.evaluation.prediction.psnr,
         "SSIM": lambda trial: trial.evaluation and trial.evaluation.prediction.ssim,
@@ -211,20 +212,34 @@ def axis_chart(axis: str, cells: Sequence[Cell], look: Look, metric: str) -> Fig
         figure = Figure(figsize=(10 if len(panels) > 2 else 4.2 * len(panels) + 1.5, 3.4), layout="constrained")
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for panel, (title, of) in zip(grid, panels.items(), strict=True):
-            for colour_label in look.labels:
-                _means(panel, [c for c in cells if c.colour == colour_label], labels, numbers, of, look)
+            if look.axis == axis:
+                _means(panel, cells, labels, numbers, of, look, GREY)
+            for colour in {} if look.axis == axis else look.labels:
+                own = [cell for cell in cells if cell.colour == colour]
+                _means(panel, own, labels, numbers, of, look, look.colours[colour])
             _yardsticks(panel, title, cells)
-            panel.set(title=title, xlabel=axis)
+            panel.set(
+                title=title, xlabel=f"{axis} (tokens)" if numbers and "x" in labels[0].removeprefix(axis) else axis
+            )
             panel.margins(x=0.1, y=0.12)
             if title.startswith("frames/s"):
                 log_y(panel)
-            _ticks(panel, labels, numbers)
+            _ticks(panel, [short(label, axis) for label in labels], numbers)
         if look.axis != axis:
             look.legend(figure)
     return figure
 
 
-def _means(panel, cells: Sequence[Cell], labels, numbers, of, look: Look) -> None:
+def _means(
+    panel: Axes,
+    cells: Sequence[Cell],
+    labels: Sequence[str],
+    numbers: Mapping[str, float] | None,
+    of: Measure,
+    look: Look,
+    line: str,
+) -> None:
+    """A dot for each trial, and a line of the colour ``line`` through the means of the cells, with their spread."""
     means = []
     for cell in sorted(cells, key=lambda cell: labels.index(cell.label)):
         values = [value for trial in cell.trials if (value := of(trial)) is not None]
@@ -232,11 +247,12 @@ def _means(panel, cells: Sequence[Cell], labels, numbers, of, look: Look) -> Non
             continue
         x = numbers[cell.label] if numbers else labels.index(cell.label)
         colour = look.colours[cell.colour]
-        panel.plot([x] * len(values), values, "o", color=colour, markersize=3, alpha=0.5)
-        panel.errorbar(x, mean(values), stdev(values) if len(values) > 1 else 0, color=colour, capsize=3, marker="_")
+        panel.plot([x] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.6, zorder=3)
+        spread = stdev(values) if len(values) > 1 else 0
+        panel.errorbar(x, mean(values), spread, color=colour, capsize=3, marker="_", zorder=3)
         means.append((x, mean(values)))
     if means:
-        panel.plot(*zip(*means, strict=True), color=look.colours[cells[0].colour], linewidth=1.2)
+        panel.plot(*zip(*means, strict=True), color=line, linewidth=1.1)
 
 
 def _yardsticks(panel: Axes, title: str, cells: Sequence[Cell]) -> None:
@@ -265,26 +281,44 @@ def _ticks(panel: Axes, labels: Sequence[str], numbers: Mapping[str, float] | No
 
 
 def speed_chart(axis: str, cells: Sequence[Cell], look: Look) -> Figure | None:
-    """Quality against speed, each dot a trial, named by its value of ``axis``; None where none has both."""
-    there = [(cell, trial) for cell in cells for trial in cell.trials if trial.speed and trial.evaluation]
-    if not there:
+    """Quality against speed: means of what has both, each dot named by its value of ``axis``; None where nothing has.
+
+    Lines join the dots of a colour, in the order of the axis."""
+    both = [(cell, [trial for trial in cell.trials if trial.speed and trial.evaluation]) for cell in cells]
+    both = [(cell, trials) for cell, trials in both if trials]
+    if not both:
         return None
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
         for panel, score, title in zip(figure.subplots(1, 2), ("psnr", "ssim"), ("PSNR (dB)", "SSIM"), strict=True):
-            named = set()
-            for cell, trial in there:
-                place = trial.speed.frames_per_s, getattr(trial.evaluation.prediction, score)
-                panel.plot(*place, "o", color=look.colours[cell.colour], markersize=5)
-                if cell.label not in named:
-                    named.add(cell.label)
-                    panel.annotate(cell.label, place, (5, 4), textcoords="offset points", fontsize=7)
-            panel.margins(x=0.18, y=0.15)
+            for colour in [None] if look.axis == axis else look.labels:
+                own = [(cell, trials) for cell, trials in both if colour in (None, cell.colour)]
+                if own:
+                    _quality_by_speed(panel, axis, own, score, look, look.colours.get(colour, GREY))
+            panel.margins(x=0.15, y=0.15)
             log_x(panel, PLAIN)
             panel.set(title=title, xlabel="predicted frames per second and rank")
         if look.axis != axis:
             look.legend(figure)
     return figure
+
+
+def _quality_by_speed(panel: Axes, axis: str, own, score: str, look: Look, line: str) -> None:
+    places = [
+        (
+            mean(trial.speed.frames_per_s for trial in trials),
+            mean(getattr(trial.evaluation.prediction, score) for trial in trials),
+        )
+        for _, trials in own
+    ]
+    panel.plot(*zip(*places, strict=True), color=line, linewidth=0.8, alpha=0.6)
+    for number, ((cell, _), place) in enumerate(zip(own, places, strict=True)):
+        panel.plot(*place, "o", color=look.colours[cell.colour], markersize=5)
+        left = number % 2 == 1
+        panel.annotate(
+            short(cell.label, axis), place, (-6 if left else 6, 3), textcoords="offset points", fontsize=7,
+            ha="right" if left else "left",
+        )  # fmt: skip
 
 
 def _nothing(panel: Axes, words: str) -> None:

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from stpredict.evaluation.charts import INK, STYLE
-from stpredict.studies.analysis import Group, Law, LawName, Point, Prediction
+from stpredict.studies.analysis import Group, IsoFlop, Law, LawName, Point, Prediction
 from stpredict.studies.look import COUNT, FLOPS, GREY, LAW, PLAIN, SIZES, Look, log_x, log_y
 
 AXES: dict[LawName, tuple[str, Callable[[float], str], Callable[[Point], float | None]]] = {
@@ -60,11 +60,35 @@ def _laws(panel: Axes, below: Axes, name: LawName, group: Group, look: Look) -> 
     below.axhline(0, color=INK, linewidth=0.8)
     log_x(panel, form, most=4)
     log_x(below, form, most=4)
+    panel.set_yscale("log")
+    predicted = [one.loss.value for one in group.predictions if one.law == name == "L(N)"]
+    _fit_y(panel, laws, predicted)
     log_y(panel)
     _shade(panel, [curve for law in laws for curve in law.curve])
-    low, high = below.get_ylim()
-    most = max(abs(low), abs(high))
+    _centre(below)
+
+
+def _centre(below: Axes) -> None:
+    most = 1.15 * max(map(abs, below.dataLim.intervaly), default=0) or 0.01
     below.set_ylim(-most, most)
+
+
+def _fit_y(panel: Axes, laws: Sequence[Law], more: Sequence[float] = ()) -> None:
+    """The y axis holds points and laws; of the intervals, which grow without end, as much as has room beside them."""
+    inner = [
+        *(point.fitted.value for law in laws for point in law.curve),
+        *(point.measured for law in laws for point in law.points),
+        *more,
+    ]
+    ends = [end for law in laws for point in law.curve for end in (point.fitted.low, point.fitted.high)]
+    inner, ends = ([value for value in values if value is not None and value > 0] for values in (inner, ends))
+    if not inner:
+        return
+    low, high = min(inner), max(inner)
+    room = (high / low) ** 0.4 * 1.01
+    low, high = max(low / room, min([*ends, low])), min(high * room, max([*ends, high]))
+    edge = (high / low) ** 0.04
+    panel.set_ylim(low / edge, high * edge)
 
 
 def _law(panel: Axes, law: Law, colour: str, band: bool) -> None:
@@ -121,8 +145,9 @@ def joint_chart(group: Group, look: Look, metric: str) -> Figure | None:
         return None
     law = laws[0]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        lines, against = figure.subplots(1, 2)
+        figure = Figure(figsize=(10, 4.6), layout="constrained")
+        panels = figure.subplot_mosaic([["lines", "against"], ["below", "against"]], height_ratios=[3, 1])
+        lines, below, against = panels["lines"], panels["below"], panels["against"]
         tokens = [point.tokens for point in law.points]
         x = np.geomspace(min(tokens), max(tokens) * 3, 60)
         for size in dict.fromkeys(point.size for point in law.points):
@@ -133,12 +158,18 @@ def joint_chart(group: Group, look: Look, metric: str) -> Figure | None:
             lines.plot(x, np.where(x <= last, y, np.nan), color=colour, linewidth=1.2)
             lines.plot(x, np.where(x >= last / 1.05, y, np.nan), color=colour, linewidth=1.2, linestyle="--")
             lines.plot([p.tokens for p in own], [p.measured for p in own], "o", color=colour, markersize=3)
+            below.plot([p.tokens for p in own], [p.residual for p in own], "o", color=colour, markersize=2.5)
             against.plot([p.measured for p in own], [p.fitted for p in own], "o", color=colour, markersize=3)
         ends = against.get_xlim()
         against.plot(ends, ends, color=INK, linewidth=0.8)
-        lines.set(title="L(N, D) at each N", xlabel="tokens D", ylabel=metric)
+        below.axhline(0, color=INK, linewidth=0.8)
+        _centre(below)
+        below.set(xlabel="tokens D", ylabel="residual (ln)")
+        lines.set(title="L(N, D) at each N", ylabel=metric)
         against.set(title="fitted against measured", xlabel=f"measured {metric}", ylabel="fitted")
         log_x(lines, COUNT)
+        below.set(xscale="log", xlim=lines.get_xlim())
+        log_x(below, COUNT)
         log_y(lines)
         log_x(against, PLAIN)
         log_y(against, PLAIN)
@@ -156,9 +187,12 @@ def frontier_chart(group: Group, look: Look, metric: str) -> Figure | None:
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         slices, frontier = figure.subplots(1, 2)
         ordered = sorted(group.iso_flops, key=lambda iso: iso.flops)
-        for number, iso in enumerate(ordered):
-            _slice(slices, iso, SIZES(number / max(1, len(ordered) - 1)))
-        slices.set(title="the sizes at equal FLOPs (○ least of the parabola)", xlabel="parameters N", ylabel=metric)
+        for iso in ordered:
+            _slice(slices, iso, look)
+        slices.margins(x=0.12)
+        slices.set(
+            title="the sizes at equal FLOPs, and the least of their parabola", xlabel="parameters N", ylabel=metric
+        )
         if ordered:
             log_x(slices, COUNT)
             log_y(slices)
@@ -170,10 +204,13 @@ def frontier_chart(group: Group, look: Look, metric: str) -> Figure | None:
             )  # fmt: skip
         for law in group.find("L(C)"):
             _law(frontier, law, LAW, band=True)
+            frontier.set_yscale("log")
+            _fit_y(frontier, [law], [point.loss for point in group.frontier])
         frontier.set(title="the least loss at each C", xlabel="FLOPs C")
         if group.frontier:
             log_x(frontier, FLOPS)
             log_y(frontier)
+            _shade(frontier, [point for law in group.find("L(C)") for point in law.curve])
         hollow = Line2D(
             [], [], linestyle="", marker="o", color=GREY, markerfacecolor="none", label="right: best is an edge size"
         )
@@ -181,21 +218,28 @@ def frontier_chart(group: Group, look: Look, metric: str) -> Figure | None:
     return figure
 
 
-def _slice(panel: Axes, iso, colour: str) -> None:
+def _slice(panel: Axes, iso: IsoFlop, look: Look) -> None:
+    """The sizes at one C, in their colours, and its parabola; without one, straight lines, dotted."""
     points = sorted(iso.points, key=lambda point: point.parameters)
-    panel.plot([p.parameters for p in points], [p.loss for p in points], "o", color=colour, markersize=3.5)
-    label_at = points[-1].parameters, points[-1].loss
+    n, losses = np.array([point.parameters for point in points]), np.array([point.loss for point in points])
+    for point in points:
+        panel.plot(point.parameters, point.loss, "o", color=look.colours.get(point.size, LAW), markersize=4, zorder=3)
     if iso.parabola and len(points) > 1:
-        n = np.geomspace(points[0].parameters, points[-1].parameters, 60)
-        u = np.log(n)
+        u = np.linspace(np.log(n[0]), np.log(n[-1]), 60)
         y = iso.parabola[0] + iso.parabola[1] * u + iso.parabola[2] * u**2
-        near = y < 1.15 * max(p.loss for p in points)
-        panel.plot(n[near], y[near], color=colour, linewidth=1)
+        near = y < 1.1 * max(losses)
+        panel.plot(np.exp(u[near]), y[near], color=GREY, linewidth=1.2)
+    else:
+        panel.plot(n, losses, color=GREY, linewidth=0.9, linestyle=":")
     if iso.optimum:
-        panel.plot(iso.optimum.parameters, iso.optimum.loss, "o", color=INK, markerfacecolor="none", markersize=8)
-    panel.annotate(
-        f"{FLOPS(iso.flops)}", label_at, (5, 0), textcoords="offset points", fontsize=7, color=colour, va="center"
-    )
+        panel.plot(
+            iso.optimum.parameters, iso.optimum.loss, "o", color=INK, markerfacecolor="none", markersize=8, zorder=4
+        )
+    if len(points):
+        panel.annotate(
+            FLOPS(iso.flops), (n[-1], losses[-1]), (6, 0), textcoords="offset points", fontsize=7, color=GREY,
+            va="center",
+        )  # fmt: skip
 
 
 def optimum_chart(group: Group) -> Figure | None:
@@ -218,6 +262,8 @@ def optimum_chart(group: Group) -> Figure | None:
                     panel.plot([p.flops for p in law.points], [p.measured for p in law.points], ".", color=colour)
             panel.set(title=name, xlabel="FLOPs C", ylabel="parameters" if name == "N_opt(C)" else "tokens")
             log_x(panel, FLOPS)
+            panel.set_yscale("log")
+            _fit_y(panel, found, [of(iso.optimum) for iso in best])
             log_y(panel, COUNT)
             _shade(panel, [point for law in found for point in law.curve])
         names = dict.fromkeys(law.of for found in laws.values() for law in found)

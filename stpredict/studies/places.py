@@ -34,3 +34,9 @@ def in_order(labels: Sequence[str], axis: str = "") -> list[str]:
     labels = list(dict.fromkeys(labels))
     found = {label: number_of(label, axis) for label in labels}
     return labels if None in found.values() else sorted(labels, key=found.__getitem__)
+
+
+def short(label: str, axis: str) -> str:
+    """``label`` without the name of its axis: block1x1x8 → 1x1x8."""
+    rest = label.removeprefix(axis)
+    return rest if rest[:1].isdigit() else label

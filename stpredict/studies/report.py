@@ -20,13 +20,15 @@ from stpredict.jobs.config import StudyReportConfig
 from stpredict.run import write_atomically
 from stpredict.studies import charts, law_charts
 from stpredict.studies.analyse import analyse
-from stpredict.studies.analysis import Analysis, Estimate
+from stpredict.studies.analysis import Analysis, Estimate, Group
 from stpredict.studies.compare import cells_of, chosen_of, to_compare
 from stpredict.studies.headline import headline
 from stpredict.studies.look import Look, look_of
 from stpredict.studies.points import TrialPoints, read_trial
 from stpredict.studies.tables import tables_of, why
 
+# What the names of charts begin with.
+CHARTS = ("curves", "final_losses", "laws", "joint_law", "frontier", "optimum", "learning_rates", "by_", "quality_")
 STATES = ("done", "running", "pending", "preempted", "failed", "diverged", "not started")
 
 
@@ -61,6 +63,8 @@ def write_study_report(config: StudyReportConfig, folder: Path) -> Path:
         curves=drawn.add("curves", charts.curve_chart(trials, config.axes, look, chosen)),
         final=drawn.add("final_losses", charts.final_chart(trials, look, chosen)),
         groups=[_group(drawn, number, group, trials, look, analysis) for number, group in enumerate(analysis.groups)],
+        not_fitted=_not_fitted(analysis.groups),
+        left_out=[trial for group in analysis.groups for trial in group.left_out],
         comparisons=[_comparison(drawn, axis, trials, look, chosen) for axis in to_compare(config.axes, trials)],
         unfinished=[(trial, why(trial)) for trial in trials if trial.state != "done" or trial.problems],
         tables=tables,
@@ -88,7 +92,7 @@ class _Charts:
     def remove_others(self) -> None:
         """Those that an earlier page had, of what is no longer so."""
         for path in self.folder.glob("*.png"):
-            if path.stem not in self.names:
+            if path.stem.startswith(CHARTS) and path.stem not in self.names:
                 path.unlink()
 
 
@@ -111,29 +115,39 @@ def _times(trials: Sequence[TrialPoints]) -> dict[str, Any]:
 
 
 def _group(
-    drawn: _Charts, number: int, group, trials: Sequence[TrialPoints], look: Look, analysis: Analysis
+    drawn: _Charts, number: int, group: Group, trials: Sequence[TrialPoints], look: Look, analysis: Analysis
 ) -> dict[str, Any]:
     """The charts and tables of what was fitted to one group of trials."""
     end = f"_{number + 1}" if len(analysis.groups) > 1 else ""
     own = [trial for trial in trials if all(trial.at[axis] == label for axis, label in group.at.items())]
     metric = analysis.metric or "loss"
-    return {
-        "group": group,
+    found = {
         "laws": drawn.add(f"laws{end}", law_charts.law_chart(group, look, metric)),
         "joint": drawn.add(f"joint_law{end}", law_charts.joint_chart(group, look, metric)),
         "frontier": drawn.add(f"frontier{end}", law_charts.frontier_chart(group, look, metric)),
         "optimum": drawn.add(f"optimum{end}", law_charts.optimum_chart(group)),
         "learning_rates": drawn.add(f"learning_rates{end}", charts.learning_rate_chart(group, own, look)),
-        "fits": [
-            (law, [(name, _estimate(value, name)) for name, value in law.constants.items()]) for law in group.laws
-        ],
-        "predictions": [
-            (one, count(one.parameters), count(one.tokens), _estimate(one.loss)) for one in group.predictions
-        ],
     }
+    fits = [(law, [(name, _estimate(value)) for name, value in law.constants.items()]) for law in group.laws]
+    predictions = [(one, count(one.parameters), count(one.tokens), _estimate(one.loss)) for one in group.predictions]
+    has_something = any(found.values()) or bool(fits or group.warnings)
+    return {"group": group, "fits": fits, "predictions": predictions, "has_something": has_something, **found}
 
 
-def _estimate(estimate: Estimate, name: str = "") -> str:
+def _not_fitted(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
+    """(laws, groups, why): those that were not fitted for the same reason, together."""
+    where: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for group in groups:
+        for law in group.not_fitted:
+            laws, titles = where.setdefault(law.why, ({}, {}))
+            laws[f"{law.name} {law.of}".strip()] = titles[group.title] = None
+    return [
+        (", ".join(laws), "" if len(titles) == len(groups) else "; ".join(titles), why)
+        for why, (laws, titles) in where.items()
+    ]
+
+
+def _estimate(estimate: Estimate) -> str:
     """value (low to high)"""
     values = (estimate.value, estimate.low, estimate.high)
     large = max(abs(value) for value in values if value is not None) >= 1e5 or 0 < abs(estimate.value) < 1e-4

@@ -1,4 +1,5 @@
 import csv
+import math
 
 import pytest
 
@@ -7,10 +8,13 @@ from stpredict.run import Run
 from stpredict.studies.report import write_study_report
 from tests.processes import succeeding
 from tests.stpredict.studies.made_up_study import (
+    ALPHA,
+    BETA,
     STEPS,
     TOKENS,
     config_of,
     loss_of,
+    write_blocks,
     write_sizes,
     write_training,
 )
@@ -144,3 +148,87 @@ def test_the_job_writes_the_page_and_needs_no_torch(tmp_path):
     study_report.run(config, Run(config.run))
     assert (tmp_path / "report" / "report.html").is_file()
     succeeding(["python", "-c", "import sys, stpredict.jobs.study_report; assert 'torch' not in sys.modules"])
+
+
+def test_charts_that_are_no_longer_so_are_removed_and_other_pictures_stay(tmp_path):
+    config = write_sizes(tmp_path, SIZES)
+    (tmp_path / "report").mkdir()
+    for name in ("laws_7.png", "mine.png"):
+        (tmp_path / "report" / name).write_bytes(b"x")
+    write_study_report(config, tmp_path / "report")
+    names = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert names >= {"mine.png", "laws.png"}
+    assert "laws_7.png" not in names
+
+
+def test_the_law_that_made_the_losses_is_on_the_page_with_its_prediction(tmp_path):
+    sizes = {f"s{number}": int(1e5 * 1.8**number) for number in range(5)}
+    config = write_sizes(tmp_path, sizes, analysis={"points": "curve", "predict": [1e8], "bootstrap": 50})
+    page = write_study_report(config, tmp_path / "report").read_text()
+    fits = {(row["law"], row["constant"]): row for row in rows_of(tmp_path / "report", "fits")}
+    assert float(fits["L(N, D)", "alpha"]["value"]) == pytest.approx(ALPHA, rel=0.02)
+    assert float(fits["L(N, D)", "beta"]["value"]) == pytest.approx(BETA, rel=0.02)
+    predicted = next(row for row in rows_of(tmp_path / "report", "predictions") if row["law"] == "L(N, D)")
+    truth = loss_of(1e8, STEPS * TOKENS)
+    assert float(predicted["loss"]) == pytest.approx(truth, rel=0.01)
+    assert predicted["extrapolation"] == "True"
+    for part in ("extrapolation</strong>", "100 M", f"{float(predicted['factor']):.3g}", "L(N, D)", "joint_law.png"):
+        assert part in page, part
+    assert len(page) < 3e6
+
+
+def test_curves_that_no_three_sizes_have_at_one_c_are_no_frontier(tmp_path):
+    sizes = {f"s{number}": int(1e5 * 16.0**number) for number in range(4)}
+    config = write_sizes(tmp_path, sizes, analysis={"points": "curve", "bootstrap": 0})
+    page = write_study_report(config, tmp_path / "report").read_text()
+    assert "there are no three sizes whose curves overlap in C" in page
+
+
+def test_learning_rates_have_their_best_marked_and_its_edge_said(tmp_path):
+    trials = {}
+    for size, edge in {"small": 0.01, "large": 0.001}.items():
+        for lr in (0.0001, 0.001, 0.01):
+            name = f"{size}-lr{lr:g}"
+            trials[name] = {"size": size, "lr": f"lr{lr:g}"}
+            write_training(tmp_path / f"{name}-prior", SIZES[size], lr, penalty=0.1 * abs(math.log10(lr / edge)))
+    config = config_of(tmp_path, {"size": "size", "lr": "lr"}, trials)
+    page = write_study_report(config, tmp_path / "report").read_text()
+    rows = rows_of(tmp_path / "report", "learning_rates")
+    best = {row["size"]: (float(row["learning_rate"]), row["at_edge"]) for row in rows if row["best"] == "True"}
+    assert best == {"small": (0.01, "True"), "large": (0.001, "False")}
+    assert page.count("at the edge of the grid: the best may lie beyond") == 1
+    small, large = (f"{loss_of(SIZES[size], STEPS * TOKENS):.4g} with {size}" for size in SIZES if size != "middle")
+    assert small in page  # at the best learning rate
+    assert large in page
+
+
+def test_blocks_are_compared_by_loss_quality_and_speed(tmp_path):
+    config = write_blocks(tmp_path, {"block1x1x16": 5.0, "block1x1x4": 20.0, "block1x1x1": 80.0})
+    page = write_study_report(config, tmp_path / "report").read_text()
+    rows = rows_of(tmp_path / "report", "comparisons")
+    assert [row["value"] for row in rows] == ["block1x1x1", "block1x1x4", "block1x1x16"]
+    first = rows[0]
+    assert (first["axis"], int(first["trials"])) == ("block", 2)
+    assert float(first["loss"]) == pytest.approx(loss_of(100_000, STEPS * TOKENS))
+    assert float(first["loss_sd"]) == pytest.approx(0.2 / math.sqrt(2))
+    assert float(first["psnr"]) == pytest.approx(21)
+    assert float(first["frames_per_s"]) == pytest.approx(240 / 80)
+    runs = rows_of(tmp_path / "report", "runs")
+    assert [int(row["block_tokens"]) for row in runs] == [16, 16, 4, 4, 1, 1]
+    assert {"by_block.png", "quality_and_speed_by_block.png"} <= {p.name for p in (tmp_path / "report").iterdir()}
+    for part in ("By block", "block (tokens)", "repeat last frame", "+1.00"):
+        assert part in page, part
+
+
+def test_labels_and_titles_are_escaped(tmp_path):
+    evil = "<script>alert(1)</script>"
+    write_training(tmp_path / "a-prior", 100_000)
+    config = config_of(tmp_path, {"config": "other", "size": "size"}, {"a": {"config": evil, "size": evil}})
+    page = write_study_report(config.model_copy(update={"title": evil}), tmp_path / "report").read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 3
+
+
+def test_many_trials_stay_one_small_page(tmp_path):
+    config = write_sizes(tmp_path, {f"s{n}": int(1e5 * 1.3**n) for n in range(12)}, seeds=8, analysis={"bootstrap": 0})
+    assert len(write_study_report(config, tmp_path / "report").read_text()) < 3e6
