@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -15,9 +16,9 @@ from rich.console import Console
 from data_pipeline.errors import UsageError, UserError
 from launcher.changes import Changes
 from launcher.config import LAUNCHER, ClusterConfig, PipelineConfig, SlurmCluster
-from launcher.pipeline import Action, Job, plan
+from launcher.pipeline import MOST_NAMED, Action, Job, plan
 from launcher.record import JobRecord, PipelineRun, Record
-from launcher.rundir import locked, refuse_foreign
+from launcher.rundir import is_empty, locked, refuse_foreign
 from launcher.slurm.unfinished import still_to_do
 from launcher.snapshot import place_of, snapshot
 from launcher.turns import lanes
@@ -47,6 +48,13 @@ class Launch:
     @property
     def to_do(self) -> list[Job]:
         return [job for job in self.jobs if self.actions[job.name] not in UNTOUCHED]
+
+    @property
+    def left(self) -> list[str]:
+        """The jobs of the last launch that this one no longer has, and that have made something."""
+        now_there = {job.name for job in self.jobs}
+        names = [name for name in (self.before.jobs if self.before else ()) if name not in now_there]
+        return [name for name in names if not is_empty(Run(self.run.path / name))]
 
     def turn_after(self, job: Job) -> list[str]:
         """The jobs whose end, however they end, makes it the turn of the trial that begins with ``job``."""
@@ -127,6 +135,9 @@ def launch(
     _refuse(run, pipeline)
     with _nothing_left(run), locked(run.path):
         planned = prepare(pipeline, jobs, cluster, rerun, cluster_name)
+        if left := planned.left:
+            names = f"{', '.join(left[:MOST_NAMED])}{', ...' * (len(left) > MOST_NAMED)}"
+            print(f"no longer part of it, but kept in {run.path}: {names}", file=sys.stderr)
         if snapshot(run.code) != planned.code:
             raise UserError("the code was edited while it was copied; launch again")
         try:
@@ -184,6 +195,8 @@ def prepare(
     actions = plan(jobs, rerun, {name: before.jobs[name].fingerprint for name in queued})
     code = place_of(run.code)
     behind = _behind(pipeline, jobs, actions, before)
+    if before:
+        _refuse_renamed(run, jobs, actions, before)
     record = Record(
         pipeline=pipeline.name,
         cluster_name=cluster_name,
@@ -194,6 +207,22 @@ def prepare(
         jobs={job.name: _job_record(job, actions[job.name], before, behind) for job in jobs},
     )
     return Launch(pipeline, run, jobs, actions, record, code, before, behind)
+
+
+def _refuse_renamed(run: PipelineRun, jobs: Sequence[Job], actions: Mapping[str, Action], before: Record) -> None:
+    """UsageError where what is to run stands there under the name that it had in the last launch."""
+    now_there = {job.name for job in jobs}
+    gone = {old.fingerprint: name for name, old in before.jobs.items() if name not in now_there}
+    missing = {
+        gone[job.fingerprint]: job.name for job in jobs if actions[job.name] == "run" and job.fingerprint in gone
+    }
+    renamed = [(run.path / old, run.path / new) for old, new in missing.items() if not is_empty(Run(run.path / old))]
+    if renamed:
+        moves = "; ".join(f"mv -T {quote(str(old))} {quote(str(new))}" for old, new in renamed)
+        raise UsageError(
+            f"{run.path}: what {len(renamed)} job{'s' * (len(renamed) > 1)} would make is there under another name, "
+            f"from before the grid or the pipeline was changed; rename, or give another `run`: {moves}"
+        )
 
 
 def _behind(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from collections import Counter
 from functools import reduce
 
@@ -222,6 +223,25 @@ def test_a_study_that_grows_does_what_is_new_and_its_report_wherever_the_value_s
     grown.data["analysis"] = {"points": "curve"}
     assert grown.launch() == (0, ["report"])
     assert grown.launch() == (0, [])
+
+
+def test_an_axis_that_is_added_later_does_nothing_over_that_is_there_under_a_shorter_name(grown, capsys):
+    videos = {"values": {"all": {"judge": {"set": {"resources": {"threads": 2}}}}}}
+    grown.data["grid"]["videos"] = videos
+    runs = grown.folder / "runs"
+    with pytest.raises(
+        UsageError, match=r"what 4 jobs would make is there under another name.*; rename, or give"
+    ) as error:
+        grown.launch()
+    moves = str(error.value).rpartition("`run`: ")[2]
+    assert moves.startswith(f"mv -T {runs}/small-seed0-judge {runs}/small-seed0-all-judge; mv -T ")
+    subprocess.run(moves, shell=True, check=True)
+    assert grown.launch() == (0, ["report"])
+    videos["values"] = {"few": {"judge": {"set": {"generated": "/x"}}}}
+    grown.data["grid"] = {"seed": SEEDS, "videos": videos}
+    capsys.readouterr()
+    assert grown.launch() == (0, ["seed0-few-judge", "seed1-few-judge", "report"])
+    assert "no longer part of it, but kept in" in capsys.readouterr().err
 
 
 def test_of_a_trial_that_failed_only_it_and_the_report_are_done_again(grown):
