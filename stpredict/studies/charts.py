@@ -22,6 +22,7 @@ from stpredict.studies.places import in_order, numbers_of, short
 from stpredict.studies.points import TrialPoints
 
 Measure = Callable[[TrialPoints], float | None]
+MANY = 40  # lines, which are thinner then
 MOST_PANELS = 6
 FEW = 3  # that are named in a legend
 MOST_NAMED = 4  # diverged runs in one chart; the table names them all
@@ -34,14 +35,14 @@ def curve_chart(
     """Validation losses against steps, tokens and FLOPs; a row of panels for each value of the axes to compare, where
     they are few. Faint: those that are not ``chosen``, for their learning rate."""
     measures = {"step": (COUNT, lambda _: 1), "tokens": (COUNT, _tokens), "FLOPs": (FLOPS, _flops)}
-    rows = _panels(trials, axes, look)
+    rows, width = _panels(trials, axes, look), 1 if len(trials) <= MANY else 0.6
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 0.6 + (2.9 if len(rows) < 3 else 2.2) * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), len(measures), squeeze=False, sharey="row")
         for row, (title, there) in zip(grid, rows.items(), strict=True):
             for panel, (name, (form, per_step)) in zip(row, measures.items(), strict=True):
                 for trial in there:
-                    _curve(panel, trial, look, per_step(trial), 1 if chosen.get(trial.name, True) else FAINT)
+                    _curve(panel, trial, look, per_step(trial), 1 if chosen.get(trial.name, True) else FAINT, width)
                 panel.set(title=title if panel is row[0] else "", xlabel=name)
                 if not panel.lines:
                     _nothing(panel, "not known" if name != "step" else "no validation yet")
@@ -83,14 +84,14 @@ def _panels(trials: Sequence[TrialPoints], axes: Mapping[str, Role], look: Look)
     }
 
 
-def _curve(panel: Axes, trial: TrialPoints, look: Look, per_step: float | None, alpha: float) -> None:
+def _curve(panel: Axes, trial: TrialPoints, look: Look, per_step: float | None, alpha: float, width: float) -> None:
     """A thin line; dots where it has few points. What diverged is grey and dashed, with its name."""
     points = [(step * per_step, loss) for step, loss in _finite(trial) if step > 0] if per_step else []
     if not points:
         return
     few = {"marker": "o", "markersize": 2.5} if len(points) < 12 else {}
     if not trial.diverged:
-        panel.plot(*zip(*points, strict=True), color=look.of(trial), linewidth=1, alpha=alpha, **few)
+        panel.plot(*zip(*points, strict=True), color=look.of(trial), linewidth=width, alpha=alpha, **few)
         return
     panel.plot(*zip(*points, strict=True), color=GREY, linewidth=1, linestyle="--", **few)
 
@@ -101,10 +102,10 @@ def _finite(trial: TrialPoints) -> list[tuple[int, float]]:
 
 
 def final_chart(trials: Sequence[TrialPoints], look: Look, chosen: Mapping[str, bool]) -> Figure | None:
-    """The last validation of each trial against its parameters; None where there is none."""
+    """The last validation of each trial against its parameters; None where there is none, or all have as many."""
     there = [trial for trial in trials if trial.scale and _finite(trial)]
     healthy = [trial for trial in there if not trial.diverged]
-    if not healthy:
+    if len({trial.scale.parameters for trial in healthy}) < 2:
         return None
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.6), layout="constrained")

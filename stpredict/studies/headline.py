@@ -25,7 +25,7 @@ def headline(
     if len(means) == 1:
         ((label, loss),) = means.items()
         return f"Only {look.names[label]} is done: {metric} {loss:.4g}; nothing to compare it with yet.", None
-    noise = _noise(losses)
+    noise = _noise(done, axes)
     best = min(means, key=means.get)
     if axes[look.axis] != "size":
         worst = max(means, key=means.get)
@@ -52,18 +52,22 @@ def headline(
     )
 
 
-def _noise(losses: Mapping[str, Sequence[float]]) -> float | None:
-    """Standard deviation between trials that have the same value; None where there are no two."""
-    found = [stdev(values) for values in losses.values() if len(values) > 1]
+def _noise(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> float | None:
+    """Standard deviation between trials that differ in their seed alone; None where there are no two."""
+    alike: dict[tuple[str, ...], list[float]] = {}
+    for trial in trials:
+        place = tuple(trial.at[axis] for axis, role in axes.items() if role != "seed")
+        alike.setdefault(place, []).append(trial.final_loss)
+    found = [stdev(losses) for losses in alike.values() if len(losses) > 1]
     return mean(found) if found else None
 
 
 def _against(difference: float, noise: float | None) -> str:
     if noise is None:
-        return " (one run each: how much of it is chance is not known)"
+        return " (no two runs differ in their seed alone: how much of it is chance is not known)"
     if noise == 0:
         return ""
     times = difference / noise
     if times < 2:
-        return f" (a difference of {difference:.2g}, within what runs of the same value differ by: {noise:.2g})"
-    return f" (a difference of {difference:.2g}; runs of the same value differ by {noise:.2g})"
+        return f" (a difference of {difference:.2g}, within what seeds differ by: {noise:.2g})"
+    return f" (a difference of {difference:.2g}; seeds differ by {noise:.2g})"

@@ -131,9 +131,10 @@ def _key(group: Group) -> list:
     lines = [
         Line2D([], [], linestyle="", marker="o", color=GREY, label="measured"),
         Line2D([], [], color=GREY, label="fitted"),
-        Line2D([], [], color=GREY, linestyle="--", label="extrapolated"),
         Patch(color=GREY, alpha=0.3, linewidth=0, label="interval"),
     ]
+    if any(point.extrapolation for law in group.laws for point in law.curve if law.name in AXES):
+        lines.append(Line2D([], [], color=GREY, linestyle="--", label="extrapolated"))
     if any(prediction.law == "L(N)" for prediction in group.predictions):
         lines.append(Line2D([], [], linestyle="", marker="D", color=INK, markerfacecolor="none", label="prediction"))
     return lines
@@ -268,7 +269,8 @@ def optimum_chart(group: Group) -> Figure | None:
             _shade(panel, [point for law in found for point in law.curve])
         names = dict.fromkeys(law.of for found in laws.values() for law in found)
         handles = [Line2D([], [], color=colours.get(of, LAW), label=of or "fitted") for of in names]
-        handles.append(Line2D([], [], color=GREY, linestyle="--", label="extrapolated"))
+        if any(point.extrapolation for found in laws.values() for law in found for point in law.curve):
+            handles.append(Line2D([], [], color=GREY, linestyle="--", label="extrapolated"))
         if best:
             ring = {"marker": "o", "markerfacecolor": "none", "linestyle": ""}
             handles.append(Line2D([], [], color=INK, label="least of a parabola", **ring))

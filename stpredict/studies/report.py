@@ -150,9 +150,12 @@ def _not_fitted(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
 def _estimate(estimate: Estimate) -> str:
     """value (low to high)"""
     values = (estimate.value, estimate.low, estimate.high)
-    large = max(abs(value) for value in values if value is not None) >= 1e5 or 0 < abs(estimate.value) < 1e-4
-    value, low, high = (value if value is None else power(value) if large else f"{value:.4g}" for value in values)
+    value, low, high = (x if x is None else _number(x) for x in values)
     return value if low is None or high is None else f"{value} ({low} to {high})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else power(value)
 
 
 def _comparison(

@@ -64,6 +64,7 @@ def write_training(
 def config_of(folder: Path, axes: Mapping[str, Role], trials: Mapping[str, Mapping], **keys) -> StudyReportConfig:
     """``trials``: name → its place; their training is FOLDER/NAME-prior."""
     found = {name: {"at": dict(at), "runs": {"prior": folder / f"{name}-prior"}} for name, at in trials.items()}
+    keys = {"analysis": {"bootstrap": 0}, **keys}
     return StudyReportConfig(run=folder / "report", title="a study", axes=dict(axes), trials=found, **keys)
 
 
