@@ -6,17 +6,17 @@ the learner would apply.
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
-from stpredict.estimates.cuda_kernels import CudaKernels
+from stpredict.estimates.cuda_kernels import cuda_kernels
 from stpredict.estimates.live_bytes import LiveBytes
 from stpredict.estimates.planned import Planned
 from stpredict.training.activation_checkpointing import recompute
@@ -89,7 +89,12 @@ def _moments(
     live = LiveBytes(note)
     live.ignore((*task.model.parameters(), *task.model.buffers()))
     with ExitStack() as stack:
-        for context in (mode, _Shapes(), *([CudaKernels()] if device == "cuda" else []), live):
+        for context in (
+            mode,
+            patch.object(torch, "bincount", _bincount),
+            cuda_kernels() if device == "cuda" else nullcontext(),
+            live,
+        ):
             stack.enter_context(context)
         batch = planned.batch(micro_batch, device="cpu")
         sums = task.training_step(_forward(task.model, numbers), batch)
@@ -122,11 +127,6 @@ def _with_shapes(task: Task, dtype: torch.dtype, mode: FakeTensorMode) -> Task:
     return task
 
 
-class _Shapes(TorchFunctionMode):
-    """What has a shape that depends on values has here the shape that it has in a training step."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.bincount:  # of codes, all of which are below ``minlength``
-            return args[0].new_empty(kwargs["minlength"])
-        return func(*args, **kwargs)
+def _bincount(values: torch.Tensor, weights: None = None, minlength: int = 0) -> torch.Tensor:
+    """torch.bincount of values that are all below ``minlength``, as codes are: its shape depends on no value."""
+    return values.new_empty(minlength)

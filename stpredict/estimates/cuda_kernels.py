@@ -5,25 +5,28 @@ query and head). These do not: dropout, whose mask has the input's type on a CPU
 and padding, which CPU autocast would do in fp32.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+_pad = F.pad
 
 
-class CudaKernels(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        if func is F.rms_norm:
-            return _rms_norm(*args, **kwargs)
-        if func is F.pad:
-            with torch.autocast("cpu", enabled=False):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+@contextmanager
+def cuda_kernels() -> Iterator[None]:
+    """Meanwhile torch's functions are replaced, in the whole process: recomputation comes from inside autograd, where
+    modes of torch are off."""
+    with patch.multiple(F, dropout=_dropout, rms_norm=_rms_norm, pad=_pad_in_its_type):
+        yield
+
+
+def _pad_in_its_type(*args, **kwargs) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return _pad(*args, **kwargs)
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -20,7 +20,7 @@ ABOUT_CHECKPOINT = 5000  # state.json, COMPLETE
 ABOUT_EXPORTED = 70  # a tensor in the header of an export, beside its name
 ABOUT_EXPORT = 600  # its config
 ABOUT_CLIP = 12  # name and label of a clip, compressed
-ABOUT_SHARD = 12_000  # the end of a tar, its record
+ABOUT_SHARD = 2200  # the end of a tar, its record, its lines in the manifest
 
 
 @dataclass(frozen=True)

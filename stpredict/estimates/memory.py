@@ -1,7 +1,8 @@
-"""Memory of a training, by what it is for: on each device, and what is kept in the host's memory instead.
+"""Memory of a training, by what it is for: on each device, and in the host's memory.
 
-A step has its most in the backward pass, or when it updates: the larger of the two is given, with its parts as they are
-then. What DeepSpeed keeps at which stage is docs/training.md's table, which was measured.
+A step has its most in the backward pass, or when it updates: the larger of the two is given, with its parts as they
+are then. What DeepSpeed 0.19 keeps at which stage was read in its source; benchmarks/results/estimates.md has what
+comes out beside what was measured.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,14 @@ from stpredict.training.deepspeed_setup import deepspeed_config
 from stpredict.training.precision import TYPES
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# DeepSpeed's own defaults, in elements.
+BUCKETS = {
+    "reduce_bucket_size": 5e8,
+    "prefetch_bucket_size": 5e7,
+    "max_live_parameters": 1e9,
+    "sub_group_size": 1e9,
+}
+REDUCED_AT_ONCE = 500_000_000  # elements: gradients of ZeRO-0 in one all-reduce
 
 
 @dataclass(frozen=True)
@@ -23,10 +32,10 @@ class Memory:
     """Bytes on the rank that has most, at ``moment``: "backward" or "update".
 
     ``weights`` are those that are computed with, ``masters`` the fp32 ones that are updated. ``buffers`` are the
-    model's, ``buckets`` those through which DeepSpeed exchanges gradients and weights, whose size does not depend on
-    the model's; ``gathered`` is what ZeRO-3 has collected of the other ranks' weights. ``activations`` are a
-    micro-batch's, with its gradients on their way, losses and inputs. ``host`` is what offloading keeps in the host's
-    memory, for this rank: it is not part of ``total``.
+    model's; ``buckets`` those through which DeepSpeed exchanges gradients, whose size does not depend on the model's;
+    ``gathered`` is what ZeRO-3 has collected of the other ranks' weights. ``activations`` are a micro-batch's, with
+    gradients on their way, losses and inputs. ``host`` is in the host's memory, for this rank, and no part of
+    ``total``: what is offloaded, and the copy from which checkpoints are written in the background.
     """
 
     moment: str
@@ -61,24 +70,20 @@ class MemoryEstimator:
     def __init__(self, planned: Planned, device: str = "cuda"):
         if planned.task.discriminator is not None:
             raise ValueError("the memory of a discriminator is not estimated")
-        self.planned, self.device = planned, device
+        self.device, self._planned = device, planned
         self._activations: dict[tuple, Activations] = {}
 
     def of(self, training: TrainingConfig, ranks: int, micro_batch: int) -> Memory:
-        """``training`` decides but for its batch sizes, on so many ranks."""
-        precision = self._precision(training)
+        """On ``ranks`` ranks that compute ``micro_batch`` samples at once. Where ``training.batch_size`` is more than
+        that, gradients are accumulated; ``training.micro_batch_size`` is not looked at."""
+        precision = training.precision
+        if precision == "auto":
+            precision = "bf16" if self.device == "cuda" else "fp32"
+        accumulated = training.batch_size > ranks * micro_batch
+        kept = _Kept(self._planned, training, precision, ranks, accumulated)
         activations = self._follow(training, precision)
-        backward = self._states(training, precision, ranks)
-        return max(
-            (self._in_backward(backward, training, precision, ranks, activations, micro_batch)),
-            (self._in_update(backward, training, precision, ranks, activations, micro_batch)),
-            key=lambda memory: memory.total,
-        )
-
-    def _precision(self, training: TrainingConfig) -> str:
-        if training.precision == "auto":
-            return "bf16" if self.device == "cuda" else "fp32"
-        return training.precision
+        moments = kept.in_backward(activations, micro_batch), kept.in_update(activations, micro_batch)
+        return max(moments, key=lambda memory: memory.total)
 
     def _follow(self, training: TrainingConfig, precision: str) -> Activations:
         dtype = TYPES[precision]
@@ -87,92 +92,91 @@ class MemoryEstimator:
         policy = training.activation_checkpointing
         key = (numbers, policy.policy, policy.every)
         if key not in self._activations:
-            self._activations[key] = follow(self.planned, policy, numbers, self.device)
+            self._activations[key] = follow(self._planned, policy, numbers, self.device)
         return self._activations[key]
 
-    def _states(self, training: TrainingConfig, precision: str, ranks: int) -> Memory:
+
+class _Kept:
+    """What a rank keeps beside activations."""
+
+    def __init__(self, planned: Planned, training: TrainingConfig, precision: str, ranks: int, accumulated: bool):
+        self.stage, self.ranks, self.accumulated = training.zero_stage, ranks, accumulated
+        self.offloaded = training.offload.optimizer == "cpu"
+        parameters = list(planned.task.model.parameters())
+        self.trained = sum(p.numel() for p in parameters if p.requires_grad)
+        self.all = sum(p.numel() for p in parameters)
+        self.share = -(-self.trained // ranks)
+        self.width = 4 if self.stage == 0 else BYTES[precision]  # of a weight that is computed with
+        self.added = BYTES[training.accumulation_dtype]  # of a gradient that is added up
+        # DeepSpeed's optimizer for it is another than ZeRO's.
+        self.is_bf16_optimizer = (self.stage, precision, self.added, self.offloaded) == (1, "bf16", 4, False)
+        settings = deepspeed_config(training, TYPES[precision], 1, 1)["zero_optimization"]
+        self.buckets = {
+            name: int(settings.get(f"stage3_{name}", settings.get(name, size))) for name, size in BUCKETS.items()
+        }
+        overlaps = settings.get("overlap_comm")
+        self.reduced_in = 2 if overlaps and self.stage in (1, 2) else 1  # buckets
+        self.states = self._states(planned, training)
+
+    def _states(self, planned: Planned, training: TrainingConfig) -> Memory:
         """What is there all the time."""
-        trained, frozen = self._elements()
-        stage, share = training.zero_stage, -(-trained // ranks)
-        width = 4 if stage == 0 else BYTES[precision]
-        weights = width * ((trained + frozen) if stage < 3 else -(-(trained + frozen) // ranks))
-        mine = trained if stage == 0 else share
-        masters = 0 if stage == 0 else 4 * mine
+        mine = self.trained if self.stage == 0 else self.share
+        weights = self.width * (self.all if self.stage < 3 else -(-self.all // self.ranks))
+        masters = 0 if self.stage == 0 else 4 * mine
         moments = 0 if training.optimizer.kind == "sgd" else 8 * mine
+        averages = 4 * self.share if training.ema_decay is not None else 0
         host = 0
-        if training.offload.optimizer == "cpu":
-            host, masters, moments = masters + moments, 0, 0
+        if training.checkpoint.background:
+            host += 4 * self.share + moments * self.share // mine + averages
+        if self.offloaded:
+            host += masters + moments + averages + 4 * self.share  # and gradients
+            masters = moments = averages = 0
         if training.offload.parameters == "cpu":
             host, weights = host + weights, 0
-        return Memory(
-            moment="",
-            weights=weights,
-            masters=masters,
-            moments=moments,
-            gradients=0,
-            averages=4 * share if training.ema_decay is not None else 0,
-            buffers=sum(b.nbytes for b in self.planned.task.model.buffers()),
-            buckets=0,
-            gathered=0,
-            activations=0,
-            host=host,
-        )
+        buffers = sum(buffer.nbytes for buffer in planned.task.model.buffers())
+        return Memory("", weights, masters, moments, 0, averages, buffers, 0, 0, 0, host)
 
-    def _in_backward(
-        self,
-        states: Memory,
-        training: TrainingConfig,
-        precision: str,
-        ranks: int,
-        activations: Activations,
-        micro_batch: int,
-    ) -> Memory:
-        trained, frozen = self._elements()
-        stage, share = training.zero_stage, -(-trained // ranks)
-        added, low = BYTES[training.accumulation_dtype], BYTES[precision]
-        settings = deepspeed_config(training, TYPES[precision], 1, 1)["zero_optimization"]
-        bucket = int(settings.get("reduce_bucket_size", 5e8)) * added
-        alive, gathered, buckets = activations.bytes(micro_batch), 0, 0
-        match stage:
-            case 0:
-                gradients = 4 * activations.finished
-            case 1 if precision == "bf16":
-                gradients = added * trained + low * activations.finished
-            case 1:
-                gradients, buckets = added * activations.finished, bucket
-            case 2:
-                gradients, buckets = added * activations.finished / ranks, bucket
-            case _:
-                gradients, buckets = np.full_like(alive, added * share), bucket
-                gathered = min(low * (trained + frozen), low * int(1e9))
+    def in_backward(self, activations: Activations, micro_batch: int) -> Memory:
+        alive = activations.bytes(micro_batch)
+        finished = np.full_like(alive, self.trained) if self.accumulated else activations.finished
+        gradients, buckets, gathered = np.zeros_like(alive), 0, 0
+        bucket = self.reduced_in * self.added * self.buckets["reduce_bucket_size"]
+        if self.stage == 0:
+            gradients += 4 * finished
+        elif self.is_bf16_optimizer:  # has room for all, and lets those that are computed go at the end
+            gradients += self.added * self.trained + self.width * activations.finished
+        elif self.stage in (1, 2):
+            buckets = bucket
+            if self.stage == 1 and not self.offloaded:
+                gradients += self.added * finished
+            elif not self.offloaded:
+                gradients += self.added * self.share * (finished > 0)  # one tensor for all of its share
+        else:
+            buckets = bucket
+            gradients += self.added * self.share
+            live = self.buckets["max_live_parameters"] + self.buckets["prefetch_bucket_size"]
+            gathered = self.width * min(self.all, live) if self.ranks > 1 else 0
         at = int(np.argmax(alive + gradients))
-        return replace(
-            states,
-            moment="backward",
-            gradients=int(np.broadcast_to(gradients, alive.shape)[at]),
-            buckets=buckets,
-            gathered=gathered,
-            activations=int(alive[at]),
-        )
+        now = {"gradients": int(gradients[at]), "activations": int(alive[at])}
+        return replace(self.states, moment="backward", buckets=buckets, gathered=gathered, **now)
 
-    def _in_update(
-        self,
-        states: Memory,
-        training: TrainingConfig,
-        precision: str,
-        ranks: int,
-        activations: Activations,
-        micro_batch: int,
-    ) -> Memory:
-        trained, _ = self._elements()
-        added = BYTES[training.accumulation_dtype]
-        gradients = added * (trained if training.zero_stage < 2 else -(-trained // ranks))
-        return replace(
-            states, moment="update", gradients=gradients, activations=int(activations.bytes(micro_batch)[-1])
-        )
-
-    def _elements(self) -> tuple[int, int]:
-        """Of trained and of frozen parameters."""
-        parameters = list(self.planned.task.model.parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        return trained, sum(p.numel() for p in parameters) - trained
+    def in_update(self, activations: Activations, micro_batch: int) -> Memory:
+        """When gradients are put together for the optimizer, or for the ranks' sum."""
+        flat = 4 * self.share
+        match self.stage:
+            case 0:
+                gradients = 4 * self.trained
+                gradients += 4 * min(self.trained, REDUCED_AT_ONCE) if self.ranks > 1 else 0
+            case 1 if self.is_bf16_optimizer:
+                gradients = self.added * self.trained
+            case 1:
+                gradients = 0 if self.offloaded else self.added * self.trained + flat
+            case 2:
+                gradients = 0 if self.offloaded else self.added * self.share + flat
+            case _:
+                gradients = self.added * self.share
+                gradients += 0 if self.offloaded else 4 * min(self.share, self.buckets["sub_group_size"])
+        # Of the forward and backward pass, only what a step is told is left.
+        rest = int(activations.bytes(micro_batch)[-1])
+        buckets = self.added * self.buckets["reduce_bucket_size"] if self.stage == 3 else 0
+        return replace(self.states, moment="update", gradients=gradients, buckets=buckets, activations=rest)

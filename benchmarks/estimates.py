@@ -1,0 +1,224 @@
+"""How well `stpredict estimate` tells the memory of a training: what it says beside what a training takes.
+
+    .venv/bin/python -m benchmarks.estimates [--ranks 1 2] [--models NAME...] [--stages N...]
+
+Starts processes on this machine and prints markdown. Small priors and tokenizers are trained for three steps by the
+real engine, at every ZeRO stage, precision and policy of activation checkpointing; what they take is the most in the
+third step: on a CPU bytes of live tensors, counted operator by operator; on CUDA what torch has allocated. The estimate
+is for the same device. Bytes do not depend on load. On a CPU DeepSpeed's buckets are made small (BUCKET): 2 GB of them
+would hide everything else.
+"""
+
+import argparse
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engine import machine
+from data_pipeline.config import ClipConfig, ClipDataConfig
+from launcher.rank import leave
+from stpredict.estimates.live_bytes import LiveBytes
+from stpredict.estimates.memory import Memory, MemoryEstimator
+from stpredict.estimates.planned import Planned, plan_training
+from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
+from stpredict.training.config import TrainingConfig
+from stpredict.training.learner import Learner
+from stpredict.training.ranks import Ranks, join_ranks
+from stpredict.training.task import to_device
+
+BUCKET = 100_000  # elements
+STAGES, PRECISIONS, POLICIES = (0, 1, 2, 3), ("fp32", "bf16"), ("none", "selective", "layers")
+MODELS: dict[str, dict[str, Any]] = {
+    "prior": {
+        "latent": {"grid": (4, 8, 8), "codebook_size": 1024},
+        "model": {"layers": 6, "width": 128, "heads": 4, "mlp_width": 384, "block": (1, 1, 8)},
+    },
+    "tokenizer": {
+        "size": (32, 32),
+        "frames": 9,
+        "model": {
+            "channels": (32, 64, 96),
+            "blocks": (1, 1, 2),
+            "middle_blocks": 2,
+            "strides": ((1, 2, 2), (2, 2, 2)),
+            "groups": 8,
+        },
+    },
+}
+# A GPU has room for models beside which its blocks of 512 bytes and the libraries' workspaces are small.
+LARGE: dict[str, dict[str, Any]] = {
+    "prior": {
+        "latent": {"grid": (5, 16, 16), "codebook_size": 64000},
+        "model": {"layers": 12, "width": 1024, "heads": 16, "mlp_width": 2816, "block": (1, 1, 16)},
+    },
+    "tokenizer": {"size": (128, 128), "frames": 17, "model": {}},
+}
+MICRO_BATCH = {"prior": 4, "tokenizer": 2}
+
+
+def trials(models: list[str], stages: list[int]) -> Iterator[dict[str, Any]]:
+    """Settings of each training: ``model``, and what is other than the defaults under ``training``."""
+    for model in models:
+        for precision in PRECISIONS:
+            for stage in stages:
+                for policy in POLICIES:
+                    training = {
+                        "precision": precision,
+                        "zero_stage": stage,
+                        "activation_checkpointing": {"policy": policy},
+                    }
+                    yield {"model": model, "training": training}
+                extra = {"precision": precision, "zero_stage": stage, "ema_decay": 0.99}
+                yield {"model": model, "accumulation": 2, "training": extra}
+
+
+def planned_training(trial: Mapping[str, Any], ranks: int, cuda: bool) -> Planned:
+    sizes = (LARGE if cuda else MODELS)[trial["model"]]
+    micro_batch = trial.get("micro_batch", MICRO_BATCH[trial["model"]])
+    training = {
+        "steps": 4,
+        "batch_size": micro_batch * trial.get("accumulation", 1) * ranks,
+        "micro_batch_size": micro_batch,
+        "compile": False,
+        **trial["training"],
+    }
+    if not cuda:
+        training.setdefault("deepspeed", {"zero_optimization": {"reduce_bucket_size": BUCKET}})
+    common = {"run": "(none)", "training": training}
+    match trial["model"]:
+        case "prior":
+            data = {"latents": "(none)"}
+            return plan_training(PriorJobConfig(**common, **sizes, data=data, tokenizer="(none)"))
+        case "tokenizer":
+            clip = ClipConfig(frames=sizes["frames"], size=sizes["size"])
+            data = ClipDataConfig(shards="(none)", clip=clip)
+            return plan_training(TokenizerJobConfig(**common, data=data, model=sizes["model"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=None, help="default: 1 2; on CUDA 1 and all GPUs")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES))
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        with join_ranks() as ranks:
+            for trial in json.loads(sys.stdin.read()):
+                found = measured(trial, ranks)
+                if ranks.is_main:
+                    print("RESULT " + json.dumps(found), flush=True)
+        leave(0)
+    gpus = torch.cuda.device_count()
+    print(f"{machine()}\n")
+    print("| ranks | model | precision | ZeRO | recomputed | estimated MB | measured MB | ratio | most in |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    ratios = []
+    for ranks in arguments.ranks or (sorted({1, gpus}) if gpus else [1, 2]):
+        wanted = list(trials(arguments.models, arguments.stages))
+        for trial, bytes_found in zip(wanted, measure(wanted, ranks), strict=True):
+            estimate = estimated(trial, ranks, cuda=gpus > 0)
+            ratios.append(estimate.total / bytes_found)
+            training = trial["training"]
+            policy = training.get("activation_checkpointing", {}).get("policy", "none, 2 micro-batches, averages")
+            cells = [ranks, trial["model"], training["precision"], training["zero_stage"], policy]
+            cells += [f"{estimate.total / 1e6:.2f}", f"{bytes_found / 1e6:.2f}", f"{ratios[-1]:.3f}", estimate.moment]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    near = sum(abs(ratio - 1) <= 0.15 for ratio in ratios)
+    print(f"\nWithin 15 %: {near} of {len(ratios)}; from {min(ratios):.3f} to {max(ratios):.3f}.")
+
+
+_estimators: dict[tuple, MemoryEstimator] = {}
+
+
+def estimated(trial: Mapping[str, Any], ranks: int, cuda: bool = False) -> Memory:
+    key = (trial["model"], cuda)
+    planned = planned_training(trial, ranks, cuda)
+    estimator = _estimators.setdefault(key, MemoryEstimator(planned, "cuda" if cuda else "cpu"))
+    training = planned.config.training
+    return estimator.of(training, ranks, training.micro_batch_size)
+
+
+def measure(wanted: list[dict[str, Any]], ranks: int) -> list[int]:
+    """Bytes of each trial on the rank that has most. Starts the ranks once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(ranks):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "benchmarks.estimates", "--rank"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE if rank == 0 else subprocess.DEVNULL}
+        folder = Path(__file__).parent.parent
+        processes.append(subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes))
+    try:
+        for process in processes:
+            process.stdin.write(json.dumps(wanted))
+            process.stdin.close()
+        lines = [line.removeprefix("RESULT ") for line in processes[0].stdout if line.startswith("RESULT ")]
+        for process in processes:
+            if process.wait() != 0:
+                raise SystemExit(f"a rank ended with {process.returncode}")
+        return [json.loads(line) for line in lines]
+    finally:
+        for process in processes:
+            process.kill()  # those that are left where one has failed
+
+
+def measured(trial: Mapping[str, Any], ranks: Ranks) -> int:
+    cuda = ranks.device.type == "cuda"
+    planned = planned_training(trial, ranks.size, cuda)
+    training: TrainingConfig = planned.config.training
+    gc.collect()
+    live = LiveBytes()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    with live:
+        task = planned.task
+        task.model = _real(task.model)
+        learner = Learner(task, training, ranks)
+        for step in range(3):
+            batches = [to_device(planned.batch(training.micro_batch_size, "cpu"), ranks.device)]
+            batches *= trial.get("accumulation", 1)
+            for batch in batches:
+                for value in batch.values():
+                    if torch.is_tensor(value):
+                        value.zero_()
+            counts: dict[str, float] = {}
+            for batch in batches:
+                for name, count in task.counts(batch).items():
+                    counts[name] = counts.get(name, 0.0) + count * ranks.size
+            live.peak = live.bytes
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            learner.step(step, batches, counts)
+        most = torch.cuda.max_memory_allocated() - before if cuda else live.peak
+    learner.engine.destroy()
+    return max(ranks.gather(most))
+
+
+def _real(model: torch.nn.Module) -> torch.nn.Module:
+    """On the CPU, with some finite values."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+            else:
+                buffer.zero_()
+    return model
+
+
+if __name__ == "__main__":
+    main()
