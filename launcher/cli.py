@@ -150,12 +150,10 @@ def report(
     if overrides:
         raise UsageError(f"{run} is no config file: there is nothing that {overrides[0]} could change")
     from launcher.overview import runs_of
-    from launcher.study_run import report_of
+    from launcher.study_run import report_of, write_report_of
 
     if study := report_of(run):
-        from stpredict.studies.report import write_study_report
-
-        print(write_study_report(study, study.run))
+        print(write_report_of(study))
         return
     from stpredict.evaluation.report import write_report
 

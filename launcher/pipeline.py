@@ -132,7 +132,8 @@ def plan(
             actions[job.name] = "queued"
             continue
         anew = [need for need in job.needs if actions[need] == "run"]
-        if is_empty(job.run):
+        page_alone = job.config.repeatable and job.run.status() is None  # `stpredict report` was there first
+        if is_empty(job.run) or page_alone:
             actions[job.name] = "run"
         elif job.name in asked:
             actions[job.name] = "rerun"

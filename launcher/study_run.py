@@ -5,7 +5,10 @@ from pathlib import Path
 import yaml
 
 from launcher.record import PipelineRun
+from launcher.rundir import refuse_foreign
+from stpredict.config import as_yaml
 from stpredict.jobs.config import StudyReportConfig
+from stpredict.run import Run
 
 
 def report_of(path: Path) -> StudyReportConfig | None:
@@ -31,3 +34,15 @@ def report_of(path: Path) -> StudyReportConfig | None:
 
 def _here(run: PipelineRun, there: Path, jobs: dict) -> Path:
     return run.path / there.name if there.name in jobs else there
+
+
+def write_report_of(config: StudyReportConfig) -> Path:
+    """Writes the page where the study's own job will write it; returns its path."""
+    from stpredict.studies.report import write_study_report  # matplotlib: seconds
+
+    run = Run(config.run)
+    if not run.config_path.is_file():
+        refuse_foreign(run.path)
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_config(as_yaml(config))  # by which that job knows the folder for its own
+    return write_study_report(config, run.path)

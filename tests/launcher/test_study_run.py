@@ -5,7 +5,12 @@ import shutil
 import pytest
 import yaml
 
+from data_pipeline.errors import UsageError
 from launcher.cli import app
+from launcher.pipeline import Job, plan
+from launcher.rundir import fingerprint, is_done
+from stpredict.config import load
+from stpredict.jobs.config import StudyReportConfig
 from tests.stpredict.studies.made_up_study import write_sizes
 
 
@@ -48,3 +53,20 @@ def test_a_study_of_which_nothing_ran_yet_has_a_report(study, capsys):
         shutil.rmtree(path)
     report(study, capsys)
     assert "6 not started" in (study / "report" / "report.html").read_text()
+
+
+def test_a_page_that_was_asked_for_early_is_not_in_the_way_of_the_studys_own_job(study, capsys):
+    report(study, capsys)
+    config = load(StudyReportConfig, study / "launcher/configs/report.yaml")
+    config = config.model_copy(update={"run": study / "report"})
+    job = Job("report", (), config, fingerprint(config))
+    assert plan([job]) == {"report": "run"}
+    assert not is_done(job.run, config)
+
+
+def test_files_of_a_persons_own_are_not_mixed_with_a_studys_report(study):
+    (study / "report").mkdir()
+    (study / "report" / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match="not a run directory"):
+        app(["report", str(study)], standalone_mode=False)
+    assert [path.name for path in (study / "report").iterdir()] == ["thesis.tex"]
