@@ -50,6 +50,8 @@ class PipelineConfig(Config):
 
 def _text_labels(values: Any) -> Any:
     """YAML takes a label like 32 for a number."""
+    if not isinstance(values, dict | list):
+        raise ValueError("give a list of values, or label → value")
     return {str(label): value for label, value in values.items()} if isinstance(values, dict) else values
 
 
@@ -64,7 +66,7 @@ class Axis(Config):
         None,
         description="what of `trial` its values are: prior.set.seed (default: each value is changes of `trial`)",
     )
-    values: list[Any] | Annotated[dict[str, Any], BeforeValidator(_text_labels)] = Field(
+    values: Annotated[list[Any] | dict[str, Any], BeforeValidator(_text_labels)] = Field(
         description="the values, or label → value"
     )
     role: Role = Field("other", description="what it is to the analysis (default: its name, where that is a role)")

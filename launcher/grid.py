@@ -136,7 +136,7 @@ def _check_key(key: str, trial: dict[str, PipelineJob], where: str) -> None:
         hint = f"did you mean {near[0]}.{rest}?" if near else f"its jobs: {', '.join(trial)} (JOB.set.KEY)"
         raise UsageError(f"{where}: `trial` has no job {job!r}; {hint}")
     if rest.partition(".")[0] not in PipelineJob.model_fields or rest == "set":
-        raise UsageError(f"{where}: did you mean {job}.set.{rest if rest != 'set' else 'KEY'}?")
+        raise UsageError(f"{where}: did you mean {job}.set.{rest if rest not in ('', 'set') else 'KEY'}?")
 
 
 def _check_changes(change: Any, trial: dict[str, PipelineJob], where: str) -> None:

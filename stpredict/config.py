@@ -41,7 +41,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     bases = node.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else list(bases)
     seen = (*seen, path.resolve())
-    return OmegaConf.merge(*(_read(path.parent / base, seen) for base in bases), node)
+    merged = [_read(path.parent / base, seen) for base in bases]
+    try:
+        return OmegaConf.merge(*merged, node)
+    except (OmegaConfBaseException, TypeError) as error:  # keys over a list, a list over keys
+        raise UsageError(f"{path}: does not fit its base {', '.join(bases)}: {_one_line(error)}") from None
 
 
 def apply_overrides(node: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -51,7 +55,7 @@ def apply_overrides(node: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise UsageError(f"override {override!r}: write key=value, for example training.steps=100")
     try:
         return OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise UsageError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from None
 
 

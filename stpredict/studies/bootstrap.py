@@ -11,7 +11,8 @@ A study has few runs, so
 Resampling whole runs instead would leave sizes out of a draw, and with them the law.
 
 It holds the law's form for true, and a run's noise for independent of another run's: what all runs share (the held-out
-set, the form's error) is in no interval. Measured coverage: tests/stpredict/studies/test_coverage.py. Torch-free.
+set, the form's error) is in no interval. Measured coverage: tests/stpredict/studies/test_interval_coverage.py.
+Torch-free.
 """
 
 import numpy as np

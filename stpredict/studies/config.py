@@ -3,19 +3,22 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from data_pipeline.config import Config
 
 #: What an axis of a grid is to the analysis: its values are models of other sizes, repetitions with other random
 #: numbers, learning rates to choose from, amounts of training; or something to compare (``other``).
 Role = Literal["size", "seed", "lr", "data", "other"]
+NO_LOSSES = ("psnr", "accuracy", "codes_used", "codebook_perplexity")  # of validations: no law of losses falls to them
 
 
 class AnalysisConfig(Config):
     """How laws are fitted to a study's runs."""
 
-    metric: str | None = Field(None, description="of the validation (default: a prior's cross_entropy, else mse)")
+    metric: str | None = Field(
+        None, description="of the validation, the less the better (default: a prior's cross_entropy, else mse)"
+    )
     points: Literal["final", "curve"] = Field(
         "final",
         description="final: each run's last validation; curve: all of them after warm-up, which means something only "
@@ -28,6 +31,18 @@ class AnalysisConfig(Config):
     )
     bootstrap: int = Field(1000, ge=0, description="draws behind the intervals; 0: no intervals")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+
+    @model_validator(mode="after")
+    def _can_be_done(self):
+        if self.metric in NO_LOSSES:
+            raise ValueError(f"metric {self.metric}: laws take what is less the better, such as mse")
+        tails = round(2 / (1 - self.confidence))
+        if 0 < self.bootstrap < tails:
+            raise ValueError(
+                f"bootstrap {self.bootstrap}: so few draws have no {100 * self.confidence:g}% interval; give "
+                f"{tails} or more, or 0 for none"
+            )
+        return self
 
 
 class TrialConfig(Config):

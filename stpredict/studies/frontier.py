@@ -97,8 +97,10 @@ def slices_of_curves(runs: Sequence[Measured], analysis: AnalysisConfig) -> Slic
     if first >= last:
         return None
     c = np.geomspace(first, last, ENVELOPE_PLACES)
-    if not any(sum(low <= here <= high for low, high in spans) >= 3 for here in c):
+    there = [sum(low <= here <= high for low, high in spans) for here in c]
+    if max(there) < 3:
         return None
+    c = c[np.array(there) > 0]  # between small sizes and large ones there may be none
     tables = [
         np.stack([run.log_loss_at(c / run.flops_per_step * run.tokens_per_step) for run in members])
         for members in sizes.values()

@@ -14,7 +14,10 @@ def headline(
     """The sentence, and whether what was hoped for came: larger models were better (None where no size was tried, or
     there is nothing to say yet)."""
     done = [trial for trial in trials if trial.done and not trial.diverged and trial.losses]
-    done = [trial for trial in done if chosen.get(trial.name, True)]
+    if axes[look.axis] != "lr":
+        done = [trial for trial in done if chosen.get(trial.name, True)]
+    if done and not (done := _at_places_of_all(done, axes, look)):
+        return f"The values of {look.axis} that are done differ in other axes too: they are not compared.", None
     losses = {label: [trial.final_loss for trial in done if trial.at[look.axis] == label] for label in look.labels}
     means = {label: mean(values) for label, values in losses.items() if values}
     if not means and any(trial.state == "done" for trial in trials):
@@ -50,6 +53,16 @@ def headline(
         f"{means[best]:.4g} with {look.names[best]}{_against(means[largest] - means[best], noise)}.",
         False,
     )
+
+
+def _at_places_of_all(trials: Sequence[TrialPoints], axes: Mapping[str, Role], look: Look) -> list[TrialPoints]:
+    """Those at places of the other axes where every value has a trial: means over other places differ by these."""
+    others = [axis for axis, role in axes.items() if role not in ("seed", "lr") and axis != look.axis]
+    values: dict[tuple[str, ...], set[str]] = {}
+    for trial in trials:
+        values.setdefault(tuple(trial.at[axis] for axis in others), set()).add(trial.at[look.axis])
+    every = {trial.at[look.axis] for trial in trials}
+    return [trial for trial in trials if values[tuple(trial.at[axis] for axis in others)] == every]
 
 
 def _noise(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> float | None:

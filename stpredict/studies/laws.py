@@ -78,7 +78,7 @@ def fit_law(
     if thetas is None:
         how = f"none: {no_interval or 'bootstrap is 0'}"
     else:
-        how = f"{analysis.confidence:.0%}; {how}; {analysis.bootstrap} draws"
+        how = f"{100 * analysis.confidence:g}%; {how}; {analysis.bootstrap} draws"
     residuals = log_y - form.log_loss(theta)[0]
     free = len(log_y) - form.constants
     law = Law(

@@ -142,6 +142,8 @@ def _why_not(trial: TrialPoints) -> str | None:
         return "its size is not known: there is no scale.json in its run; training on writes it"
     if not trial.steps:
         return f"it has no validation with {trial.metric}"
+    if not trial.tokens:
+        return f"no tokens are counted up to its last validation, at step {trial.steps[-1]}"
     if min(trial.losses) <= 0:
         return f"its {trial.metric} is not above zero, and laws are fitted to its logarithm"
     return None

@@ -31,7 +31,8 @@ def flops_per_token(runs: Sequence[Measured]) -> tuple[float, float]:
 
 
 def optimum_of(joint: Fitted | NotFitted, runs: Sequence[Measured], analysis: AnalysisConfig) -> list[Law | NotFitted]:
-    """N_opt(C) and D_opt(C), over the C of the runs and, where there are predictions, those of their optimum."""
+    """N_opt(C) and D_opt(C), over the C of the runs and, where there are predictions, those of their optimum. An
+    extrapolation is also an optimum of more parameters or tokens, or fewer, than the law was fitted to."""
     names = ("N_opt(C)", "D_opt(C)")
     if isinstance(joint, NotFitted):
         return [NotFitted(name=name, of="joint law", why="there is no joint law") for name in names]
@@ -46,17 +47,21 @@ def optimum_of(joint: Fitted | NotFitted, runs: Sequence[Measured], analysis: An
     first = float(np.log(min(run.flops_per_step * run.steps[0] for run in runs)))
     reach = [float((np.log(n) - fit[0]) / fit[1]) for n in analysis.predict]
     log_c = np.linspace(min(first, *reach, centre), max(centre, *reach, first), PLACES)
+    outside = (log_c < first - 1e-9) | (log_c > centre + 1e-9)
+    for (log_k, exponent), what in ((fit[:2], "parameters"), (fit[2:], "tokens")):
+        fitted_to = np.log([getattr(point, what) for point in joint.law.points])
+        optimum = log_k + exponent * log_c
+        outside |= (optimum < fitted_to.min() - 1e-9) | (optimum > fitted_to.max() + 1e-9)
     source = f"follows from L(N, D) and FLOPs per token = {q:.3g} N^{g:.3f}"
     laws = []
     for i, (name, power, form) in enumerate([("N_opt(C)", "a", "N_opt = k C^a"), ("D_opt(C)", "b", "D_opt = k C^b")]):
         log_k, exponent = fit[2 * i : 2 * i + 2]
         drawn_k, drawn = (None, None) if draws is None else draws[2 * i : 2 * i + 2]
         curve = []
-        for place in log_c:
+        for place, out in zip(log_c, outside, strict=True):
             drawn_y = None if drawn is None else np.exp(drawn_k + drawn * place)
             fitted = estimate(np.exp(log_k + exponent * place), drawn_y, analysis)
-            outside = bool(not first - 1e-9 <= place <= centre + 1e-9)
-            curve.append(CurvePoint(x=float(np.exp(place)), fitted=fitted, extrapolation=outside))
+            curve.append(CurvePoint(x=float(np.exp(place)), fitted=fitted, extrapolation=bool(out)))
         laws.append(
             Law(
                 name=name,

@@ -129,7 +129,7 @@ def read_trial(name: str, trial: TrialConfig, metric: str | None = None) -> Tria
     points.kind, points.config, points.rows = config["kind"], config, facts.rows
     points.metric = metric or METRICS[points.kind]
     points.learning_rate = _at(config, "training", "optimizer", "lr")
-    points.schedule, points.warmup_steps = _schedule(config["training"])
+    points.schedule, points.warmup_steps = _schedule(config.get("training") or {})
     try:
         points.scale = read_scale(facts.run.scale_path)
     except UsageError as error:

@@ -75,5 +75,5 @@ def fit_power_law(
             for place in log_x
         ],
         scatter=scatter,
-        interval=how if how.startswith("none") else f"{analysis.confidence:.0%}; {how}",
+        interval=how if how.startswith("none") else f"{100 * analysis.confidence:g}%; {how}",
     )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from data_pipeline.disk import renamed
 from stpredict.evaluation.charts import as_svg
 from stpredict.evaluation.page import render
 from stpredict.evaluation.units import count, power
@@ -86,7 +87,8 @@ class _Charts:
         if figure is None:
             return None
         self.names.add(name)
-        figure.savefig(self.folder / f"{name}.png", dpi=150)
+        with renamed(self.folder / f"{name}.png") as temporary:  # two reports at once leave whole pictures
+            figure.savefig(temporary, format="png", dpi=150)
         return Chart(name, Markup(as_svg(figure, salt=name)))
 
     def remove_others(self) -> None:

@@ -129,6 +129,8 @@ MISTAKES = [
     (lr([1], "judge.set.sed"), "job 'small-seed0-lr1-judge' (job.yaml): unknown key 'sed'; did you mean 'seed'"),
     (lr([5, 6], "judge.set.seed"), "grid.seed and grid.lr both change judge.set.seed; of one nothing would be left"),
     (lr([{}], "judge.set"), "grid.lr.key: judge.set: did you mean judge.set.KEY?"),
+    (lr([1], "judge"), "grid.lr.key: judge: did you mean judge.set.KEY?"),
+    (lr(3), "key 'grid.lr.values': give a list of values, or label → value"),
     (lr([1, 2], None), "grid.lr: what do its values change? Give `key`, such as guess.set.seed, or label → changes"),
     (lr({"a": 3}, None), "grid.lr.values.a: give changes of `trial`, such as {guess: {set: {seed: 1}}}"),
     (lr({"a": {"jugde": {"set": {}}}}, None), "grid.lr.values.a.jugde: `trial` has no job 'jugde'"),
@@ -324,3 +326,13 @@ def test_done_trials_take_no_place(grown):
     planned = prepare(pipeline, jobs, SlurmCluster())
     after = {job.name: planned.turn_after(job) for job in jobs if planned.turn_after(job)}
     assert after == {"large-seed5-judge": ["small-seed5-judge"], "large-seed6-judge": ["small-seed6-judge"]}
+
+
+@pytest.mark.parametrize("overrides", [(), ("grid.seed.values={a: 1}",)])
+def test_keys_where_the_base_has_a_list_are_one_line(study, overrides):
+    study.load()
+    more = study.folder / "more.yaml"
+    more.write_text(yaml.safe_dump({"base": "study.yaml", "grid": {"seed": {"values": {"a": 1}}}}))
+    with pytest.raises(UsageError, match=r"does not fit its base study\.yaml|overrides grid\.seed\.values") as error:
+        load_study(study.path if overrides else more, overrides)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,162 @@
+"""Grids with holes, runs without tokens, sizes far apart: no number is made of what cannot be compared."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from data_pipeline.errors import UsageError
+from stpredict.config import validate
+from stpredict.run import Run, Status
+from stpredict.studies.analyse import analyse
+from stpredict.studies.config import AnalysisConfig
+from stpredict.studies.headline import headline
+from stpredict.studies.look import look_of
+from stpredict.studies.points import TrialPoints
+from stpredict.studies.report import write_study_report
+from stpredict.training.scale import Scale
+from tests.stpredict.studies.made_up_study import config_of, loss_of, write_sizes, write_training
+
+AXES = {"size": "size", "seed": "seed"}
+CURVES = AnalysisConfig(points="curve", bootstrap=0)
+TOKENS = 100_000  # of a step
+CURVE = np.unique(np.geomspace(20, 2000, 30).astype(int))
+SIZES = np.geomspace(1e5, 3e6, 5)
+
+
+def trial(name, n, steps, losses, at, **facts):
+    scale = {"parameters": round(n), "embedding_parameters": 0, "tokens_per_step": TOKENS}
+    state = Status(kind="prior", state="done", step=int(steps[-1]))
+    facts = {"kind": "prior", "status": state, "learning_rate": 1e-3, "schedule": "constant", **facts}
+    facts |= {"metric": "cross_entropy", "steps": [int(step) for step in steps], "losses": list(losses)}
+    scale = Scale(**scale, flops_per_step=6 * n * TOKENS)
+    return TrialPoints(name, {"size": f"n{n:.0f}", "seed": "0", **at}, Run(Path(name)), scale=scale, **facts)
+
+
+def study(n, seeds, noise, steps=(2000,)):
+    """``noise``: of a run as a whole, in ln L; that of its single points is a third of it."""
+    random, steps, trials = np.random.default_rng(0), np.asarray(steps), []
+    for size in n:
+        for seed in range(seeds):
+            off = noise * (random.standard_normal() + random.standard_normal(len(steps)) / 3)
+            losses = loss_of(size, steps * TOKENS) * np.exp(off)
+            trials.append(trial(f"n{size:.0f}-{seed}", size, steps, losses, {"seed": str(seed)}))
+    return trials
+
+
+def test_amounts_of_compute_that_no_size_came_to_are_no_part_of_the_frontier():
+    small, large = ([1e4, 1.5e4, 2e4], [1e8, 1.5e8, 2e8])
+    (group,) = analyse(study(small + large, 1, 0.001, CURVE), AXES, CURVES).groups
+    assert group.frontier
+    for point in group.frontier:
+        steps = {n: point.flops / (6 * n * TOKENS) for n in small + large}
+        assert any(CURVE[0] <= step <= CURVE[-1] * (1 + 1e-6) for step in steps.values())
+
+
+def test_a_run_without_tokens_is_left_out_and_named():
+    trials = study(SIZES, 2, 0.002)
+    trials[0].scale = trials[0].scale.model_copy(update={"tokens_per_step": 0})
+    trials[1].steps = [0]
+    (group,) = analyse(trials, AXES, AnalysisConfig(bootstrap=0)).groups
+    assert {one.trial: one.why for one in group.left_out} == {
+        trials[0].name: "no tokens are counted up to its last validation, at step 2000",
+        trials[1].name: "no tokens are counted up to its last validation, at step 0",
+    }
+    assert len(group.find("L(N)")[0].points) == 8
+
+
+def test_intervals_are_called_what_was_asked_for():
+    trials = study(SIZES, 3, 0.002, CURVE)
+    laws = analyse(trials, AXES, AnalysisConfig(points="curve", bootstrap=400, confidence=0.995)).groups[0].laws
+    assert {law.name for law in laws} >= {"L(N)", "L(C)", "N_opt(C)"}
+    assert all(law.interval.startswith(("99.5%; ", "none: ")) for law in laws)
+    assert sum(law.interval.startswith("99.5%") for law in laws) > 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"metric": "psnr"}, "metric psnr: laws take what is less the better"),
+        ({"bootstrap": 39}, "bootstrap 39: so few draws have no 95% interval; give 40 or more, or 0 for none"),
+        ({"bootstrap": 100, "confidence": 0.99}, "have no 99% interval; give 200 or more"),
+    ],
+)
+def test_an_analysis_that_would_mislead_is_refused(keys, says):
+    with pytest.raises(UsageError, match=says):
+        validate(AnalysisConfig, keys, "study.yaml")
+    AnalysisConfig(bootstrap=40)
+    AnalysisConfig(bootstrap=0, confidence=0.999)
+
+
+def test_an_optimum_of_larger_models_than_were_trained_is_an_extrapolation():
+    """The sizes are so small that at every C the best is a larger one."""
+    (group,) = analyse(study([1e3, 2e3, 4e3, 8e3], 1, 0, CURVE), AXES, CURVES).groups
+    law = next(law for law in group.laws if (law.name, law.of) == ("N_opt(C)", "joint law"))
+    beyond = [point for point in law.curve if point.fitted.value > 8.001e3]
+    assert len(beyond) > 10
+    assert all(point.extrapolation for point in beyond)
+    law = next(law for law in group.laws if (law.name, law.of) == ("D_opt(C)", "joint law"))
+    assert [point.extrapolation for point in law.curve].count(True) >= len(beyond)
+    (group,) = analyse(study(SIZES, 1, 0, CURVE), AXES, CURVES).groups
+    assert not all(point.extrapolation for law in group.find("N_opt(C)") for point in law.curve)
+
+
+def said(trials, axes):
+    look = look_of(trials, axes)
+    chosen = {one.trial: one.best_lr for group in analyse(trials, axes, CURVES).groups for one in group.used}
+    return headline(trials, axes, look, chosen)
+
+
+def of_lengths(lengths):
+    """N → steps of its runs."""
+    return [
+        trial(f"{n:g}-{steps}", n, [steps], [loss_of(n, steps * TOKENS)], at={"data": str(steps)})
+        for n, several in lengths.items()
+        for steps in several
+    ]
+
+
+def test_sizes_are_compared_where_all_of_them_are_done():
+    """A large model that has only short runs is not worse for it."""
+    axes = {"size": "size", "data": "data"}
+    words, good = said(of_lengths({1e5: (100, 4000), 4e5: (100,)}), axes)
+    assert good
+    assert f"cross_entropy {loss_of(1e5, 100 * TOKENS):.4g} with" in words
+    words, good = said(of_lengths({1e5: (4000,), 4e5: (100,)}), axes)
+    assert good is None
+    assert words == "The values of size that are done differ in other axes too: they are not compared."
+
+
+def test_learning_rates_of_one_size_are_compared():
+    trials = [
+        trial(f"{lr}", 1e5, [100], [2 + 0.1 * abs(np.log10(lr / 1e-3))], learning_rate=lr, at={"lr": f"lr{lr}"})
+        for lr in (1e-4, 1e-3, 1e-2)
+    ]
+    words, _ = said(trials, {"lr": "lr"})
+    assert words.startswith("The least cross_entropy, 2, is that of lr0.001")
+
+
+def test_a_trial_whose_config_lacks_its_training_does_not_stop_the_page(tmp_path):
+    config = write_sizes(tmp_path, {"small": 100_000, "large": 400_000}, seeds=1)
+    Run(tmp_path / "small-seed0-prior").write_config("kind: prior\n")
+    assert "large" in write_study_report(config, tmp_path / "report").read_text()
+
+
+def test_a_picture_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    """As where two reports are written at once: under its name there is a whole picture or none."""
+    write_training(tmp_path / "a-prior", 100_000)
+    config = config_of(tmp_path, {"size": "size"}, {"a": {"size": "a"}})
+    write_study_report(config, tmp_path / "report")
+    before, save = (tmp_path / "report" / "curves.png").read_bytes(), Figure.savefig
+
+    def half(figure, file, **options):
+        if isinstance(file, Path):
+            file.write_bytes(b"half")
+            raise OSError("the disk is full")
+        return save(figure, file, **options)
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="full"):
+        write_study_report(config, tmp_path / "report")
+    assert (tmp_path / "report" / "curves.png").read_bytes() == before
