@@ -3,19 +3,22 @@
     .venv/bin/python -m benchmarks.estimates [--ranks 1 2] [--models NAME...] [--stages N...]
 
 Starts processes on this machine and prints markdown. Small priors and tokenizers are trained for three steps by the
-real engine, at every ZeRO stage, precision and policy of activation checkpointing; what they take is the most in the
-third step: on a CPU bytes of live tensors, counted operator by operator; on CUDA what torch has allocated. The estimate
-is for the same device. Bytes do not depend on load. On a CPU DeepSpeed's buckets are made small (BUCKET): 2 GB of them
-would hide everything else.
+real engine, at every ZeRO stage and precision, with activation checkpointing and without; what they take is the most in
+the third step: on a CPU bytes of live tensors, counted operator by operator; on CUDA what torch has allocated. The
+estimate is for the same device. Bytes do not depend on load. On a CPU DeepSpeed's buckets are made small (BUCKET): 2 GB
+of them would hide everything else. The column checkpoint is the ratio of the bytes that a checkpoint is said to have to
+those of one that was written.
 """
 
 import argparse
 import gc
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,17 @@ import torch
 from benchmarks.engine import machine
 from data_pipeline.config import ClipConfig, ClipDataConfig
 from launcher.rank import leave
+from stpredict.config import flat
+from stpredict.estimates.disk import disk_of
 from stpredict.estimates.live_bytes import LiveBytes
 from stpredict.estimates.memory import Memory, MemoryEstimator
 from stpredict.estimates.planned import Planned, plan_training
 from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
+from stpredict.training.checkpoint import CheckpointState, bytes_of, folder_of
 from stpredict.training.config import TrainingConfig
 from stpredict.training.learner import Learner
 from stpredict.training.ranks import Ranks, join_ranks
+from stpredict.training.saving import Saver
 from stpredict.training.task import to_device
 
 BUCKET = 100_000  # elements
@@ -69,7 +76,8 @@ def trials(models: list[str], stages: list[int]) -> Iterator[dict[str, Any]]:
     for model in models:
         for precision in PRECISIONS:
             for stage in stages:
-                for policy in POLICIES:
+                # Between 1 and 3 the stage changes nothing of what is kept for the backward pass.
+                for policy in POLICIES if stage in (0, 3) else POLICIES[:1]:
                     training = {
                         "precision": precision,
                         "zero_stage": stage,
@@ -119,21 +127,29 @@ def main() -> None:
         leave(0)
     gpus = torch.cuda.device_count()
     print(f"{machine()}\n")
-    print("| ranks | model | precision | ZeRO | recomputed | estimated MB | measured MB | ratio | most in |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    ratios = []
+    print("| ranks | model | precision | ZeRO | recomputed | said MB | measured MB | ratio | most in | checkpoint |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    ratios, on_disk = [], []
     for ranks in arguments.ranks or (sorted({1, gpus}) if gpus else [1, 2]):
         wanted = list(trials(arguments.models, arguments.stages))
-        for trial, bytes_found in zip(wanted, measure(wanted, ranks), strict=True):
+        for trial, found in zip(wanted, measure(wanted, ranks), strict=True):
             estimate = estimated(trial, ranks, cuda=gpus > 0)
-            ratios.append(estimate.total / bytes_found)
+            ratios.append(estimate.total / found["memory"])
+            on_disk.append(estimated_checkpoint(trial, ranks, cuda=gpus > 0) / found["checkpoint"])
             training = trial["training"]
             policy = training.get("activation_checkpointing", {}).get("policy", "none, 2 micro-batches, averages")
             cells = [ranks, trial["model"], training["precision"], training["zero_stage"], policy]
-            cells += [f"{estimate.total / 1e6:.2f}", f"{bytes_found / 1e6:.2f}", f"{ratios[-1]:.3f}", estimate.moment]
+            cells += [
+                f"{estimate.total / 1e6:.2f}",
+                f"{found['memory'] / 1e6:.2f}",
+                f"{ratios[-1]:.3f}",
+                estimate.moment,
+            ]
+            cells.append(f"{on_disk[-1]:.4f}")
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     near = sum(abs(ratio - 1) <= 0.15 for ratio in ratios)
     print(f"\nWithin 15 %: {near} of {len(ratios)}; from {min(ratios):.3f} to {max(ratios):.3f}.")
+    print(f"Checkpoints' sizes: from {min(on_disk):.4f} to {max(on_disk):.4f} of the measured.")
 
 
 _estimators: dict[tuple, MemoryEstimator] = {}
@@ -147,8 +163,13 @@ def estimated(trial: Mapping[str, Any], ranks: int, cuda: bool = False) -> Memor
     return estimator.of(training, ranks, training.micro_batch_size)
 
 
-def measure(wanted: list[dict[str, Any]], ranks: int) -> list[int]:
-    """Bytes of each trial on the rank that has most. Starts the ranks once."""
+def estimated_checkpoint(trial: Mapping[str, Any], ranks: int, cuda: bool = False) -> int:
+    planned = planned_training(trial, ranks, cuda)
+    return disk_of(planned, planned.config.training, ranks).checkpoint
+
+
+def measure(wanted: list[dict[str, Any]], ranks: int) -> Iterator[dict[str, int]]:
+    """``measured`` of each trial, as they come. Starts the ranks once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,17 +185,19 @@ def measure(wanted: list[dict[str, Any]], ranks: int) -> list[int]:
         for process in processes:
             process.stdin.write(json.dumps(wanted))
             process.stdin.close()
-        lines = [line.removeprefix("RESULT ") for line in processes[0].stdout if line.startswith("RESULT ")]
+        for line in processes[0].stdout:
+            if line.startswith("RESULT "):
+                yield json.loads(line.removeprefix("RESULT "))
         for process in processes:
             if process.wait() != 0:
                 raise SystemExit(f"a rank ended with {process.returncode}")
-        return [json.loads(line) for line in lines]
     finally:
         for process in processes:
             process.kill()  # those that are left where one has failed
 
 
-def measured(trial: Mapping[str, Any], ranks: Ranks) -> int:
+def measured(trial: Mapping[str, Any], ranks: Ranks) -> dict[str, int]:
+    """Bytes: of ``memory`` on the rank that has most, and of the ``checkpoint`` that all write together."""
     cuda = ranks.device.type == "cuda"
     planned = planned_training(trial, ranks.size, cuda)
     training: TrainingConfig = planned.config.training
@@ -201,8 +224,35 @@ def measured(trial: Mapping[str, Any], ranks: Ranks) -> int:
                 torch.cuda.reset_peak_memory_stats()
             learner.step(step, batches, counts)
         most = torch.cuda.max_memory_allocated() - before if cuda else live.peak
+    found = {"memory": max(ranks.gather(most)), "checkpoint": _checkpoint(learner, ranks)}
     learner.engine.destroy()
-    return max(ranks.gather(most))
+    return found
+
+
+def _checkpoint(learner: Learner, ranks: Ranks) -> int:
+    """Bytes of its files."""
+    folder = Path(ranks.from_main(tempfile.mkdtemp() if ranks.is_main else None))
+    saver = Saver(folder, learner.owned, learner.training.checkpoint, ranks)
+    saver.start(
+        CheckpointState(
+            step=3,
+            samples_consumed={"main": 12},
+            quarantined={},
+            world_size=ranks.size,
+            zero_stage=learner.training.zero_stage,
+            precision=learner.precision,
+            optimizer_steps={"model": 3},
+            config=flat(learner.training.model_dump(mode="json")),
+            export={},
+        )
+    )
+    saver.finish()
+    saver.close()
+    if not ranks.is_main:
+        return 0
+    size = bytes_of(folder_of(folder, 3))
+    shutil.rmtree(folder)
+    return size
 
 
 def _real(model: torch.nn.Module) -> torch.nn.Module:

@@ -12,13 +12,14 @@ from stpredict.estimates.planned import Planned
 from stpredict.training.config import TrainingConfig
 from stpredict.training.saving import random_states
 
-# Of files of JSON, measured: tests/stpredict/estimates/test_disk.py holds them against real ones.
-ABOUT_PIECE = 110  # bytes: a piece in the header of its rank's file, beside its key
-ABOUT_TENSOR = 75  # a tensor in the index, beside its key, and
-ABOUT_RANGE = 25  # each of its pieces
-ABOUT_CHECKPOINT = 5000  # state.json, COMPLETE
-ABOUT_EXPORTED = 70  # a tensor in the header of an export, beside its name
-ABOUT_EXPORT = 600  # its config
+# Of files of JSON, measured: tests/stpredict/estimates holds them against real ones.
+ABOUT_PIECE = 67  # bytes: a piece in the header of its rank's file, beside its key
+ABOUT_TENSOR = 51  # a tensor in the index, beside its key, and
+ABOUT_RANGE = 16  # each of its pieces
+ABOUT_CHECKPOINT = 2800  # state.json, COMPLETE, and in that
+ABOUT_RANK = 263  # each rank's files
+ABOUT_EXPORTED = 66  # a tensor in the header of an export, beside its name
+ABOUT_EXPORT = 400  # its config
 ABOUT_CLIP = 12  # name and label of a clip, compressed
 ABOUT_SHARD = 2200  # the end of a tar, its record, its lines in the manifest
 
@@ -85,7 +86,7 @@ def _checkpoint(planned: Planned, training: TrainingConfig, ranks: int) -> int:
     split = ranks if training.zero_stage == 3 else 1
     pieces = tensors * split + (ranks - 1) * len(kinds) * 2 * (training.zero_stage in (1, 2))
     total += named * (split + 1) + pieces * (ABOUT_PIECE + ABOUT_RANGE) + tensors * ABOUT_TENSOR
-    return total + ranks * _random() + ABOUT_CHECKPOINT
+    return total + ranks * (_random() + ABOUT_RANK) + ABOUT_CHECKPOINT
 
 
 def _export(planned: Planned) -> int:

@@ -130,6 +130,8 @@ class _Kept:
             host += 4 * self.share + moments * self.share // mine + averages
         if self.offloaded:
             host += masters + moments + averages + 4 * self.share  # and gradients
+            if self.accumulated and self.stage in (1, 2):
+                host += 4 * self.share  # of earlier micro-batches
             masters = moments = averages = 0
         if training.offload.parameters == "cpu":
             host, weights = host + weights, 0
@@ -150,7 +152,9 @@ class _Kept:
             if self.stage == 1 and not self.offloaded:
                 gradients += self.added * finished
             elif not self.offloaded:
-                gradients += self.added * self.share * (finished > 0)  # one tensor for all of its share
+                # One tensor for all of its share, made when the first bucket is full.
+                made = self.accumulated | (activations.finished > self.buckets["reduce_bucket_size"])
+                gradients += self.added * self.share * made
         else:
             buckets = bucket
             gradients += self.added * self.share
