@@ -160,3 +160,26 @@ def test_a_picture_that_could_not_be_written_leaves_the_one_before(tmp_path, mon
     with pytest.raises(OSError, match="full"):
         write_study_report(config, tmp_path / "report")
     assert (tmp_path / "report" / "curves.png").read_bytes() == before
+
+
+def test_of_a_step_that_was_done_twice_the_later_validation_counts():
+    trials = study(SIZES, 1, 0.0)
+    trials[0].steps, trials[0].losses = [2000, 2000], [9.0, 3.5]
+    (group,) = analyse(trials, AXES, AnalysisConfig(bootstrap=0)).groups
+    assert group.used[0].loss == 3.5
+
+
+def test_a_prediction_below_the_smallest_size_is_an_extrapolation():
+    settings = AnalysisConfig(bootstrap=0, predict=(5e4, 5e5))
+    found = analyse(study(SIZES, 2, 0.001), AXES, settings).groups[0].predictions
+    assert [one.extrapolation for one in found] == [True, False]
+
+
+def test_each_amount_of_data_has_a_best_learning_rate_of_its_own():
+    trials = [
+        trial(f"{steps}-{lr}", 1e5, [steps], [3.0 if lr == best else 4.0], {"data": str(steps)}, learning_rate=lr)
+        for steps, best in ((100, 1e-2), (400, 1e-3))
+        for lr in (1e-3, 1e-2)
+    ]
+    (group,) = analyse(trials, {"size": "size", "data": "data"}, AnalysisConfig(bootstrap=0)).groups
+    assert [one.trial for one in group.used if one.best_lr] == ["100-0.01", "400-0.001"]
