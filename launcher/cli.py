@@ -237,14 +237,51 @@ def study(
 
 @app.command()
 def estimate(
-    config: Config,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML of a training, a pipeline or a study; config.yaml of a run")
+    ],
     overrides: Overrides = None,
-    json: Json = False,
+    nodes: Annotated[int | None, typer.Option(min=1, help="nodes (default: the fewest that hold it)")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of a node (default: 8, or fewer where the batch does not divide so)")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="a100-80g, h100, l40s, ... (default: the one here, or a100-80g)")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(metavar="GB/S", help="between nodes, for each GPU (default: 25, 200 Gb/s HDR)")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="share of the GPU's peak that the model's FLOPs reach (default: 0.4)")
+    ] = None,
+    mfu_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="as measured in this run: the median of its metrics.jsonl")
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(help="tokens to train on, 300e9 (default: the config's steps)")
+    ] = None,
+    days: Annotated[float | None, typer.Option(help="on how many nodes is it done within so many days?")] = None,
+    clips: Annotated[int | None, typer.Option(min=1, help="clips, for the size of the cache of latents")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print all of it as JSON: bytes, seconds, FLOPs")] = False,
 ) -> None:
-    """Say what a training takes before it is begun: parameters, FLOPs, memory, time. Trains nothing; needs no GPU."""
+    """Say what a training takes before it is begun, and how to run it: parameters, FLOPs, memory, traffic, time.
+
+    Trains nothing and needs neither a GPU nor data. It shows which ZeRO stages fit with which micro-batch, recommends
+    one with the reasons and the overrides to paste, and names what is assumed. docs/estimates.md says how far to trust
+    each number.
+
+    \b
+    stpredict estimate configs/priors/nbp_3b_k600.yaml
+    stpredict estimate configs/priors/nbp_3b_k600.yaml --gpu h100 --nodes 4
+    stpredict estimate configs/priors/nbp_3b_k600.yaml --tokens 300e9 --days 14
+    stpredict estimate configs/priors/nbp_3b_k600.yaml --mfu-from runs/nbp_xl_k600
+    stpredict estimate configs/pipelines/nbp.yaml --clips 400000
+    stpredict estimate configs/studies/nbp_sizes.yaml --nodes 1
+    """
     from launcher import estimates
 
-    estimates.estimate(config, overrides or (), json)
+    options = estimates.Options(nodes, gpus_per_node, gpu, network, mfu, mfu_from, tokens, days, clips)
+    estimates.estimate(config, overrides or (), options, json)
 
 
 @app.command()

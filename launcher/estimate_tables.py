@@ -1,0 +1,209 @@
+"""Estimates as a person reads them: tables of at most 80 columns, and a line for everything that is assumed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from stpredict.estimates.duration import work
+from stpredict.estimates.estimate import Asked, Estimate
+from stpredict.estimates.recommendation import MARGIN, Machine, Way, gigabytes
+from stpredict.estimates.several import Row
+from stpredict.training.flops import FORWARDS_PER_STEP
+
+WIDTH = 80
+SHORT_S = 0.02  # a step below it says more about the assumed MFU than about the training
+
+
+def show_training(name: str, found: Estimate, latents: dict[str, int] | None) -> None:
+    console = Console(width=WIDTH, highlight=False)
+    size, machine, training = found.size, found.machine, found.planned.config.training
+    tables = f", {size.embedding_parameters:,} of them in look-up tables" if size.embedding_parameters else ""
+    tokens = f" of {size.tokens:,} tokens" if size.tokens else ""
+    flops = FORWARDS_PER_STEP * size.flops_forward * training.batch_size
+    console.print(f"[bold]{name}[/]: {size.parameters:,} parameters{tables}")
+    console.print(
+        f"forward {amount(size.flops_forward / 2, 'MAC')} per sample{tokens}; a step of {training.batch_size} samples "
+        f"{amount(flops, 'FLOP')}"
+    )
+    console.print(_machine(machine, found.asked))
+    console.print(_ways(found))
+    if latents:
+        console.print(
+            f"cache of latents: {gigabytes(latents['bytes'])} GB for {latents['clips']:,} clips, "
+            f"{latents['per_clip_bytes']:,} bytes of token ids each"
+        )
+    if found.recommended:
+        _recommended(console, found, found.recommended)
+    else:
+        console.print("\n[bold red]It does not fit.[/]")
+        for reason in found.why:
+            console.print(f"- {reason}")
+    _configured(console, found)
+    shortest = min(way.time.step_s for way in found.ways)
+    _assumptions(console, found.machine, found.asked, found.recommended, shortest)
+
+
+def _ways(found: Estimate) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("ZeRO", "recomputed", "micro-batch", "GB/GPU", "GB sent", "step", ""):
+        table.add_column(heading, justify="left" if heading in ("recomputed", "") else "right", no_wrap=True)
+    for way in found.ways:
+        chosen = way is found.recommended
+        mark = "[green]✓ ←[/]" if chosen else "[green]✓[/]" if way.fits else "[red]✗[/]"
+        table.add_row(
+            str(way.training.zero_stage),
+            {"none": "nothing"}.get(way.policy, way.policy),
+            str(way.training.micro_batch_size),
+            gigabytes(way.memory.total),
+            gigabytes(way.sent_bytes) if way.sent_bytes else "0",
+            seconds(way.time.step_s) if way.fits else "-",
+            mark,
+            style="bold" if chosen else "",
+        )
+    return table
+
+
+def _recommended(console: Console, found: Estimate, way: Way) -> None:
+    budget, time = found.budget, way.time
+    console.print(f"[bold]Recommended[/], on {nodes(found.machine)}:")
+    for reason in found.why:
+        console.print(f"- {reason}")
+    console.print(f"\n  {' '.join(way.overrides[:2])} \\\n  {way.overrides[2]}\n")
+    parts = sorted(way.memory.parts().items(), key=lambda part: -part[1])
+    shown = ", ".join(f"{name} {gigabytes(value)}" for name, value in parts if value > 0.01 * way.memory.total)
+    console.print(f"memory, GB per GPU at its most, in {way.memory.moment}: {shown}")
+    for collective in way.collectives:
+        how = "beside the computation" if collective.hidden else "the computation waits"
+        console.print(
+            f"sent by each GPU in a step: {gigabytes(collective.sent(way.ranks))} GB, {collective.what} "
+            f"({collective.kind}; {how})"
+        )
+    console.print(
+        f"a step: {seconds(time.computation_s)} of computation, {seconds(time.communication_s)} of communication"
+        + (" (in the measured MFU already)" if time.includes_communication and time.communication_s else "")
+    )
+    if time.communication_s > time.computation_s:
+        console.print("[bold yellow]Communication takes longer than computation:[/] fewer nodes, or larger batches")
+    tokens = found.size.tokens * found.planned.config.training.batch_size / time.step_s
+    samples = found.planned.config.training.batch_size / time.step_s
+    rate = f"{round_to(tokens)} tokens/s, " if tokens else ""
+    console.print(f"{rate}{round_to(samples)} samples/s")
+    of = f" ({amount(budget.tokens, 'token')}s)" if budget.tokens else ""
+    days = budget.days(time.step_s)
+    console.print(f"[bold]{budget.steps:,} steps{of}: {duration(days)}, {round_to(days * 24 * way.ranks)} GPU-hours[/]")
+    disk = found.disk
+    console.print(
+        f"disk: {gigabytes(disk.checkpoint)} GB a checkpoint, {gigabytes(disk.export)} GB the export, "
+        f"{gigabytes(disk.peak)} GB at most ({disk.checkpoints} checkpoints)"
+    )
+
+
+def _configured(console: Console, found: Estimate) -> None:
+    way = found.configured
+    if way is None or (found.recommended and way.overrides == found.recommended.overrides):
+        return
+    verdict = "fits" if way.fits else f"does not fit {gigabytes(found.machine.usable_bytes)} GB"
+    console.print(
+        f"\nThe config as it stands, ZeRO-{way.training.zero_stage}, micro-batch {way.training.micro_batch_size}, "
+        f"policy {way.policy}: {gigabytes(way.memory.total)} GB per GPU, {verdict}"
+    )
+
+
+def _assumptions(console: Console, machine: Machine, asked: Asked, way: Way | None, step_s: float) -> None:
+    console.print("\nMeasured or assumed:" if asked.utilization.source == "measured" else "\nAssumed:")
+    gpu, use = machine.gpu, asked.utilization
+    again = "" if way is None or work(way.training.activation_checkpointing) == 1 else "; recomputation comes on top"
+    if use.source == "measured":
+        console.print(f"- MFU {use.mfu:.2f}, the median of {use.run}, its communication included{again}")
+    else:
+        console.print(f"- MFU {use.mfu:g} of the model's own FLOPs while it computes{again} (--mfu, --mfu-from RUN)")
+    console.print(f"- {100 * MARGIN:.0f} % of a GPU's memory for CUDA, NCCL and fragments; the rest may be filled")
+    if machine.ranks > 1:
+        console.print(f"- {gpu.link_gb_s:g} GB/s from each GPU to the others of its node ({gpu.link}, datasheet)")
+    if machine.nodes > 1:
+        console.print(f"- {machine.network_gb_s:g} GB/s for each GPU between nodes (--network)")
+    if step_s < SHORT_S:
+        console.print(
+            "[bold yellow]- steps as short as these wait for kernels to be launched: expect far longer ones[/]"
+        )
+    console.print("- nothing waits for data; validation, saving and starts are left out")
+    console.print("docs/estimates.md: what is exact, what is verified, what is assumed")
+
+
+def show_several(name: str, rows: Sequence[Row], asked: Asked, facts: dict[str, Any]) -> None:
+    console = Console(width=WIDTH, highlight=False)
+    with_memory = any(row.memory_bytes is not None for row in rows)
+    machine = rows[0].machine
+    console.print(f"[bold]{name}[/], each training as its config says, on {machine.gpu.name} ({asked.gpu_source})")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), width=WIDTH)
+    memory = ["GB per GPU"] if with_memory else []
+    for heading in ("training", "parameters", "steps", "GPUs", *memory, "time", "GPU-hours"):
+        table.add_column(heading, justify="left" if heading == "training" else "right", overflow="fold")
+    for row in rows:
+        too_much = row.memory_bytes is not None and row.memory_bytes > row.machine.usable_bytes
+        used = [f"{'[red]✗[/] ' if too_much else ''}{gigabytes(row.memory_bytes)}"] if with_memory else []
+        table.add_row(
+            row.name,
+            amount(row.size.parameters, ""),
+            f"{row.budget.steps:,}",
+            str(row.machine.ranks),
+            *used,
+            duration(row.seconds / 86400),
+            round_to(row.gpu_hours),
+        )
+    console.print(table)
+    if latents := facts.get("latents"):
+        console.print(f"cache of latents: {gigabytes(latents['bytes'])} GB for {latents['clips']:,} clips")
+    console.print(
+        f"[bold]In all: {round_to(facts['gpu_hours'])} GPU-hours, "
+        f"{gigabytes(facts['disk_bytes'])} GB of disk at most[/]"
+    )
+    if "days" in facts:
+        console.print(f"{facts['trials']} trials, {facts['at_once']} at once: {duration(facts['days'])}")
+    if any(row.memory_bytes is not None and row.memory_bytes > row.machine.usable_bytes for row in rows):
+        console.print("✗: does not fit; stpredict estimate with that job's own config recommends what does")
+    largest = max((row.machine for row in rows), key=lambda machine: machine.nodes)
+    _assumptions(console, largest, asked, None, min(row.step_s for row in rows))
+
+
+def _machine(machine: Machine, asked: Asked) -> str:
+    return (
+        f"{nodes(machine)} {machine.gpu.name} ({asked.gpu_source}):\n{machine.gpu.memory_gib:g} GiB = "
+        f"{gigabytes(machine.gpu.memory_bytes)} GB each, of which {gigabytes(machine.usable_bytes)} may be filled"
+    )
+
+
+def nodes(machine: Machine) -> str:
+    return f"{machine.nodes} node{'s' if machine.nodes > 1 else ''} x {machine.gpus_per_node}"
+
+
+def amount(value: float, unit: str) -> str:
+    """12.3 TFLOP: three digits."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            digits = value / 10**power
+            number = f"{digits:.0f}" if digits >= 100 else f"{digits:.3g}"
+            return f"{number} {prefix}{unit}" if unit else f"{number} {prefix}"
+    return f"{value:.0f} {unit}".strip()
+
+
+def round_to(value: float, digits: int = 2) -> str:
+    """Two digits: 1,200; 0.034."""
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
+
+
+def seconds(value: float) -> str:
+    return f"{round_to(value)} s" if value >= 1 else f"{round_to(1000 * value)} ms"
+
+
+def duration(days: float) -> str:
+    for size, unit in ((1, "days"), (1 / 24, "hours"), (1 / 1440, "minutes")):
+        if days >= 1.5 * size:
+            return f"{round_to(days / size)} {unit}"
+    return f"{round_to(days * 86400)} seconds"

@@ -1,0 +1,131 @@
+"""Several trainings, each as its config says: a pipeline's, or a study's trials."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from data_pipeline.errors import UsageError
+from stpredict.estimates.communication import communication
+from stpredict.estimates.disk import disk_of
+from stpredict.estimates.duration import step_time
+from stpredict.estimates.estimate import GPUS_PER_NODE, Asked, Budget, budget_of
+from stpredict.estimates.memory import MemoryEstimator
+from stpredict.estimates.planned import plan_training
+from stpredict.estimates.recommendation import Machine
+from stpredict.estimates.size import Size, size_of
+from stpredict.jobs.config import TrainingJobConfig
+from stpredict.training.flops import FORWARDS_PER_STEP
+
+# What changes neither shapes nor times: trials that differ in these alone are estimated once.
+ALIKE = {"run": True, "seed": True, "tokenizer": True, "training": {"optimizer", "schedule"}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """``memory_bytes`` per GPU, of ``usable_bytes``; None where it was not asked for."""
+
+    name: str
+    size: Size
+    budget: Budget
+    machine: Machine
+    zero_stage: int
+    step_s: float
+    disk_bytes: int
+    memory_bytes: int | None
+
+    @property
+    def seconds(self) -> float:
+        return self.budget.steps * self.step_s
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds / 3600 * self.machine.ranks
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "parameters": self.size.parameters,
+            "macs_forward": self.size.flops_forward / 2,
+            "flops": FORWARDS_PER_STEP * self.size.flops_forward * self.budget.samples,
+            "budget": asdict(self.budget),
+            "gpu": self.machine.gpu.name,
+            "ranks": self.machine.ranks,
+            "nodes": self.machine.nodes,
+            "zero_stage": self.zero_stage,
+            "memory_bytes": self.memory_bytes,
+            "usable_bytes": self.machine.usable_bytes,
+            "step_s": self.step_s,
+            "days": self.seconds / 86400,
+            "gpu_hours": self.gpu_hours,
+            "disk_bytes": self.disk_bytes,
+        }
+
+
+def estimate_several(trainings: Mapping[str, TrainingJobConfig], asked: Asked, with_memory: bool) -> list[Row]:
+    """A row for each. UsageError names the one whose batch does not divide among its ranks."""
+    known: dict[str, Row] = {}
+    rows = []
+    for name, config in trainings.items():
+        key = str(config.model_dump(mode="json", exclude=ALIKE))
+        if key not in known:
+            try:
+                known[key] = _row(name, config, asked, with_memory)
+            except UsageError as error:
+                raise UsageError(f"job {name!r}: {error}") from None
+        rows.append(replace(known[key], name=name))
+    return rows
+
+
+def _row(name: str, config: TrainingJobConfig, asked: Asked, with_memory: bool) -> Row:
+    planned, training = plan_training(config), config.training
+    size, machine = size_of(planned), machine_of(config, asked)
+    precision = machine.gpu.precision(training.precision)
+    training = training.model_copy(update={"precision": precision})
+    recomputing = training.activation_checkpointing
+    layers = [] if recomputing.policy == "none" else planned.task.layers()[:: recomputing.every]
+    collectives = communication(planned.task.model, layers, training, precision, machine.ranks)
+    time = step_time(
+        FORWARDS_PER_STEP * size.flops_forward * training.batch_size,
+        collectives,
+        machine.gpu,
+        precision,
+        machine.nodes,
+        machine.gpus_per_node,
+        machine.network_gb_s,
+        asked.utilization,
+        recomputing,
+    )
+    micro_batch = training.batch_size // (machine.ranks * training.accumulation_steps(machine.ranks))
+    memory = MemoryEstimator(planned).of(training, machine.ranks, micro_batch).total if with_memory else None
+    return Row(
+        name,
+        size,
+        budget_of(training, size, asked.tokens),
+        machine,
+        training.zero_stage,
+        time.step_s,
+        disk_of(planned, training, machine.ranks).peak,
+        memory,
+    )
+
+
+def machine_of(config: TrainingJobConfig, asked: Asked) -> Machine:
+    """The ranks of its ``resources``, unless the command line says how many."""
+    ranks = config.resources.processes
+    if asked.nodes is not None:
+        per_node = asked.gpus_per_node or GPUS_PER_NODE
+        return Machine(asked.gpu, asked.nodes, per_node, asked.network_gb_s)
+    per_node = min(asked.gpus_per_node or GPUS_PER_NODE, ranks)
+    nodes = config.resources.nodes or -(-ranks // per_node)
+    if ranks % nodes:
+        raise UsageError(f"{ranks} ranks (resources.processes) do not divide among nodes of {per_node} GPUs")
+    return Machine(asked.gpu, nodes, ranks // nodes, asked.network_gb_s)
+
+
+def makespan_s(seconds: Sequence[float], at_once: int) -> float:
+    """Until all are done, where ``at_once`` run side by side and each begins when one before it has ended."""
+    ends = [0.0] * max(1, min(at_once, len(seconds)))
+    for one in seconds:
+        heapq.heapreplace(ends, ends[0] + one)
+    return max(ends)

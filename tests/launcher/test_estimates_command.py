@@ -1,0 +1,143 @@
+"""``stpredict estimate``: what it loads, what it answers, and what it refuses."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline.errors import UsageError, UserError
+from launcher.estimates import Options, _filled, estimate, load_training, load_trainings
+from launcher.pipeline import load_pipeline
+from launcher.study import load_study
+from tests.processes import bounded, succeeding
+
+PRIOR = Path("configs/priors/demo.yaml")
+LATENT = ["latent.grid=[9,8,8]", "latent.codebook_size=1024"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "launcher", "estimate", *arguments]
+
+
+@pytest.fixture(scope="module")
+def answer() -> dict:
+    """Of the demo's prior, two GPUs of a node."""
+    return json.loads(
+        succeeding(command(str(PRIOR), *LATENT, "--gpus-per-node", "2", "--clips", "1000", "--json")).stdout
+    )
+
+
+def test_json_is_the_whole_answer(answer):
+    model = load_training(PRIOR, LATENT).model
+    of_layer = model.width * (4 * model.width + 3 * model.mlp_width)
+    # Layers with two norms each, the last norm, embedding and head.
+    norms = (2 * model.layers + 1) * model.width
+    assert answer["parameters"] == model.layers * of_layer + norms + 2 * 1024 * model.width
+    assert answer["macs_forward"] == answer["flops_forward"] / 2
+    assert (answer["kind"], answer["tokens_per_sample"]) == ("prior", 576)
+    assert answer["machine"]["ranks"] == 2
+    assert answer["utilization"]["source"] == "assumed"
+    assert answer["recommended"] in answer["ways"]
+    for way in answer["ways"]:
+        assert way["memory_bytes"] == sum(v for k, v in way["memory"].items() if k not in ("moment", "host"))
+        assert way["sent_bytes_per_step"] == pytest.approx(sum(c["sent_bytes"] for c in way["collectives"]))
+        assert way["gpu_hours"] == pytest.approx(way["days"] * 24 * 2)
+        assert way["fits"] is (way["memory_bytes"] <= answer["machine"]["usable_bytes"])
+    assert answer["latents"]["per_clip_bytes"] == 576 * 2
+    assert answer["disk"]["checkpoint"] > 12 * answer["parameters"]
+
+
+def test_a_table_names_what_is_recommended_and_what_is_assumed(answer):
+    text = succeeding(command(str(PRIOR), *LATENT, "--gpus-per-node", "2", "--gpu", "h100", "--mfu", "0.5")).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    plain = " ".join(text.split())
+    assert f"demo.yaml: {answer['parameters']:,} parameters" in plain
+    assert "1 node x 2 NVIDIA H100 80GB HBM3 (asked for)" in plain
+    assert re.search(r"training\.zero_stage=\d training\.micro_batch_size=4", plain)
+    assert "expect far longer ones" in plain  # of a model as small as this
+    assert "- MFU 0.5 of the model's own FLOPs" in plain
+    assert "450 GB/s from each GPU to the others of its node (NVLink, datasheet)" in plain
+
+
+def test_a_pipelines_prior_has_the_latents_of_its_tokenizer():
+    """Also where the pipeline and its jobs leave values open, which an estimate does not need."""
+    path = Path("configs/pipelines/demo_videos.yaml")
+    trainings = load_trainings(load_pipeline(path, _filled(path, []))[1])
+    assert list(trainings) == ["tokenizer", "prior"]
+    tokenizer, prior = trainings["tokenizer"], trainings["prior"]
+    assert prior.latent.codebook_size == tokenizer.model.codebook_size
+    assert prior.latent.grid == tokenizer.model.grid(17, 64, 64)
+    shorter = ["jobs.latents.set.data.clip.frames=9"]
+    cut = load_trainings(load_pipeline(path, _filled(path, shorter))[1])["prior"]
+    assert cut.latent.grid == tokenizer.model.grid(9, 64, 64)
+
+
+def test_a_pipeline_and_a_study_are_summed_up(capsys):
+    estimate(Path("configs/pipelines/nbp_small.yaml"), [], Options(clips=100), as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["trainings"]] == ["tokenizer", "prior"]
+    assert found["gpu_hours"] == pytest.approx(sum(row["gpu_hours"] for row in found["trainings"]))
+    assert found["disk_bytes"] == sum(row["disk_bytes"] for row in found["trainings"]) + found["latents"]["bytes"]
+
+    path = Path("configs/studies/nbp_sizes.yaml")
+    estimate(path, [], Options(nodes=1), as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    study = load_study(path, _filled(path, []))
+    assert found["trials"] == len(study.trials)
+    rows = [row for row in found["trainings"] if row["name"].endswith("prior")]
+    assert {row["ranks"] for row in rows} == {8}
+    assert found["days"] <= sum(row["days"] for row in found["trainings"])
+    assert found["days"] >= max(row["days"] for row in rows)
+
+
+def test_a_priors_latents_come_from_a_tokenizer_that_is_there(tmp_path):
+    tokenizer = yaml.safe_load(Path("configs/tokenizers/demo.yaml").read_text())
+    tokenizer["data"]["shards"] = "nowhere"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tokenizer))
+    run = load_training(tmp_path / "config.yaml")
+    prior = load_training(PRIOR, [f"tokenizer={tmp_path}"])
+    clip = run.data.clip
+    assert prior.latent.grid == run.model.grid(clip.frames, *clip.size)
+    fewer = ["data.kind=clips", "data.shards=nowhere", "data.clip.frames=9"]
+    assert load_training(PRIOR, [f"tokenizer={tmp_path}", *fewer]).latent.grid == run.model.grid(9, *clip.size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((PRIOR, [], Options()), r"the prior's latents are not known.*give latent\.grid="),
+        (("configs/data/folder.yaml", [], Options()), "has kind shard: trainings are estimated"),
+        ((PRIOR, LATENT, Options(gpu="a100-90g")), "did you mean a100-80g"),
+        ((PRIOR, LATENT, Options(mfu=1.5)), r"--mfu 1\.5: a share of the GPU's peak"),
+        ((PRIOR, LATENT, Options(mfu=0.5, mfu_from=Path("runs/x"))), "give --mfu or --mfu-from, not both"),
+        ((PRIOR, LATENT, Options(nodes=3)), "does not divide among 24 ranks"),
+        ((PRIOR, LATENT, Options(nodes=1, days=3)), "leave out --nodes"),
+        ((PRIOR, LATENT, Options(tokens=-1)), "--tokens -1: give a number above 0"),
+        ((PRIOR, [*LATENT, "training.precision=fp8"], Options()), r"'training.precision': Input should be 'auto'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said):
+    path, overrides, options = arguments
+    with pytest.raises(UsageError, match=said) as refused:
+        estimate(Path(path), overrides, options, as_json=False)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_without_mfu_is_said(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="has no mfu"):
+        estimate(PRIOR, LATENT, Options(mfu_from=tmp_path), as_json=False)
+
+
+def test_refusals_and_help_import_no_torch():
+    code = (
+        "import sys\nfrom launcher.cli import main\n"
+        "sys.argv[1:] = ['estimate', 'configs/priors/demo.yaml', '--gpu', 'h1000']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 2\nassert 'torch' not in sys.modules"
+    )
+    result = bounded([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr
+    assert "--gpu h1000: not known; did you mean h100" in result.stderr
