@@ -15,10 +15,13 @@ set, the form's error) is in no interval. Measured coverage: tests/stpredict/stu
 Torch-free.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from stpredict.studies.fit import Form, minimise
 
+FEWEST_FREEDOM = 2  # of one, Student's t is 12.7 standard errors at 95 %: more than a law can bend
 WEBB = np.array([-np.sqrt(1.5), -1, -np.sqrt(0.5), np.sqrt(0.5), 1, np.sqrt(1.5)])
 LARGEST_LEVERAGE = 0.9  # of a run: beyond, its jackknifed residuals would be more than 10 times the plain ones
 
@@ -28,15 +31,16 @@ def scales(draws: int, freedom: int, random: np.random.Generator) -> np.ndarray:
     return np.sqrt(freedom / random.chisquare(freedom, size=draws))
 
 
-def jackknifed(form: Form, theta: np.ndarray, log_y: np.ndarray, run: np.ndarray) -> np.ndarray:
-    """The residuals (points,) that a fit without the point's own run would have left, to first order."""
+def corrected(form: Form, theta: np.ndarray, log_y: np.ndarray, run: np.ndarray, power: float = 1) -> np.ndarray:
+    """The residuals (points,) as (1 - H_cc)^-power r_c: 1, those of a jackknife, and 1/2, those of the right variance
+    where all runs have the same (CR2)."""
     fitted, jacobian = (array[0] for array in form.jacobian(theta[None]))
     residuals, inverse = log_y - fitted, np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-12)
     for members in _clusters(run):
         hat = jacobian[members] @ inverse @ jacobian[members].T
         values, vectors = np.linalg.eigh((hat + hat.T) / 2)
         left = np.maximum(1 - values, 1 - LARGEST_LEVERAGE)
-        residuals[members] = vectors @ ((vectors.T @ residuals[members]) / left)
+        residuals[members] = vectors @ ((vectors.T @ residuals[members]) / left**power)
     return residuals
 
 
@@ -47,7 +51,24 @@ def copies(
     random = np.random.default_rng(seed)
     weights = WEBB[random.integers(len(WEBB), size=(draws, run.max() + 1))]
     weights *= scales(draws, freedom, random)[:, None]
-    return form.log_loss(theta)[0] + weights[:, run] * jackknifed(form, theta, log_y, run)
+    return form.log_loss(theta)[0] + weights[:, run] * corrected(form, theta, log_y, run)
+
+
+def pooled_copies(
+    target: Sequence[np.ndarray], fitted: np.ndarray, pool: Sequence[tuple[np.ndarray, np.ndarray]], freedom: int,
+    draws: int, seed: int = 0,
+) -> np.ndarray:  # fmt: skip
+    """(draws, points): ``fitted`` (points) with every run given the residuals of a run drawn from ``pool``, that holds
+    the places and residuals of each; the runs' own places are in ``target``, in the order of the points. For laws of
+    one size, which has too few runs to tell its noise: taken for alike, in ln L, at every size."""
+    random = np.random.default_rng(seed)
+    scale = scales(draws, freedom, random)[:, None]
+    parts = []
+    for places in target:
+        table = np.stack([np.interp(places, at, residuals) for at, residuals in pool])
+        drawn = random.integers(len(pool), size=draws)
+        parts.append(table[drawn] * WEBB[random.integers(len(WEBB), size=(draws, 1))] * scale)
+    return fitted + np.concatenate(parts, axis=1)
 
 
 def refitted(form: Form, theta: np.ndarray, delta: float, noisy: np.ndarray) -> np.ndarray:

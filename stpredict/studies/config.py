@@ -24,6 +24,13 @@ class AnalysisConfig(Config):
         description="final: each run's last validation; curve: all of them after warm-up, which means something only "
         "where the learning rate does not fall (schedule.kind constant)",
     )
+    curve_from: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="share of a run's steps before which its curve is no part of L(D) and L(N, D): early losses fall "
+        "in other ways",
+    )
     parameters: Literal["all", "without_embeddings"] = Field("all", description="what N counts")
     predict: tuple[PositiveFloat, ...] = Field((), description="N of larger models whose loss is to be extrapolated")
     predict_tokens: tuple[PositiveFloat, ...] = Field(

@@ -3,8 +3,8 @@
 Approach 3 of Hoffmann et al. (arXiv:2203.15556, appendix D.3): the Huber loss of ln L, whose terms are written as
 exponentials so that the law is a log-sum-exp, minimised from several starts. Besiroglu et al. (arXiv:2404.10102) found
 that averaging the Huber loss over the points, instead of summing it, let L-BFGS stop early; here a Levenberg-Marquardt
-iteration on the sum goes on until its steps are below 1e-9. Every copy is its own problem; numpy does all in one pass.
-Torch-free.
+iteration on the sum goes on until a step gains less than 1e-8 of it. Every copy is its own problem;
+numpy does all in one pass. Torch-free.
 """
 
 from dataclasses import dataclass
@@ -19,31 +19,29 @@ ROBUST = 1.345  # 95 % of the efficiency of least squares under normal noise (Hu
 EXPONENTS = (0.01, 3.0)
 NEGLIGIBLE = 15.0  # a term of e^-15 times the loss is none
 STARTS = (0.05, 0.15, 0.3, 0.5, 0.8, 1.3)
-COPIES = 64  # fitted at once: bounds the memory to points x 64 x constants doubles
+CONVERGED = 1e-8  # share of the loss that a step still gains
+NUMBERS = 2**18  # copies x points x constants that are computed at once
 
 
 @dataclass
 class Form:
-    """The points' abscissae, (terms, points) of ln x, and whether there is a constant term E.
-
-    The constants of a fit are theta = ([ln E,] ln(A x0^-p), p, ...), x0 being ``centre``, the middle of the points.
-    """
+    """The points' abscissae, (terms, points) of ln x. The constants of a fit are theta = (ln E, ln(A x0^-p), p, ...),
+    x0 being ``centre``, the middle of the points."""
 
     log_x: np.ndarray
-    with_floor: bool = True
 
     def __post_init__(self) -> None:
         self.log_x = np.atleast_2d(self.log_x)
         self.centre = (self.log_x.min(axis=1) + self.log_x.max(axis=1)) / 2
         self.u = self.log_x - self.centre[:, None]
         self.terms = len(self.log_x)
-        self.constants = 2 * self.terms + self.with_floor
+        self.constants = 1 + 2 * self.terms
 
     def terms_at(self, theta: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """ln of every term, (copies, floor + terms, points)."""
-        parts = [theta[:, 0, None] + 0 * u[:1]] if self.with_floor else []
+        """ln of every term, (copies, 1 + terms, points)."""
+        parts = [theta[:, 0, None] + 0 * u[:1]]
         for k in range(self.terms):
-            a, p = theta[:, self.with_floor + 2 * k, None], theta[:, self.with_floor + 2 * k + 1, None]
+            a, p = theta[:, 2 * k + 1, None], theta[:, 2 * k + 2, None]
             parts.append(a - p * u[k])
         return np.stack(parts, axis=1)
 
@@ -57,25 +55,25 @@ class Form:
         logs = self.terms_at(theta, self.u)
         y = np.logaddexp.reduce(logs, axis=1)
         shares = np.exp(logs - y[:, None])
-        columns = [shares[:, 0]] if self.with_floor else []
+        columns = [shares[:, 0]]
         for k in range(self.terms):
-            share = shares[:, self.with_floor + k]
+            share = shares[:, 1 + k]
             columns += [share, -share * self.u[k]]
         return y, np.stack(columns, axis=-1)
 
     def floor(self, theta: np.ndarray) -> np.ndarray:
-        return np.exp(theta[..., 0]) if self.with_floor else np.zeros(theta.shape[:-1])
+        return np.exp(theta[..., 0])
 
     def term(self, theta: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """A and alpha of A x^-alpha, in the units of x."""
-        a, p = theta[..., self.with_floor + 2 * k], theta[..., self.with_floor + 2 * k + 1]
+        a, p = theta[..., 2 * k + 1], theta[..., 2 * k + 2]
         return np.exp(a + p * self.centre[k]), p
 
     def bounds(self, log_y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A term is at least e^-15 of the least loss, and no more, where the points are, than 100 times the most."""
         low, high = np.empty(self.constants), np.empty(self.constants)
         low[:], high[:] = log_y.min() - NEGLIGIBLE, log_y.max() + np.log(100)
-        low[self.with_floor + 1 :: 2], high[self.with_floor + 1 :: 2] = EXPONENTS
+        low[2::2], high[2::2] = EXPONENTS
         return low, high
 
 
@@ -111,12 +109,11 @@ def _starts(form: Form, log_y: np.ndarray) -> np.ndarray:
     starts = []
     low, high = form.bounds(log_y)
     for exponents in np.stack(np.meshgrid(*[STARTS] * form.terms), axis=-1).reshape(-1, form.terms):
-        columns = [np.ones(form.u.shape[1])] if form.with_floor else []
-        columns += list(np.exp(-exponents[:, None] * form.u))
+        columns = [np.ones(form.u.shape[1]), *np.exp(-exponents[:, None] * form.u)]
         coefficients, _ = nnls(np.stack(columns, axis=1) * np.exp(-log_y)[:, None], np.ones(len(log_y)))
         logs = np.log(np.maximum(coefficients, np.exp(log_y.min() - 6)))
-        theta = list(logs[: form.with_floor])
-        for a, p in zip(logs[form.with_floor :], exponents, strict=True):
+        theta = [logs[0]]
+        for a, p in zip(logs[1:], exponents, strict=True):
             theta += [a, p]
         starts.append(np.clip(theta, low, high))
     return np.stack(starts)
@@ -129,8 +126,9 @@ def minimise(form: Form, log_y: np.ndarray, start: np.ndarray, delta: float, ste
     pushes against rest there.
     """
     theta = np.array(np.broadcast_to(start, (len(log_y), form.constants)), dtype=float)
-    for first in range(0, len(log_y), COPIES):
-        part = slice(first, first + COPIES)
+    at_once = max(16, NUMBERS // (log_y.shape[1] * form.constants))
+    for first in range(0, len(log_y), at_once):
+        part = slice(first, first + at_once)
         theta[part] = _minimise(form, log_y[part], theta[part], delta, steps)
     return theta
 
@@ -158,11 +156,13 @@ def _minimise(form: Form, log_y: np.ndarray, theta: np.ndarray, delta: float, st
         step = np.linalg.solve(damped, gradient[..., None])[..., 0]
         there = np.clip(now + step, low, high)
         new = huber(data - form.log_loss(there), delta)
-        better = new < loss[active]
+        gain = loss[active] - new
+        better = gain > 0
+        flat = better & (gain < CONVERGED * new)
         moved = np.abs(there - now).max(axis=1)
         theta[active[better]], loss[active[better]] = there[better], new[better]
         damping[active] = np.where(better, np.maximum(damping[active] / 5, 1e-12), damping[active] * 4)
-        active = active[(moved > 1e-9) & (damping[active] < 1e12)]
+        active = active[(moved > 1e-9) & ~flat & (damping[active] < 1e12)]
         if not len(active):
             break
     return theta

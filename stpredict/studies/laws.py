@@ -27,6 +27,7 @@ FORMS = {
 }
 EQUAL = 0.01  # numbers of tokens that differ by less are the same
 CURVE_PLACES = 100
+EARLY = 2.0  # times the residuals' root mean square, that the mean of the first points of curves may lie off
 UNIDENTIFIED = 0.05  # of the draws: where in more the floor is nothing, the data do not say that there is one
 
 
@@ -63,7 +64,7 @@ def fit_law(
     how: str = "",
     reach: Sequence[float] = (),
 ) -> Fitted | NotFitted:
-    """``freedom``: of the noise between runs; None or 0: no interval, because of ``no_interval``. ``noisy`` (draws,
+    """``freedom``: of the noise between runs; None: no interval, because of ``no_interval``. ``noisy`` (draws,
     points), made as ``how`` says, is in the place of the wild cluster bootstrap's. The curve reaches to ``reach``."""
     log_x = np.log([getattr(samples, array) for *_, array in TERMS[name]])
     form, log_y = Form(log_x), np.log(samples.loss)
@@ -71,12 +72,12 @@ def fit_law(
     for (_, exponent, _), k in zip(TERMS[name], range(form.terms), strict=True):
         if why := _at_bound(exponent, form.term(theta, k)[1]):
             return NotFitted(name=name, of=of, why=why)
-    if noisy is None and freedom and analysis.bootstrap:
+    if noisy is None and freedom is not None and freedom >= bootstrap.FEWEST_FREEDOM and analysis.bootstrap:
         noisy = bootstrap.copies(form, theta, log_y, samples.run, freedom, analysis.bootstrap)
         how = f"wild cluster bootstrap of {samples.runs} runs, {freedom} degrees of freedom"
     thetas = None if noisy is None else bootstrap.refitted(form, theta, delta, noisy)
     if thetas is None:
-        how = f"none: {no_interval or 'bootstrap is 0'}"
+        how = "none: " + ("bootstrap is 0" if not analysis.bootstrap else no_interval or _too_few(samples, freedom))
     else:
         how = f"{100 * analysis.confidence:g}%; {how}; {analysis.bootstrap} draws"
     residuals = log_y - form.log_loss(theta)[0]
@@ -91,9 +92,13 @@ def fit_law(
         curve=_curve(form, theta, thetas, reach, analysis) if form.terms == 1 else [],
         scatter=float(np.sqrt((residuals**2).sum() / free)) if free > 0 else None,
         interval=how,
-        warnings=_doubts(name, form, theta, thetas, log_y),
+        warnings=[*_doubts(name, form, theta, thetas, log_y), *_early(samples, residuals)],
     )
     return Fitted(law, form, theta, thetas)
+
+
+def _too_few(samples: Samples, freedom: int) -> str:
+    return f"{samples.runs} runs leave {max(freedom, 0)} degrees of freedom; an interval takes two or more"
 
 
 def sizes_at_equal_tokens(runs: Sequence[Measured], analysis: AnalysisConfig) -> list[Fitted | NotFitted]:
@@ -130,17 +135,13 @@ def _sizes_at(tokens: float, samples: Samples, analysis: AnalysisConfig, several
         of=of,
         source=f"the loss of every run at D = {tokens:.4g} tokens",
         freedom=samples.runs - 3 if sizes > 3 else None,
-        no_interval="three constants go through three sizes, whatever the law is"
-        if sizes == 3
-        else "no more runs than constants",
+        no_interval="three constants go through three sizes, whatever the law is" if sizes == 3 else "",
         reach=analysis.predict,
     )
     if isinstance(fitted, Fitted):
-        rises = [
-            f"{n[i + 1]:.4g} ({means[i + 1]:.4g} after {means[i]:.4g})" for i in np.flatnonzero(np.diff(means) > 0)
-        ]
-        if rises:
-            fitted.law.warnings.append(f"the loss does not fall at every size: it rises to N = {', '.join(rises)}")
+        for i in np.flatnonzero(np.diff(means) > 0):
+            rise = f"N = {n[i]:.4g} ({means[i]:.4g}) to N = {n[i + 1]:.4g} ({means[i + 1]:.4g})"
+            fitted.law.warnings.append(f"the loss rises from {rise}")
         if sizes == 3:
             fitted.law.warnings.append("three sizes: nothing is left over that could contradict the law")
         fitted.law.warnings.extend(_lack_of_fit(samples, fitted))
@@ -150,34 +151,65 @@ def _sizes_at(tokens: float, samples: Samples, analysis: AnalysisConfig, several
 def tokens_of_each_size(runs: Sequence[Measured], analysis: AnalysisConfig) -> list[Fitted | NotFitted]:
     """L(D) of every size: its E holds what more tokens would not bring that size. From curves, or from the last points
     of runs of three lengths or more."""
-    results = []
+    curves = analysis.points == "curve"
+    results, fittable = [], {}
     for size, members in by_size(runs).items():
-        curves = analysis.points == "curve"
-        samples = curve_points(members) if curves else final_points(members)
+        samples = curve_points(members, analysis.curve_from) if curves else final_points(members)
         lengths = len(_distinct(samples.d))
         if lengths < 3:
             why = f"{lengths} number{'s' * (lengths != 1)} of tokens; a fit takes three or more"
             results.append(NotFitted(name="L(D)", of=size, why=why))
-            continue
-        between = 1 if curves else 3  # points of one curve decide B and beta
-        alone = "one run: nothing says how another seed would differ" if curves else "no more runs than constants"
-        result = fit_law(
-            "L(D)",
-            samples,
-            analysis,
-            of=size,
-            source="curves after warm-up" if curves else "the last points of runs of several lengths",
-            freedom=samples.runs - between if samples.runs > between and lengths > 3 else None,
-            no_interval=alone if lengths > 3 else "three constants go through three numbers of tokens",
-        )
-        results.append(result)
+        else:
+            fittable[size] = samples
+    if curves:
+        return results + _of_curves_of_each_size(fittable, analysis)
+    for size, samples in fittable.items():
+        source = "the last points of runs of several lengths"
+        enough = len(_distinct(samples.d)) > 3
+        freedom = samples.runs - 3 if enough else None
+        why = "" if enough else "three constants go through three numbers of tokens"
+        results.append(fit_law("L(D)", samples, analysis, of=size, source=source, freedom=freedom, no_interval=why))
     return results
+
+
+def _of_curves_of_each_size(fittable: dict[str, Samples], analysis: AnalysisConfig) -> list[Fitted | NotFitted]:
+    """The noise between runs is pooled over the sizes: two seeds of one say next to nothing about it."""
+    source = _of_curves(analysis)
+    pool, freedom = [], 0
+    fits = {}
+    for size, samples in fittable.items():
+        form, log_y = Form(np.log(samples.d)), np.log(samples.loss)
+        theta, _ = fit(form, log_y)
+        fits[size] = form.log_loss(theta)[0]
+        if samples.runs > 1:
+            residuals = bootstrap.corrected(form, theta, log_y, samples.run, power=0.5)
+            pool += [(np.log(d / d[-1]), r) for d, r in _by_run(samples, samples.d, residuals)]
+            freedom += samples.runs - 1
+    results = []
+    for size, samples in fittable.items():
+        noisy, how, why = None, "", "nothing says how other seeds would differ"
+        if freedom >= bootstrap.FEWEST_FREEDOM and analysis.bootstrap:
+            places = [np.log(d / d[-1]) for (d,) in _by_run(samples, samples.d)]
+            noisy = bootstrap.pooled_copies(places, fits[size], pool, freedom, analysis.bootstrap)
+            how = f"bootstrap with the residuals of {len(pool)} runs of all sizes, {freedom} degrees of freedom"
+        elif freedom:
+            why = "too few seeds say how others would differ"
+        results.append(
+            fit_law(
+                "L(D)", samples, analysis, of=size, source=source, freedom=None, noisy=noisy, how=how, no_interval=why
+            )
+        )
+    return results
+
+
+def _by_run(samples: Samples, *arrays: np.ndarray) -> list[list[np.ndarray]]:
+    return [[array[samples.run == run] for array in arrays] for run in range(samples.runs)]
 
 
 def joint_law(runs: Sequence[Measured], analysis: AnalysisConfig) -> Fitted | NotFitted:
     """L(N, D) of all runs."""
     curves = analysis.points == "curve"
-    samples = curve_points(runs) if curves else final_points(runs)
+    samples = curve_points(runs, analysis.curve_from) if curves else final_points(runs)
     sizes, lengths = len(np.unique(samples.n)), len(_distinct(samples.d))
     for count, what in ((sizes, "size"), (lengths, "number")):
         if count < 3:
@@ -192,12 +224,14 @@ def joint_law(runs: Sequence[Measured], analysis: AnalysisConfig) -> Fitted | No
         samples,
         analysis,
         of="",
-        source="curves of all runs after warm-up" if curves else "the last point of every run",
-        freedom=samples.runs - between if samples.runs > between and sizes > 3 else None,
-        no_interval="three constants go through three sizes, whatever the law is"
-        if sizes == 3
-        else "no more runs than constants",
+        source=_of_curves(analysis) if curves else "the last point of every run",
+        freedom=samples.runs - between if sizes > 3 else None,
+        no_interval="three constants go through three sizes, whatever the law is" if sizes == 3 else "",
     )
+
+
+def _of_curves(analysis: AnalysisConfig) -> str:
+    return f"the runs' curves after warm-up and {analysis.curve_from:.0%} of their steps, thinned"
 
 
 def by_size(runs: Sequence[Measured]) -> dict[str, list[Measured]]:
@@ -299,6 +333,17 @@ def _doubts(name: LawName, form: Form, theta: np.ndarray, thetas: np.ndarray | N
             if at_bound > UNIDENTIFIED:
                 doubts.append(f"{exponent} is not identified: it ran to a bound in {at_bound:.0%} of the draws")
     return doubts
+
+
+def _early(samples: Samples, residuals: np.ndarray) -> list[str]:
+    """Of curves: do the runs' first points lie off the law, all to one side?"""
+    if samples.runs == len(residuals):
+        return []
+    first = np.concatenate([[True], np.diff(samples.run) > 0])
+    mean, rest = float(residuals[first].mean()), float(np.sqrt((residuals[~first] ** 2).mean()))
+    if abs(mean) < EARLY * rest:
+        return []
+    return [f"the curves' first points lie {mean:+.1%} off the law: a larger curve_from leaves them out"]
 
 
 def _means(samples: Samples) -> tuple[np.ndarray, float]:

@@ -52,11 +52,14 @@ class Measured:
         values = np.interp(places, known, np.log(self.losses))
         return np.where(np.abs(places - np.log(tokens)) < 1e-9, values, np.nan)
 
-    def thinned(self, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and losses of at most ``most`` validations, about evenly spaced in ln step; the last is one."""
-        wanted = np.geomspace(self.steps[0], self.steps[-1], most)
-        chosen = np.unique(np.abs(self.steps[:, None] - wanted).argmin(axis=0))
-        return self.steps[chosen], self.losses[chosen]
+    def thinned(self, most: int, start: float) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and losses of at most ``most`` validations from the share ``start`` of the steps on, about evenly
+        spaced in ln step; the last is one."""
+        first = np.searchsorted(self.steps, start * self.steps[-1])
+        steps, losses = self.steps[first:], self.losses[first:]
+        wanted = np.geomspace(steps[0], steps[-1], most)
+        chosen = np.unique(np.abs(steps[:, None] - wanted).argmin(axis=0))
+        return steps[chosen], losses[chosen]
 
 
 @dataclass
@@ -80,9 +83,9 @@ def final_points(runs: Sequence[Measured]) -> Samples:
     return _samples([(run, run.steps[-1:], run.losses[-1:]) for run in runs])
 
 
-def curve_points(runs: Sequence[Measured]) -> Samples:
+def curve_points(runs: Sequence[Measured], start: float) -> Samples:
     most = int(np.clip(MOST_POINTS // len(runs), *CURVE_POINTS))
-    return _samples([(run, *run.thinned(most)) for run in runs])
+    return _samples([(run, *run.thinned(most, start)) for run in runs])
 
 
 def points_at(runs: Sequence[Measured], tokens: float) -> Samples:
