@@ -104,8 +104,8 @@ def test_intervals_of_the_sizes_law_hold_the_truth_in_nearly_all_studies():
 @pytest.mark.parametrize(("count", "span", "seeds", "noise"), [(4, 10, 2, 0.003), (5, 30, 3, 0.01), (8, 100, 2, 0.003)])
 def test_intervals_of_the_sizes_law_hold_the_truth_in_studies_of_other_layouts(count, span, seeds, noise):
     n = sizes(count, span)
-    found = coverage(300, *of_sizes(n), "final", n, seeds, noise)
-    assert all(share >= 0.88 for share in found.values())
+    found = coverage(150, *of_sizes(n), "final", n, seeds, noise)
+    assert all(share >= 0.87 for share in found.values())
 
 
 @pytest.mark.slow
@@ -113,5 +113,5 @@ def test_intervals_of_the_sizes_law_hold_the_truth_in_studies_of_other_layouts(c
 @pytest.mark.parametrize(("count", "seeds", "noise"), [(6, 2, 0.003), (5, 3, 0.001)])
 def test_intervals_of_laws_of_curves_hold_the_truth_in_nearly_all_studies(law, count, seeds, noise):
     n = sizes(count)
-    found = coverage(200, *law(n), "curve", n, seeds, noise)
-    assert all(share >= 0.86 for share in found.values())
+    found = coverage(80, *law(n), "curve", n, seeds, noise)
+    assert all(share >= 0.85 for share in found.values())
