@@ -102,6 +102,18 @@ def test_the_points_of_a_run_move_together_in_every_copy():
     assert np.unique(np.round(ratios[0, :, 0] / ratios[0, 0, 0], 6)).size > 2
 
 
+def test_copies_of_few_runs_have_the_tails_of_student():
+    """Webb's weights reach 1.22; divided by the root of chi2_2 / 2 they go beyond it as often as that says."""
+    form = Form(np.log(N))
+    log_y = np.log(E + A * N**-ALPHA) + NOISE
+    run = np.arange(len(N))
+    theta, _ = fit(form, log_y)
+    noisy = copies(form, theta, log_y, run, 2, 4000) - form.log_loss(theta)[0]
+    weights = np.abs(noisy / corrected(form, theta, log_y, run))
+    beyond = np.mean([stats.chi2.cdf(2 * square / 9, 2) for square in (0.5, 1, 1.5)])
+    assert (weights > 3).mean() == pytest.approx(beyond, rel=0.15)
+
+
 def test_corrected_residuals_are_those_of_a_fit_without_the_run():
     """To first order: beside refitting without each run, for small noise."""
     log_y = np.log(E + A * N**-ALPHA) + NOISE / 100
