@@ -93,7 +93,8 @@ def test_of_trials_no_more_run_than_at_once_says_and_each_is_finished_before_the
     assert [name for name in recorder.begun if name != "other"] == ["a-x", "a-y", "b-x", "b-y", "c-x", "c-y"]
     assert {"other", "a-x"} in recorder.together  # which is of no trial
     recorder = Recorder()
-    assert recorder.launch(pipeline(2, **{f"{name}2": job | {"needs": []} for name, job in jobs.items()}), jobs=9) == 0
+    others = {f"{name}2": job | {"needs": [], "set": {"seed": 1}} for name, job in jobs.items()}
+    assert recorder.launch(pipeline(2, **others), jobs=9) == 0
     assert max(len({name[0] for name in together}) for together in recorder.together) == 2
 
 
@@ -102,7 +103,7 @@ def test_cores_are_shared_by_jobs_and_ranks_unless_the_profile_says_how_many_thr
     recorder = Recorder()
     recorder.launch(pipeline(a={"set": {"resources": {"processes": 2}}}, b={}), jobs=3)
     assert (recorder.given["a"]["threads"], recorder.given["b"]["threads"]) == (2, 4)
-    recorder.launch(pipeline(c={}), jobs=3, threads=5)
+    recorder.launch(pipeline(c={"set": {"seed": 1}}), jobs=3, threads=5)
     assert recorder.given["c"]["threads"] == 5
     job = EvaluateConfig(run="x", generated="x", resources=Resources(processes=8))
     assert [threads_of(job, jobs, 4) for jobs in (1, 2)] == [1, 1]
