@@ -71,7 +71,7 @@ def _recommended(console: Console, found: Estimate, way: Way) -> None:
     console.print(f"[bold]Recommended[/], on {nodes(found.machine)}:")
     for reason in found.why:
         console.print(f"- {reason}")
-    console.print(f"\n  {' '.join(way.overrides[:2])} \\\n  {way.overrides[2]}\n")
+    console.print(f"\n  {' '.join(way.overrides[:2])} \\\n  {' '.join(way.overrides[2:])}\n")
     parts = sorted(way.memory.parts().items(), key=lambda part: -part[1])
     shown = ", ".join(f"{name} {gigabytes(value)}" for name, value in parts if value > 0.01 * way.memory.total)
     console.print(f"memory, GB per GPU at its most, in {way.memory.moment}: {shown}")
@@ -107,7 +107,8 @@ def _configured(console: Console, found: Estimate) -> None:
         return
     verdict = "fits" if way.fits else f"does not fit {gigabytes(found.machine.usable_bytes)} GB"
     console.print(
-        f"\nThe config as it stands, ZeRO-{way.training.zero_stage}, micro-batch {way.training.micro_batch_size}, "
+        f"\nThe config's own settings on these GPUs, ZeRO-{way.training.zero_stage}, "
+        f"micro-batch {way.training.micro_batch_size}, "
         f"policy {way.policy}: {gigabytes(way.memory.total)} GB per GPU, {verdict}"
     )
 

@@ -133,8 +133,8 @@ def estimate_training(planned: Planned, asked: Asked) -> Estimate:
         configured = ways_of.way(machine, training)
     except UsageError as error:  # of the micro-batch: the ways have their own
         configured = None
-        why.append(f"the config as it stands does not run so: {error}")
-    disk = disk_of(planned, training, machine.ranks)
+        why.append(f"the config's own settings do not run so: {error}")
+    disk = disk_of(planned, training.model_copy(update={"steps": budget.steps}), machine.ranks)
     return Estimate(planned, size, asked, budget, machine, ways, chosen, configured, disk, why)
 
 

@@ -145,8 +145,8 @@ class _Kept:
         bucket = self.reduced_in * self.added * self.buckets["reduce_bucket_size"]
         if self.stage == 0:
             gradients += 4 * finished
-        elif self.is_bf16_optimizer:  # has room for all, and lets those that are computed go at the end
-            gradients += self.added * self.trained + self.width * activations.finished
+        elif self.is_bf16_optimizer:  # has room for all, and keeps the computed ones between micro-batches
+            gradients += self.added * self.trained + self.width * finished
         elif self.stage in (1, 2):
             buckets = bucket
             if self.stage == 1 and not self.offloaded:

@@ -68,6 +68,7 @@ class Way:
     @property
     def overrides(self) -> list[str]:
         return [
+            f"resources.processes={self.ranks}",
             f"training.zero_stage={self.training.zero_stage}",
             f"training.micro_batch_size={self.training.micro_batch_size}",
             f"training.activation_checkpointing.policy={self.policy}",

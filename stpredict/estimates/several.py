@@ -98,14 +98,15 @@ def _row(name: str, config: TrainingJobConfig, asked: Asked, with_memory: bool) 
     )
     micro_batch = training.batch_size // (machine.ranks * training.accumulation_steps(machine.ranks))
     memory = MemoryEstimator(planned).of(training, machine.ranks, micro_batch).total if with_memory else None
+    budget = budget_of(training, size, asked.tokens)
     return Row(
         name,
         size,
-        budget_of(training, size, asked.tokens),
+        budget,
         machine,
         training.zero_stage,
         time.step_s,
-        disk_of(planned, training, machine.ranks).peak,
+        disk_of(planned, training.model_copy(update={"steps": budget.steps}), machine.ranks).peak,
         memory,
     )
 

@@ -56,7 +56,7 @@ def test_a_table_names_what_is_recommended_and_what_is_assumed(answer):
     plain = " ".join(text.split())
     assert f"demo.yaml: {answer['parameters']:,} parameters" in plain
     assert "1 node x 2 NVIDIA H100 80GB HBM3 (asked for)" in plain
-    assert re.search(r"training\.zero_stage=\d training\.micro_batch_size=4", plain)
+    assert re.search(r"resources\.processes=2 training\.zero_stage=\d \\ training\.micro_batch_size=4", plain)
     assert "expect far longer ones" in plain  # of a model as small as this
     assert "- MFU 0.5 of the model's own FLOPs" in plain
     assert "450 GB/s from each GPU to the others of its node (NVLink, datasheet)" in plain

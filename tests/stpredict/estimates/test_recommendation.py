@@ -60,6 +60,7 @@ def test_876_million_parameters_on_eight_a100s_need_nothing_divided():
     found = ask("nbp_xl_k600.yaml", "a100-80g")
     assert chosen(found) == (1, 0, 8, "none")  # 14 + 16 of 77 GB
     assert found.recommended.overrides == [
+        "resources.processes=8",
         "training.zero_stage=0",
         "training.micro_batch_size=8",
         "training.activation_checkpointing.policy=none",
@@ -101,6 +102,20 @@ def test_what_does_not_fit_is_said_with_the_nearest_that_does():
     assert "nothing fits 1 node x 8 of NVIDIA GeForce RTX 3080: the least, ZeRO-3, policy layers" in text
     assert "nearest that would: 2 nodes x 8" in text
     assert "or GPUs with 15 GiB (--gpu t4)" in text
+
+
+@pytest.mark.parametrize("config", ["nbp_xl_k600.yaml", "nbp_xxl_k600.yaml", "nbp_3b_k600.yaml"])
+def test_a_training_takes_the_overrides_of_its_recommendation(config):
+    """Also where the config itself is for more ranks."""
+    found = ask(config, "a100-80g")
+    pasted = load_training(PRIORS / config, found.recommended.overrides)
+    pasted.check_ranks(pasted.resources.processes)
+    assert pasted.resources.processes == found.machine.ranks
+
+
+def test_the_disk_is_that_of_the_budgets_steps():
+    few, many = (ask("nbp_xl_k600.yaml", "a100-80g", tokens=tokens).disk for tokens in (1e9, 300e9))
+    assert many.checkpoints - few.checkpoints == int(300e9 / 64 / 1280) // 50_000  # keep_every; 1e9 has none of these
 
 
 def test_a_deadline_takes_as_many_nodes_as_it_needs():
