@@ -141,6 +141,8 @@ def estimate(path: Path, overrides: Sequence[str], options: Options, as_json: bo
     """Prints it."""
     _check(options)
     kind = read_yaml(path).get("kind")
+    if options.days is not None and kind in ("pipeline", "study"):
+        raise UsageError(f"--days: {path} has several trainings; give it for one of them, or --nodes for all")
     if kind == "pipeline":
         answer = _pipeline(load_pipeline(path, _filled(path, overrides))[1], options, path)
     elif kind == "study":

@@ -155,7 +155,8 @@ def _nothing_fits(ways: list[Way], machine: Machine, asked: Asked, on) -> list[s
                 break
     from stpredict.estimates.gpus import all_gpus, short_name
 
-    enough = [gpu for gpu in all_gpus() if (1 - MARGIN) * gpu.memory_bytes >= needed]
+    able = [gpu for gpu in all_gpus() if gpu.tflops(training.precision)]
+    enough = [gpu for gpu in able if (1 - MARGIN) * gpu.memory_bytes >= needed]
     if enough:
         least = min(enough, key=lambda gpu: gpu.memory_gib)
         told.append(f"or GPUs with {least.memory_gib:g} GiB (--gpu {short_name(least)})")

@@ -17,8 +17,13 @@ from stpredict.estimates.size import Size, size_of
 from stpredict.jobs.config import TrainingJobConfig
 from stpredict.training.flops import FORWARDS_PER_STEP
 
-# What changes neither shapes nor times: trials that differ in these alone are estimated once.
-ALIKE = {"run": True, "seed": True, "tokenizer": True, "training": {"optimizer", "schedule"}}
+# What changes neither shapes, bytes nor times: trials that differ in these alone are estimated once.
+ALIKE = {
+    "run": True,
+    "seed": True,
+    "tokenizer": True,
+    "training": {"optimizer": {"lr", "betas", "eps", "weight_decay"}, "schedule": True},
+}
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def test_a_priors_latents_come_from_a_tokenizer_that_is_there(tmp_path):
         ((PRIOR, LATENT, Options(mfu=0.5, mfu_from=Path("runs/x"))), "give --mfu or --mfu-from, not both"),
         ((PRIOR, LATENT, Options(nodes=3)), "does not divide among 24 ranks"),
         ((PRIOR, LATENT, Options(nodes=1, days=3)), "leave out --nodes"),
+        (("configs/studies/nbp_sizes.yaml", [], Options(days=3)), "--days: .*nbp_sizes.yaml has several trainings"),
         ((PRIOR, LATENT, Options(tokens=-1)), "--tokens -1: give a number above 0"),
         ((PRIOR, [*LATENT, "training.precision=fp8"], Options()), r"'training.precision': Input should be 'auto'"),
     ],
@@ -141,3 +142,11 @@ def test_refusals_and_help_import_no_torch():
     result = bounded([sys.executable, "-c", code])
     assert result.returncode == 0, result.stderr
     assert "--gpu h1000: not known; did you mean h100" in result.stderr
+
+
+def test_trials_of_other_optimizers_take_other_disk(capsys):
+    kinds = ["grid.seed.key=prior.set.training.optimizer.kind", "grid.seed.values=[adam, sgd]"]
+    estimate(Path("configs/studies/nbp_sizes.yaml"), kinds, Options(nodes=1), as_json=True)
+    rows = json.loads(capsys.readouterr().out)["trainings"]
+    adam, sgd = (row["disk_bytes"] for row in rows if row["name"].startswith("xl-"))
+    assert sgd < 0.5 * adam  # no moments

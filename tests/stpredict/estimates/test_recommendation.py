@@ -102,6 +102,9 @@ def test_what_does_not_fit_is_said_with_the_nearest_that_does():
     assert "nothing fits 1 node x 8 of NVIDIA GeForce RTX 3080: the least, ZeRO-3, policy layers" in text
     assert "nearest that would: 2 nodes x 8" in text
     assert "or GPUs with 15 GiB (--gpu t4)" in text
+    in_bf16 = ask("nbp_3b_k600.yaml", "rtx3080", "model.layers=40", nodes=1)
+    assert any("or GPUs with" in line for line in in_bf16.why)
+    assert not any("t4" in line or "v100" in line for line in in_bf16.why)  # which have none
 
 
 @pytest.mark.parametrize("config", ["nbp_xl_k600.yaml", "nbp_xxl_k600.yaml", "nbp_3b_k600.yaml"])
