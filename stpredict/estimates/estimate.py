@@ -6,7 +6,7 @@ from typing import Any
 from data_pipeline.errors import UsageError
 from stpredict.estimates.disk import Disk, disk_of
 from stpredict.estimates.duration import NETWORK_GB_S, Utilization
-from stpredict.estimates.gpus import DEFAULT, Gpu, find_gpu
+from stpredict.estimates.gpus import DEFAULT, Gpu, all_gpus, find_gpu, short_name
 from stpredict.estimates.memory import MemoryEstimator
 from stpredict.estimates.planned import Planned
 from stpredict.estimates.recommendation import MARGIN, Machine, Way, Ways, best, check_nodes, node_counts, reasons
@@ -45,7 +45,8 @@ class Budget:
 @dataclass(frozen=True)
 class Estimate:
     """``ways`` are on ``machine``: what was asked for, or the least that fits. ``recommended`` is one of them, or None
-    where none fits; ``configured`` is the config as it stands, or None where its batch does not divide so."""
+    where none fits; ``configured`` is the config's own stage, micro-batch
+    and policy on it, or None where its batch does not divide so."""
 
     planned: Planned
     size: Size
@@ -153,8 +154,6 @@ def _nothing_fits(ways: list[Way], machine: Machine, asked: Asked, on) -> list[s
             if chosen:
                 told.append(f"nearest that would: {_nodes(larger)}")
                 break
-    from stpredict.estimates.gpus import all_gpus, short_name
-
     able = [gpu for gpu in all_gpus() if gpu.tflops(training.precision)]
     enough = [gpu for gpu in able if (1 - MARGIN) * gpu.memory_bytes >= needed]
     if enough:

@@ -17,6 +17,7 @@ from stpredict.estimates.planned import Planned
 from stpredict.training.computing import ActivationCheckpointingConfig
 from stpredict.training.config import TrainingConfig
 from stpredict.training.flops import FORWARDS_PER_STEP
+from stpredict.training.task import Task
 
 MARGIN = 0.1  # of a GPU's memory, left to CUDA, NCCL, what kernels need meanwhile, and fragments
 ALIKE = 1.05
@@ -75,6 +76,27 @@ class Way:
         ]
 
 
+def step_on(
+    machine: Machine, task: Task, training: TrainingConfig, flops: float, utilization: Utilization
+) -> tuple[list[Collective], StepTime]:
+    """What a step of ``flops`` sends, and how long it takes; ``training.precision`` is what the machine computes in."""
+    precision, recomputing = training.precision, training.activation_checkpointing
+    layers = [] if recomputing.policy == "none" else task.layers()[:: recomputing.every]
+    collectives = communication(task.model, layers, training, precision, machine.ranks)
+    time = step_time(
+        flops,
+        collectives,
+        machine.gpu,
+        precision,
+        machine.nodes,
+        machine.gpus_per_node,
+        machine.network_gb_s,
+        utilization,
+        recomputing,
+    )
+    return collectives, time
+
+
 class Ways:
     """Of one training, whose samples take ``flops_forward`` each."""
 
@@ -89,21 +111,8 @@ class Ways:
         micro_batch = training.batch_size // (ranks * training.accumulation_steps(ranks))
         precision = machine.gpu.precision(training.precision)
         training = training.model_copy(update={"precision": precision, "micro_batch_size": micro_batch})
-        task, recomputing = self.task, training.activation_checkpointing
-        layers = [] if recomputing.policy == "none" else task.layers()[:: recomputing.every]
         memory = self.memory.of(training, ranks, micro_batch)
-        collectives = communication(task.model, layers, training, precision, ranks)
-        time = step_time(
-            self.flops,
-            collectives,
-            machine.gpu,
-            precision,
-            machine.nodes,
-            machine.gpus_per_node,
-            machine.network_gb_s,
-            self.utilization,
-            recomputing,
-        )
+        collectives, time = step_on(machine, self.task, training, self.flops, self.utilization)
         return Way(training, memory, collectives, time, memory.total <= machine.usable_bytes, ranks)
 
     def all(self, machine: Machine) -> list[Way]:

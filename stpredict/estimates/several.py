@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from data_pipeline.errors import UsageError
-from stpredict.estimates.communication import communication
 from stpredict.estimates.disk import disk_of
-from stpredict.estimates.duration import step_time
 from stpredict.estimates.estimate import GPUS_PER_NODE, Asked, Budget, budget_of
 from stpredict.estimates.memory import MemoryEstimator
 from stpredict.estimates.planned import plan_training
-from stpredict.estimates.recommendation import Machine
+from stpredict.estimates.recommendation import Machine, step_on
 from stpredict.estimates.size import Size, size_of
 from stpredict.jobs.config import TrainingJobConfig
 from stpredict.training.flops import FORWARDS_PER_STEP
@@ -87,20 +85,8 @@ def _row(name: str, config: TrainingJobConfig, asked: Asked, with_memory: bool) 
     size, machine = size_of(planned), machine_of(config, asked)
     precision = machine.gpu.precision(training.precision)
     training = training.model_copy(update={"precision": precision})
-    recomputing = training.activation_checkpointing
-    layers = [] if recomputing.policy == "none" else planned.task.layers()[:: recomputing.every]
-    collectives = communication(planned.task.model, layers, training, precision, machine.ranks)
-    time = step_time(
-        FORWARDS_PER_STEP * size.flops_forward * training.batch_size,
-        collectives,
-        machine.gpu,
-        precision,
-        machine.nodes,
-        machine.gpus_per_node,
-        machine.network_gb_s,
-        asked.utilization,
-        recomputing,
-    )
+    flops = FORWARDS_PER_STEP * size.flops_forward * training.batch_size
+    _, time = step_on(machine, planned.task, training, flops, asked.utilization)
     micro_batch = training.batch_size // (machine.ranks * training.accumulation_steps(machine.ranks))
     memory = MemoryEstimator(planned).of(training, machine.ranks, micro_batch).total if with_memory else None
     budget = budget_of(training, size, asked.tokens)
