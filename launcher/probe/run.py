@@ -18,7 +18,8 @@ from rich.console import Console
 from data_pipeline.errors import UsageError, UserError
 from launcher import local
 from launcher.config import ClusterConfig, SlurmCluster
-from launcher.doctor import Finding, exit_status, show, slurm
+from launcher.doctor import Finding, exit_status, slurm
+from launcher.doctor import show as show_findings
 from launcher.probe.facts import DOING, RankFacts, read_facts
 from launcher.probe.findings import Expected, judge
 from launcher.probe.rank import probe
@@ -85,7 +86,7 @@ def examine(
     if as_json:
         print(json.dumps(answer, indent=1))
     else:
-        show(found)
+        show_findings(found)
         print(folder / RESULT)
     return exit_status(found)
 
@@ -143,17 +144,17 @@ def _executor(cluster: SlurmCluster, expected: Expected, folder: Path) -> submit
 
 def _wait(job: str, expected: Expected, folder: Path, timeout_s: float) -> str | None:
     began, started, warned = time.monotonic(), None, False
-    with console.status(f"SLURM job {job}: submitted") as status:
+    with _progress(f"SLURM job {job}: submitted") as show:
         while known := queue.queued([job]).get(job):
             waited = time.monotonic() - began
             if known.state == "PENDING":
                 if waited > timeout_s:
                     raise UserError(_not_started(job, known.reason, timeout_s))
-                status.update(f"SLURM job {job}: waits for nodes ({known.reason}), {waited:.0f} s")
+                show(f"SLURM job {job}: waits for nodes ({known.reason})", f", {waited:.0f} s")
             else:
                 started = started or time.monotonic()
                 ranks = read_facts(folder)
-                status.update(f"SLURM job {job} on {known.nodes}: {_doing(ranks, expected)}")
+                show(f"SLURM job {job} on {known.nodes}: {_doing(ranks, expected)}")
                 if not warned and _all_at_signal(ranks, expected):
                     warned = True
                     queue.warn(job)
@@ -180,17 +181,33 @@ def _here(expected: Expected, threads: int | None, folder: Path) -> str | None:
     def show_and_warn() -> None:
         nonlocal warned
         found = read_facts(folder)
-        status.update(_doing(found, expected))
+        show(_doing(found, expected))
         if not warned and _all_at_signal(found, expected):
             warned = True
             for process in ranks:
                 process.send_signal(signal.SIGUSR2)
 
-    with local.stop_signals() as stops, console.status("starting") as status:
+    with local.stop_signals() as stops, _progress("starting") as show:
         ended = local.supervise(ranks, stops, show_and_warn)
     if stops:
         raise UserError("interrupted")
     return None if not any(ended.values()) else _last_words(logs)
+
+
+@contextmanager
+def _progress(first: str) -> Iterator[Callable[..., None]]:
+    """Shows what is being done: in one line of a terminal, with how long it takes; elsewhere a line for each step."""
+    last = first
+
+    def show(doing: str, more: str = "") -> None:
+        nonlocal last
+        status.update(doing + more)
+        if doing != last and not console.is_terminal:
+            console.print(doing, soft_wrap=True, markup=False)
+        last = doing
+
+    with console.status(first) as status:
+        yield show
 
 
 def _doing(ranks: list[RankFacts], expected: Expected) -> str:

@@ -27,7 +27,9 @@ def test_slurms_commands_without_a_cluster_are_one_clear_line(tmp_path, monkeypa
 
 def test_of_the_local_cluster_ranks_here_are_examined(tmp_path):
     command = [sys.executable, "-m", "launcher", "doctor", "--cluster", "local", "--processes", "2", "--json"]
-    answer = json.loads(succeeding([*command, "--run", tmp_path / "d"]).stdout)
+    said = succeeding([*command, "--run", tmp_path / "d"], timeout_s=300)
+    assert "(2 of 2 ranks are there)" in said.stderr, "no terminal: a line for each step"
+    answer = json.loads(said.stdout)
     assert [facts["rank"] for facts in answer["ranks"]] == [0, 1]
     states = {finding["name"]: finding["state"] for finding in answer["findings"]}
     assert {states[name] for name in ("ranks", "all-reduce of 16 MiB", "warning signal", "torch")} == {"ok"}
