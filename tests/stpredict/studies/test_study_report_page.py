@@ -1,5 +1,6 @@
 import csv
 import math
+import sys
 
 import pytest
 
@@ -148,7 +149,8 @@ def test_the_job_writes_the_page_and_needs_no_torch(tmp_path):
     config = write_sizes(tmp_path, {"small": 100_000, "large": 400_000}, seeds=1)
     study_report.run(config, Run(config.run))
     assert (tmp_path / "report" / "report.html").is_file()
-    succeeding(["python", "-c", "import sys, stpredict.jobs.study_report; assert 'torch' not in sys.modules"])
+    code = "import sys, stpredict.jobs.study_report; assert 'torch' not in sys.modules"
+    succeeding([sys.executable, "-c", code])
 
 
 def test_charts_that_are_no_longer_so_are_removed_and_other_pictures_stay(tmp_path):
