@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from data_pipeline.errors import UsageError
 from stpredict.estimates.activations import Activations, Numbers, follow
 from stpredict.estimates.planned import Planned
 from stpredict.training.config import TrainingConfig
@@ -64,12 +65,14 @@ class MemoryEstimator:
     compute in other numbers or keep other activations takes seconds, the others nothing.
 
     ``device``, cuda or cpu: which kernels there are, and what precision ``auto`` is (bf16 on cuda, fp32 on cpu).
-    ValueError for a training with a discriminator.
+    UsageError for a training with a discriminator.
     """
 
     def __init__(self, planned: Planned, device: str = "cuda"):
         if planned.task.discriminator is not None:
-            raise ValueError("the memory of a discriminator is not estimated")
+            raise UsageError(
+                "what a discriminator takes is not estimated yet; loss.adversarial=null estimates the training without"
+            )
         self.device, self._planned = device, planned
         self._activations: dict[tuple, Activations] = {}
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.config import ClipDataConfig, Config, Source
-from stpredict.losses.config import ReconstructionLossConfig
+from stpredict.losses.config import TokenizerLossConfig
 from stpredict.priors.config import LatentConfig, NextBlockConfig, PriorDataConfig
 from stpredict.sampling.config import SamplingConfig
 from stpredict.studies.config import AnalysisConfig, Role, TrialConfig
@@ -176,7 +176,16 @@ class TokenizerJobConfig(TrainingJobConfig):
     kind: Literal["tokenizer"] = "tokenizer"
     data: ClipDataConfig
     model: CausalCnnConfig = CausalCnnConfig()
-    loss: ReconstructionLossConfig = ReconstructionLossConfig()
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+
+    @model_validator(mode="after")
+    def _adaptive_weight_needs_pixels(self) -> Self:
+        if self.loss.adversarial and self.training.discriminator.adaptive_weight and self.model.patch > 1:
+            raise ValueError(
+                "training.discriminator.adaptive_weight needs a last layer that makes pixels: with model.patch "
+                f"{self.model.patch} they are folded into its channels; leave one of the two out"
+            )
+        return self
 
 
 class EncodeConfig(PartedJobConfig):

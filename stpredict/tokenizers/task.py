@@ -1,4 +1,4 @@
-"""Training a tokenizer: reconstruct clips."""
+"""Training a tokenizer: reconstruct clips, and deceive a discriminator where the config has one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -13,7 +13,8 @@ from data_pipeline.transforms import to_clip, to_video
 from stpredict.evaluation.frame_metrics import frame_mse, frame_psnr
 from stpredict.evaluation.pictures import side_by_side, stacked
 from stpredict.exports import TokenizerExport
-from stpredict.losses.config import ReconstructionLossConfig
+from stpredict.losses.config import TokenizerLossConfig
+from stpredict.losses.patch_gan import PatchGan
 from stpredict.quantizers.code_use import perplexity
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig
@@ -25,12 +26,17 @@ PICTURED = 4
 class TokenizerTask(Task):
     metrics = ("mse", "psnr", "codes_used", "codebook_perplexity")
 
-    def __init__(self, model: CausalCnnConfig, loss: ReconstructionLossConfig, data: ClipDataConfig, seed: int):
+    def __init__(self, model: CausalCnnConfig, loss: TokenizerLossConfig, data: ClipDataConfig, seed: int):
         model.check_clip(data.clip, "data.clip")
         for name, other in data.mix.items():
             model.check_clip(other.clip, f"data.mix.{name}.clip")
         self.model = CausalCnnTokenizer(model)
         self.weights = {name: weight for name, weight in (("l1", loss.l1), ("l2", loss.l2)) if weight}
+        self.gan = PatchGan(loss.adversarial, model.video_channels) if loss.adversarial else None
+        if self.gan:
+            self.discriminator = self.gan.discriminator
+            self.adversarial_weights, self.discriminator_weights = self.gan.model_weights, self.gan.weights
+            self.last_layer = self.model.decoder.conv_out
         self.data, self.seed, self.quarantined = data, seed, {}
 
     def layers(self) -> Sequence[nn.Module]:
@@ -47,13 +53,27 @@ class TokenizerTask(Task):
         return clip_evaluation_batches(data, "val", seed=self.seed, share=share, quarantined=self.quarantined)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        return {"l1": float(batch["clip"].numel()), "l2": float(batch["clip"].numel())}
+        clips, *sides, _ = batch["clip"].shape
+        counts = dict.fromkeys(("l1", "l2"), float(batch["clip"].numel()))
+        return counts | (self.gan.counts(clips, *sides) if self.gan else {})
 
     def training_step(self, forward: Forward, batch: Batch) -> Sums:
         video = to_video(batch["clip"])
         reconstruction, ids = forward(video)
-        error = reconstruction.float() - video
+        reconstruction = reconstruction.float()
+        if self.gan:
+            batch["reconstruction"] = reconstruction
+        error = reconstruction - video
         return {"l1": error.abs().sum(), "l2": error.square().sum(), "codebook": self._uses(ids)}
+
+    def adversarial_step(self, judge: Forward, batch: Batch) -> Sums:
+        return self.gan.model_step(judge, batch["reconstruction"])
+
+    def discriminator_step(self, forward: Forward, batch: Batch, update: int) -> Sums:
+        return self.gan.discriminator_step(forward, to_video(batch["clip"]), batch["reconstruction"], update)
+
+    def discriminator_updated(self, means: Sums) -> None:
+        self.gan.updated(means)
 
     def tokens(self, batch: Batch) -> int:
         clips, *video, _ = batch["clip"].shape
