@@ -2,12 +2,12 @@
 
     .venv/bin/python -m benchmarks.training_step [CONFIG...] [--seconds S] [--micro-batches N...] [--set KEY=VALUE...]
 
-Each config (default: NBP-XL, XXL and 3B on K600's shape) is trained in a process of its own on made-up tokens, the same
-ones at every step, with micro-batches that double until one does not fit or ``--seconds`` are over. A step is a forward,
-a backward and an update. FLOPs are the model's own (three forwards; attention by its mask's exact fraction, recomputation
-not counted), beside the largest product of bf16 matrices that the same process measures and the GPU's datasheet.
-Prints markdown. Timings mean something only where nothing else runs. Without a GPU only models that were made small by
---set are of use.
+Each config (default: NBP-XL, XXL and 3B on K600's shape) is trained in a process of its own on made-up tokens, the
+same at every step, with micro-batches that double until one does not fit or ``--seconds`` are over. A step is a
+forward, a backward and an update. FLOPs are the model's own (three forwards; attention by its mask's exact fraction,
+recomputation not counted), beside the largest product of bf16 matrices that the same process measures and the GPU's
+datasheet. Prints markdown. Timings mean something only where nothing else runs. Without a GPU only models that were
+made small by --set are of use.
 """
 
 import argparse
