@@ -1,9 +1,10 @@
 """Configs of what runs where: pipelines (jobs with ``needs``) and clusters. Torch-free."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from data_pipeline.config import Config
 from data_pipeline.errors import UsageError
@@ -11,16 +12,19 @@ from stpredict.config import load
 from stpredict.jobs.config import JobConfig, TimeLimit, minutes
 from stpredict.studies.config import AnalysisConfig, Role
 
+NAME = re.compile(r"\w[\w-]*")
 LAUNCHER = "launcher"  # folder of a pipeline's run, and so no job's name
 
 
-def _not_reserved(name: str) -> str:
+def _a_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name: letters, digits, _ and -, since folders are called so")
     if name == LAUNCHER:
         raise ValueError(f"{name!r} is the folder of what a launch writes; give the job another name")
     return name
 
 
-JobName = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$"), AfterValidator(_not_reserved)]
+JobName = Annotated[str, AfterValidator(_a_name)]
 JobKind = Literal["shard", "tokenizer", "encode", "prior", "generate", "evaluate", "report", "study_report", "merge"]
 
 
@@ -41,7 +45,7 @@ class PipelineConfig(Config):
     """A DAG of jobs. Every job's run directory is ``run``/JOB."""
 
     kind: Literal["pipeline"] = "pipeline"
-    name: str
+    name: str = Field(min_length=1, description="its run is runs/NAME, unless `run` says otherwise")
     vars: dict[str, Any] = Field({}, description="values of the pipeline's own, for ${vars.NAME}")
     run: Path = Field(default_factory=lambda fields: Path("runs") / fields.get("name", ""))
     at_once: int | None = Field(None, ge=1, description="trials (see jobs.JOB.trial) that run at once at most")
@@ -56,7 +60,11 @@ def _text_labels(values: Any) -> Any:
 
 
 def _text_points(point: Any) -> Any:
-    return {axis: str(label) for axis, label in point.items()} if isinstance(point, dict) else point
+    if not isinstance(point, dict):
+        raise ValueError(f"{point!r} names no axis; give axis: label, such as {{size: {point}}}")
+    if several := next((axis for axis, label in point.items() if isinstance(label, list | dict)), None):
+        raise ValueError(f"{several}: give one label; a point for each of several")
+    return {axis: str(label) for axis, label in point.items()}
 
 
 class Axis(Config):
@@ -86,7 +94,7 @@ class StudyConfig(Config):
     """A grid of trials. ``jobs`` are done once; the jobs of ``trial`` for every point of ``grid``, as TRIAL-JOB."""
 
     kind: Literal["study"] = "study"
-    name: str
+    name: str = Field(min_length=1, description="its run is runs/NAME, unless `run` says otherwise")
     vars: dict[str, Any] = Field({}, description="values of the study's own, for ${vars.NAME}")
     run: Path = Field(default_factory=lambda fields: Path("runs") / fields.get("name", ""))
     at_once: int | None = Field(

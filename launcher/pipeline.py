@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError
 from launcher.config import PipelineConfig, PipelineJob
+from launcher.overrides import refuse_new
 from launcher.parts import WRITTEN, part_runs
 from launcher.record import PipelineRun, part_config
 from launcher.rundir import changed_keys, changed_since, fingerprint, is_empty, refuse_foreign
@@ -66,13 +67,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> tuple[PipelineCo
     if node.get("kind") in MODULES:
         pipeline = _alone(path, overrides)
         return pipeline, jobs_of(pipeline, path)
-    known = list(node.get("jobs") or {})
-    for override in overrides:
-        match override.partition("=")[0].split("."):
-            case ["jobs", name, *_] if name not in known:
-                raise UsageError(
-                    f"{override}: {path} has no job {name!r}; its jobs: {', '.join(known)} (jobs.JOB.set.KEY=value)"
-                )
+    refuse_new(node, overrides, path)
     node = apply_overrides(node, overrides)
     # A job's ${run:NAME} is kept as it is until the job's own config is resolved.
     data = resolve(node, path, run_of=lambda name: f"${{run:{name}}}")

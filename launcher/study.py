@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from data_pipeline.errors import UsageError
 from launcher.config import PipelineConfig, PipelineJob, StudyConfig
 from launcher.grid import Trial, shape, trials_of
+from launcher.overrides import refuse_new
 from launcher.pipeline import Job, jobs_of
 from stpredict.config import apply_overrides, flat, read_yaml, resolve, validate
 
@@ -43,6 +44,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if (kind := node.get("kind")) != "study":
         other = f"use `stpredict launch {path}`" if kind else "a study has `kind: study` (docs/studies.md)"
         raise UsageError(f"{path} has kind {kind}: {other}")
+    refuse_new(node, overrides, path)
     # A job's ${run:NAME} is kept as it is until the job's own config is resolved.
     data = resolve(apply_overrides(node, overrides), path, run_of=lambda name: f"${{run:{name}}}")
     study = validate(StudyConfig, data, path)

@@ -84,7 +84,7 @@ def validate(kind: type[T] | Any, data: dict[str, Any], where: str | Path) -> T:
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
-        raise UsageError("; ".join(_explain(kind, item, where) for item in error.errors())) from None
+        raise UsageError(f"{where}: {_explained(kind, error)}") from None
 
 
 def load(
@@ -108,27 +108,69 @@ def canonical_json(config: BaseModel, but: Collection[str] = ()) -> str:
     return json.dumps(config.model_dump(mode="json", exclude=set(but)), sort_keys=True, separators=(",", ":"))
 
 
-def _explain(kind: Any, item: dict[str, Any], where: str | Path) -> str:
-    # For a discriminated union pydantic puts the tag in front of the key; people write no tag.
-    location = list(item["loc"])
-    model, at, node = _follow(kind, location)
-    key = ".".join(str(part) for part in at)
+def _explained(kind: Any, error: ValidationError) -> str:
+    # A default made of other keys cannot be made where one of those is wrong: that is said already.
+    items = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
+    missing: dict[tuple, list[dict[str, Any]]] = {}  # those of one mapping are one thing to mend
+    for item in items:
+        if item["type"] == "missing":
+            missing.setdefault(item["loc"][:-1], []).append(item)
+    several = [alike for alike in missing.values() if len(alike) > 1]
+    said = [f"keys {', '.join(repr(_key(kind, item)) for item in alike)} are missing" for alike in several]
+    return "; ".join([*said, *(_explain(kind, item) for item in items if not any(item in alike for alike in several))])
+
+
+def _explain(kind: Any, item: dict[str, Any]) -> str:
+    model, at, node = _follow(kind, list(item["loc"]))
+    key = _key(kind, item)
     if item["type"] == "extra_forbidden" and model is not None:
         valid = list(model.model_fields)
         near = difflib.get_close_matches(str(at[-1]), valid, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
-        return f"{where}: unknown key {key!r}; {hint}"
+        return f"unknown key {key!r}; {hint}"
     if item["type"] == "missing":
-        return f"{where}: key {key!r} is missing"
+        field = model and model.model_fields.get(at[-1])
+        return f"key {key!r} is missing" + (f": {field.description}" if field and field.description else "")
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         key = ".".join([*map(str, at), "kind"])
         known = ", ".join(str(_tag(model)) for model in _models(node))
         got = f"is {item['ctx']['tag']!r}" if "tag" in item["ctx"] else "is missing"
-        return f"{where}: key {key!r} {got}; known kinds: {known}"
+        return f"key {key!r} {got}; known kinds: {known}"
     if item["type"] == "model_type" and len(models := _models(node)) == 1:
-        return f"{where}: key {key!r} holds keys, not a value: {', '.join(models[0].model_fields)}"
+        return f"key {key!r} holds keys, not a value: {', '.join(models[0].model_fields)}"
+    if words := _in_words(item):
+        return f"key {key!r} {words}" if key else f"it {words}"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{where}: key {key!r}: {message}" if key else f"{where}: {message}"
+    return f"key {key!r}: {message}" if key else message
+
+
+def _in_words(item: dict[str, Any]) -> str | None:
+    """What was given, and what to give instead; None where pydantic's own words say it."""
+    given = item["input"]
+    text = f"{given:g}" if isinstance(given, float) else str(given)
+    short = "nothing" if given is None else text if len(text) <= 60 else f"{text[:60]}..."
+    match item["type"]:
+        case "tuple_type" | "list_type":
+            return f"is {short}; give a list" + ("" if isinstance(given, dict) or given is None else f": [{short}]")
+        case "dict_type":
+            return f"is {short}; give keys with values, {{KEY: VALUE}}"
+        case "too_short" | "string_too_short":
+            least = item["ctx"]["min_length"]
+            return f"is too short; give {least} or more" if given else "is empty; give it something"
+        case "string_type":
+            return f"is {short}; give text"
+        case "path_type":
+            return f"is {short}; give a path"
+        case "float_type" | "float_parsing":
+            return f"is {short}; give a number"
+        case "int_type" | "int_parsing" | "int_from_float":
+            return f"is {short}; give a whole number"
+    return None
+
+
+def _key(kind: Any, item: dict[str, Any]) -> str:
+    """As people write it: for a discriminated union pydantic puts the tag in front of the key; people write no tag."""
+    return ".".join(str(part) for part in _follow(kind, list(item["loc"]))[1] if part != "[key]")
 
 
 def _follow(kind: Any, location: list) -> tuple[type[BaseModel] | None, list, Any]:

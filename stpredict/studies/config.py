@@ -1,15 +1,16 @@
 """Configs of what is made of a study's runs. Torch-free."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline.config import Config
 
 #: What an axis of a grid is to the analysis: its values are models of other sizes, repetitions with other random
 #: numbers, learning rates to choose from, amounts of training; or something to compare (``other``).
 Role = Literal["size", "seed", "lr", "data", "other"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NO_LOSSES = ("psnr", "accuracy", "codes_used", "codebook_perplexity")  # of validations: no law of losses falls to them
 
 
@@ -32,8 +33,8 @@ class AnalysisConfig(Config):
         "in other ways",
     )
     parameters: Literal["all", "without_embeddings"] = Field("all", description="what N counts")
-    predict: tuple[PositiveFloat, ...] = Field((), description="N of larger models whose loss is to be extrapolated")
-    predict_tokens: tuple[PositiveFloat, ...] = Field(
+    predict: tuple[Positive, ...] = Field((), description="N of larger models whose loss is to be extrapolated")
+    predict_tokens: tuple[Positive, ...] = Field(
         (), description="D of those, by the joint law (default: the largest that was fitted)"
     )
     bootstrap: int = Field(1000, ge=0, description="draws behind the intervals; 0: no intervals")

@@ -135,7 +135,15 @@ MISTAKES = [
     (lr({"a": 3}, None), "grid.lr.values.a: give changes of `trial`, such as {guess: {set: {seed: 1}}}"),
     (lr({"a": {"jugde": {"set": {}}}}, None), "grid.lr.values.a.jugde: `trial` has no job 'jugde'"),
     (lr({"a": {"judge": {"seed": 3}}}, None), "grid.lr.values.a.judge.seed: did you mean judge: {set: {seed: ...}}?"),
-    ({"grid": {}}, "key 'grid': Dictionary should have at least 1 item"),
+    ({"grid": {}}, "key 'grid' is empty; give it something"),
+    ({"grid": ["size"]}, "key 'grid' is ['size']; give keys with values, {KEY: VALUE}"),
+    ({"grid.a b": SEEDS}, "key 'grid.a b': 'a b' is no name: letters, digits, _ and -"),
+    ({"name": None}, "study.yaml: key 'name' is nothing; give text"),
+    ({"analysis": {"predict": 1e10}}, "key 'analysis.predict' is 1e+10; give a list: [1e+10]"),
+    ({"analysis": {"predict": [float("inf")]}}, "key 'analysis.predict.0': Input should be a finite number"),
+    ({"without": ["small"]}, "key 'without.0': 'small' names no axis; give axis: label, such as {size: small}"),
+    ({"without": {"size": "small"}}, "key 'without' is {'size': 'small'}; give a list"),
+    ({"without": [{"size": ["small"]}]}, "key 'without.0': size: give one label; a point for each of several"),
     ({"grid.size": guesses(large="a", big="a")}, "grid.size.values: 'large' and 'big' are the same value; remove one"),
     (
         {
@@ -180,6 +188,53 @@ def test_a_mistake_in_a_grid_is_one_line_that_says_where(study, changes, says):
     assert str(error.value).startswith(str(study.path))
     assert "\n" not in str(error.value)
     assert not (study.folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        (["name"], "study.yaml: key 'name' is missing: its run is runs/NAME, unless `run` says otherwise"),
+        (["name", "run", "grid", "trial", "jobs"], "study.yaml: keys 'name', 'grid', 'trial' are missing"),
+    ],
+)
+def test_what_is_missing_is_said_once_and_nothing_that_follows_from_it(study, missing, says):
+    for key in missing:
+        del study.data[key]
+    with pytest.raises(UsageError) as error:
+        study.load()
+    assert str(error.value) == f"{study.folder}/{says}"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("grid.sizes.values=[1]", "has no axis 'sizes'; its axes: size, seed (to add one: 'grid.sizes={key: "),
+        ("grid[sede].values=[1]", "has no axis 'sede'; its axes: size, seed"),
+        ("grid.size.values.smal.guess.set.seed=1", "has no value 'smal'; its values: small, large (to add one: "),
+        ("trial.juge.set.seed=1", "has no job 'juge'; its jobs: guess, judge (trial.JOB.set.KEY=value)"),
+        ("jobs.vidoes.set.seed=1", "has no job 'vidoes'; its jobs: videos (jobs.JOB.set.KEY=value)"),
+        ("vars.tokeniser=1", "has no variable 'tokeniser'; its variables: tokenizer, seed (vars.NAME=value)"),
+    ],
+)
+def test_an_override_of_what_is_not_there_is_refused_and_what_is_there_named(study, override, says):
+    study.data["vars"] = {"tokenizer": "???"}
+    study.data["trial"]["guess"]["set"] = {"seed": "${vars.seed}"}  # which is given on the command line only
+    with pytest.raises(UsageError) as error:
+        study.load("vars.tokenizer=a", "vars.seed=1", override)
+    assert says in str(error.value)
+    assert str(error.value).startswith(f"{override}: {study.path} has no ")
+
+
+def test_an_axis_or_a_value_may_be_added_whole(study):
+    found = study.load(
+        "grid.size.values.huge={guess: {set: {generated: /huge}}}",
+        "grid.size.values.huge.guess.set.generated=/larger",
+        "grid.memory={key: judge.set.resources.memory_gb}",
+        "grid.memory.values=[1, 2]",
+        "grid.seed.values=[0]",
+    )
+    assert found.trials == [f"{size}-seed0-memory{gb}" for size in ("small", "large", "huge") for gb in (1, 2)]
+    assert str({job.name: job for job in found.jobs}["huge-seed0-memory1-guess"].config.generated) == "/larger"
 
 
 def test_a_study_is_not_launched_as_a_pipeline_and_a_run_is_no_study(study):

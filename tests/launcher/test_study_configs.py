@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from launcher.estimates import load_training
 from launcher.study import load_study
+from stpredict.config import read_yaml
 from stpredict.estimates.planned import plan_training
 from stpredict.jobs.config import PriorJobConfig
 
@@ -16,8 +18,9 @@ TINY_LATENT = {"grid": (9, 8, 8), "codebook_size": 1024}
 
 
 def jobs_of(name: str):
-    given = ["vars.tokenizer=/tokenizer", "vars.latents=/latents", "vars.shards=/shards"]
-    return load_study(ROOT / f"configs/studies/{name}.yaml", [] if name.endswith("_tiny") else given)
+    path = ROOT / f"configs/studies/{name}.yaml"
+    names = [] if name.endswith("_tiny") else OmegaConf.missing_keys(read_yaml(path))
+    return load_study(path, [f"{key}=/{key}" for key in names])
 
 
 def test_each_study_has_a_twin_that_varies_the_same_axes():
