@@ -28,6 +28,11 @@ def show_training(name: str, found: Estimate, latents: dict[str, int] | None) ->
         f"forward {amount(size.flops_forward / 2, 'MAC')} per sample{tokens}; a step of {training.batch_size} samples "
         f"{amount(flops, 'FLOP')}"
     )
+    if tokenizing := found.planned.tokenizing:
+        console.print(
+            f"clips are tokenized in every step: {amount(tokenizing.flops / 2, 'MAC')} per clip, forward alone, in "
+            "fp32 (TF32 where the GPU has it)"
+        )
     console.print(_machine(machine, found.asked))
     console.print(_ways(found))
     if latents:
@@ -44,6 +49,8 @@ def show_training(name: str, found: Estimate, latents: dict[str, int] | None) ->
     _configured(console, found)
     shortest = min(way.time.step_s for way in found.ways)
     _assumptions(console, found.machine, found.asked, found.recommended, shortest)
+    if found.without_tokenizer:
+        _left_out(console, f"none is there (tokenizer: {found.planned.config.tokenizer})")
 
 
 def _ways(found: Estimate) -> Table:
@@ -81,8 +88,10 @@ def _recommended(console: Console, found: Estimate, way: Way) -> None:
             f"sent by each GPU in a step: {gigabytes(collective.sent(way.ranks))} GB, {collective.what} "
             f"({collective.kind}; {how})"
         )
+    tokenizing = f"{seconds(time.tokenizing_s)} of tokenizing, " if time.tokenizing_s else ""
     console.print(
-        f"a step: {seconds(time.computation_s)} of computation, {seconds(time.communication_s)} of communication"
+        f"a step: {tokenizing}{seconds(time.computation_s)} of computation, "
+        f"{seconds(time.communication_s)} of communication"
         + (" (in the measured MFU already)" if time.includes_communication and time.communication_s else "")
     )
     if time.communication_s > time.computation_s:
@@ -168,6 +177,15 @@ def show_several(name: str, rows: Sequence[Row], asked: Asked, facts: dict[str, 
         console.print("✗: does not fit; stpredict estimate with that job's own config recommends what does")
     largest = max((row.machine for row in rows), key=lambda machine: machine.nodes)
     _assumptions(console, largest, asked, None, min(row.step_s for row in rows))
+    if without := [row.name for row in rows if row.without_tokenizer]:
+        _left_out(console, f"of {', '.join(without)}, which is not there yet")
+
+
+def _left_out(console: Console, why: str) -> None:
+    console.print(
+        "[bold yellow]The tokenizer that runs in every step (data.kind: clips) is in neither time nor memory[/]: "
+        f"{why}; give tokenizer=PATH, of a run or an export"
+    )
 
 
 def _machine(machine: Machine, asked: Asked) -> str:

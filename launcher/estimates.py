@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError
 from launcher.pipeline import Job, load_pipeline
-from launcher.planned_latents import with_latent
+from launcher.planned_latents import tokenizer_in_steps, with_latent
 from launcher.study import load_study
 from stpredict.config import apply_overrides, flat, read_yaml, resolve, validate
 from stpredict.jobs.config import AnyJobConfig, JobConfig, PriorJobConfig, TrainingJobConfig
@@ -66,6 +66,10 @@ def load_trainings(jobs: Sequence[Job]) -> dict[str, TrainingJobConfig]:
     }
 
 
+def _tokenizers(trainings: Mapping[str, TrainingJobConfig], jobs: Sequence[Job]):
+    return {name: tokenizer_in_steps(config, jobs) for name, config in trainings.items()}
+
+
 def _stand_in(key: str) -> Any:
     return {"latents": OPEN} if key.split(".")[-1] == "data" else OPEN
 
@@ -104,7 +108,8 @@ def asked(options: Options) -> "Asked":
     from stpredict.estimates.estimate import Asked, this_gpu
 
     if options.mfu_from is not None:
-        utilization = measured(options.mfu_from, _recomputing(options.mfu_from))
+        run = options.mfu_from
+        utilization = measured(run, _recomputing(run), (_written(run).get("data") or {}).get("kind") == "clips")
     else:
         utilization = assumed(ASSUMED_MFU if options.mfu is None else options.mfu)
     gpu, source = this_gpu(options.gpu)
@@ -114,10 +119,13 @@ def asked(options: Options) -> "Asked":
 
 def _recomputing(run: Path) -> ActivationCheckpointingConfig:
     """Of a run that has been; the default where it says nothing."""
+    given = (_written(run).get("training") or {}).get("activation_checkpointing") or {}
+    return validate(ActivationCheckpointingConfig, given, run / "config.yaml")
+
+
+def _written(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
-    written = OmegaConf.to_container(read_yaml(path)) if path.is_file() else {}
-    given = (written.get("training") or {}).get("activation_checkpointing") or {}
-    return validate(ActivationCheckpointingConfig, given, path)
+    return OmegaConf.to_container(read_yaml(path)) if path.is_file() else {}
 
 
 def _check(options: Options) -> None:
@@ -163,7 +171,7 @@ def _training(config: TrainingJobConfig, options: Options, path: Path):
     from stpredict.estimates.planned import plan_training
 
     question = asked(options)
-    found = estimate_training(plan_training(config), question)
+    found = estimate_training(plan_training(config, tokenizer_in_steps(config)), question)
     facts = {"config": str(path), "kind": config.kind, **as_json(found)}
     if cache := _latent_cache(config, options.clips):
         facts["latents"] = cache
@@ -191,7 +199,7 @@ def _pipeline(jobs: Sequence[Job], options: Options, path: Path):
     from stpredict.estimates.several import estimate_several
 
     question = asked(options)
-    rows = estimate_several(trainings, question, with_memory=True)
+    rows = estimate_several(trainings, question, True, _tokenizers(trainings, jobs))
     facts = {"config": str(path), "kind": "pipeline", "trainings": [row.as_json() for row in rows]}
     prior = next((config for config in trainings.values() if isinstance(config, PriorJobConfig)), None)
     if prior and (cache := _latent_cache(prior, options.clips)):
@@ -213,7 +221,7 @@ def _study(path: Path, overrides: Sequence[str], options: Options):
     from stpredict.estimates.several import estimate_several, makespan_s
 
     question = asked(options)
-    rows = estimate_several(trainings, question, with_memory=False)
+    rows = estimate_several(trainings, question, False, _tokenizers(trainings, study.jobs))
     trial_of = {job.name: job.trial for job in study.jobs}
     per_trial: dict[str, float] = {}
     once = 0.0

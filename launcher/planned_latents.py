@@ -8,7 +8,7 @@ from data_pipeline.config import ClipChanges, ClipConfig
 from data_pipeline.errors import UsageError
 from launcher.pipeline import Job
 from stpredict.config import read_yaml, resolve, validate
-from stpredict.jobs.config import EncodeConfig, PriorJobConfig, TokenizerJobConfig
+from stpredict.jobs.config import EncodeConfig, JobConfig, PriorJobConfig, TokenizerJobConfig
 from stpredict.priors.config import LatentConfig, TokenizedClipsConfig
 from stpredict.run import Run
 from stpredict.tokenizers.config import CausalCnnConfig
@@ -18,19 +18,42 @@ def with_latent(config: PriorJobConfig, jobs: Sequence[Job] = ()) -> PriorJobCon
     """``config`` with its ``latent`` filled in. UsageError where nothing says what it is."""
     if config.latent:
         return config
-    tokenizer = next(
-        (j.config for j in jobs if isinstance(j.config, TokenizerJobConfig) and j.config.run == config.tokenizer), None
-    )
-    found = (tokenizer.model, tokenizer.data.clip) if tokenizer else _trained(config.tokenizer)
+    found = _tokenizer(config, jobs)
     if found is None:
         raise UsageError(
             f"the prior's latents are not known: there is no tokenizer in {config.tokenizer}; give "
             "latent.grid=[5,16,16] latent.codebook_size=64000 (those of yours)"
         )
     model, clip = found
-    changed = _changed(clip, _clip_changes(config, jobs))
-    latent = LatentConfig(grid=model.check_clip(changed, "data.clip"), codebook_size=model.codebook_size)
+    latent = LatentConfig(grid=model.check_clip(clip, "data.clip"), codebook_size=model.codebook_size)
     return config.model_copy(update={"latent": latent})
+
+
+def tokenizer_in_steps(config: JobConfig, jobs: Sequence[Job] = ()) -> tuple[CausalCnnConfig, ClipConfig] | None:
+    """What a prior runs in every step, and on which clips: None where it reads tokens that were cached, where the job
+    is no prior, and where there is no such tokenizer."""
+    if not isinstance(config, PriorJobConfig) or not isinstance(config.data, TokenizedClipsConfig):
+        return None
+    found = _tokenizer(config, jobs)
+    if found is None:
+        return None
+    model, clip = found
+    grid = model.check_clip(clip, "data.clip")
+    if config.latent and (config.latent.grid, config.latent.codebook_size) != (grid, model.codebook_size):
+        raise UsageError(
+            f"latent: {config.latent.grid} of {config.latent.codebook_size} codes, and the tokenizer in "
+            f"{config.tokenizer} makes {grid} of {model.codebook_size}"
+        )
+    return found
+
+
+def _tokenizer(config: PriorJobConfig, jobs: Sequence[Job]) -> tuple[CausalCnnConfig, ClipConfig] | None:
+    """The prior's tokenizer, and the clips that it sees for it."""
+    of_pipeline = next(
+        (j.config for j in jobs if isinstance(j.config, TokenizerJobConfig) and j.config.run == config.tokenizer), None
+    )
+    found = (of_pipeline.model, of_pipeline.data.clip) if of_pipeline else _trained(config.tokenizer)
+    return found and (found[0], _changed(found[1], _clip_changes(config, jobs)))
 
 
 def _clip_changes(config: PriorJobConfig, jobs: Sequence[Job]) -> ClipChanges:

@@ -25,12 +25,13 @@ def work(config: ActivationCheckpointingConfig) -> float:
 @dataclass(frozen=True)
 class Utilization:
     """``mfu`` is of the model's FLOPs, without what is computed again, in a training that recomputed ``work`` as
-    ``work()`` has it. A measured one has its communication in it."""
+    ``work()`` has it. A measured one has its communication in it, and what it ``tokenized`` in its steps."""
 
     mfu: float
     source: Literal["assumed", "measured"]
     work: float = 1.0
     run: str | None = None
+    tokenized: bool = False
 
 
 def assumed(mfu: float = ASSUMED_MFU) -> Utilization:
@@ -40,8 +41,8 @@ def assumed(mfu: float = ASSUMED_MFU) -> Utilization:
     return Utilization(mfu, "assumed")
 
 
-def measured(run: Path, recomputing: ActivationCheckpointingConfig) -> Utilization:
-    """The median of a run's, which recomputed as it says. UserError where it has none."""
+def measured(run: Path, recomputing: ActivationCheckpointingConfig, tokenized: bool = False) -> Utilization:
+    """The median of a run's, which recomputed and ``tokenized`` as it says. UserError where it has none."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"--mfu-from {run}: there is no metrics.jsonl; give the directory of a training's run")
@@ -55,18 +56,19 @@ def measured(run: Path, recomputing: ActivationCheckpointingConfig) -> Utilizati
             f"--mfu-from {run}: its metrics.jsonl has no mfu, as on a CPU, or on a GPU whose peak is not known; give "
             "--mfu, or train with training.peak_tflops"
         )
-    return Utilization(statistics.median(found), "measured", work(recomputing), str(run))
+    return Utilization(statistics.median(found), "measured", work(recomputing), str(run), tokenized)
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one step. ``communication`` is what the links need if nothing else went on; where it is ``hidden`` it
-    runs beside the computation."""
+    runs beside the computation. ``tokenizing`` is before each micro-batch."""
 
     computation_s: float
     hidden_s: float
     exposed_s: float
     includes_communication: bool
+    tokenizing_s: float = 0.0
 
     @property
     def communication_s(self) -> float:
@@ -75,12 +77,12 @@ class StepTime:
     @property
     def step_s(self) -> float:
         if self.includes_communication:
-            return self.computation_s
-        return max(self.computation_s, self.hidden_s) + self.exposed_s
+            return self.tokenizing_s + self.computation_s
+        return self.tokenizing_s + max(self.computation_s, self.hidden_s) + self.exposed_s
 
     @property
     def without_overlap_s(self) -> float:
-        return self.computation_s + self.communication_s
+        return self.tokenizing_s + self.computation_s + self.communication_s
 
 
 def bandwidth(gpu: Gpu, nodes: int, gpus_per_node: int, network_gb_s: float) -> float:

@@ -59,6 +59,11 @@ class Estimate:
     disk: Disk
     why: list[str]
 
+    @property
+    def without_tokenizer(self) -> bool:
+        """One runs in every step that is not known, and not counted."""
+        return self.planned.tokenizes and self.planned.tokenizing is None
+
 
 def this_gpu(name: str | None) -> tuple[Gpu, str]:
     """The one that is meant, and why: asked for, here, or the default."""
@@ -192,6 +197,8 @@ def as_json(found: Estimate) -> dict[str, Any]:
             "network_gb_s": machine.network_gb_s,
         },
         "utilization": asdict(asked.utilization),
+        "tokenizing": asdict(found.planned.tokenizing) if found.planned.tokenizing else None,
+        "without_tokenizer": found.without_tokenizer,
         "recommended": way_as_json(chosen, found) if chosen else None,
         "configured": way_as_json(found.configured, found) if found.configured else None,
         "why": found.why,
@@ -215,6 +222,7 @@ def way_as_json(way: Way, found: Estimate) -> dict[str, Any]:
         "sent_bytes_per_step": way.sent_bytes,
         "collectives": [{**asdict(c), "sent_bytes": c.sent(way.ranks)} for c in way.collectives],
         "computation_s": time.computation_s,
+        "tokenizing_s": time.tokenizing_s,
         "communication_hidden_s": time.hidden_s,
         "communication_exposed_s": time.exposed_s,
         "step_s": time.step_s,

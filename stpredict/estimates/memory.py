@@ -30,13 +30,14 @@ REDUCED_AT_ONCE = 500_000_000  # elements: gradients of ZeRO-0 in one all-reduce
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that has most, at ``moment``: "backward" or "update".
+    """Bytes on the rank that has most, at ``moment``: "tokenizing", "backward" or "update".
 
     ``weights`` are those that are computed with, ``masters`` the fp32 ones that are updated. ``buffers`` are the
     model's; ``buckets`` those through which DeepSpeed exchanges gradients, whose size does not depend on the model's;
     ``gathered`` is what ZeRO-3 has collected of the other ranks' weights. ``activations`` are a micro-batch's, with
-    gradients on their way, losses and inputs. ``host`` is in the host's memory, for this rank, and no part of
-    ``total``: what is offloaded, and the copy from which checkpoints are written in the background.
+    gradients on their way, losses and inputs. ``tokenizer`` is one that runs in every step: its weights, the clips of
+    all micro-batches and, while it runs, what it makes of them. ``host`` is in the host's memory, for this rank, and no
+    part of ``total``: what is offloaded, and the copy from which checkpoints are written in the background.
     """
 
     moment: str
@@ -49,6 +50,7 @@ class Memory:
     buckets: int
     gathered: int
     activations: int
+    tokenizer: int = 0
     host: int = 0
 
     @property
@@ -85,7 +87,11 @@ class MemoryEstimator:
         accumulated = training.batch_size > ranks * micro_batch
         kept = _Kept(self._planned, training, precision, ranks, accumulated)
         activations = self._follow(training, precision)
-        moments = kept.in_backward(activations, micro_batch), kept.in_update(activations, micro_batch)
+        moments = [kept.in_backward(activations, micro_batch), kept.in_update(activations, micro_batch)]
+        if tokenizing := self._planned.tokenizing:
+            clips = tokenizing.weights + training.batch_size // ranks * tokenizing.clip
+            moments = [replace(moment, tokenizer=clips) for moment in moments]
+            moments.append(replace(kept.before_forward(), tokenizer=clips + tokenizing.forward))
         return max(moments, key=lambda memory: memory.total)
 
     def _follow(self, training: TrainingConfig, precision: str) -> Activations:
@@ -139,7 +145,18 @@ class _Kept:
         if training.offload.parameters == "cpu":
             host, weights = host + weights, 0
         buffers = sum(buffer.nbytes for buffer in planned.task.model.buffers())
-        return Memory("", weights, masters, moments, 0, averages, buffers, 0, 0, 0, host)
+        return Memory("", weights, masters, moments, 0, averages, buffers, 0, 0, 0, host=host)
+
+    def before_forward(self) -> Memory:
+        """Of a step's last micro-batch."""
+        gradients = {0: 4 * self.trained, 1: self.added * self.trained, 2: self.added * self.share}.get(self.stage, 0)
+        gradients = gradients if self.accumulated else 0
+        if self.is_bf16_optimizer:
+            gradients = (self.added + self.width * self.accumulated) * self.trained
+        buckets = 0
+        if self.stage == 3:
+            gradients, buckets = self.added * self.share, self.added * self.buckets["reduce_bucket_size"]
+        return replace(self.states, moment="tokenizing", gradients=gradients, buckets=buckets)
 
     def in_backward(self, activations: Activations, micro_batch: int) -> Memory:
         alive = activations.bytes(micro_batch)

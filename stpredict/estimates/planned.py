@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
+from data_pipeline.config import ClipConfig
 from data_pipeline.errors import UsageError
+from stpredict.estimates.tokenizing import Tokenizing, plan_tokenizing
 from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
-from stpredict.priors.config import LatentConfig
+from stpredict.priors.config import LatentConfig, TokenizedClipsConfig
 from stpredict.priors.data import PlannedLatents
 from stpredict.priors.task import PriorTask
+from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.tokenizers.task import TokenizerTask
 from stpredict.training.task import Batch, Task
 
@@ -18,11 +21,19 @@ TrainConfig = TokenizerJobConfig | PriorJobConfig
 
 @dataclass(frozen=True)
 class Planned:
-    """``sample`` is one sample of a batch, on the meta device: a key and a tensor without its batch axis."""
+    """``sample`` is one sample of a batch, on the meta device: a key and a tensor without its batch axis. A prior's is
+    its tokens; where they are made in every step, ``tokenizing`` is what makes them, or None where that is not
+    known."""
 
     config: TrainConfig
     task: Task
     sample: dict[str, torch.Tensor]
+    tokenizing: Tokenizing | None = None
+
+    @property
+    def tokenizes(self) -> bool:
+        """Whether a tokenizer runs in every step."""
+        return isinstance(self.config, PriorJobConfig) and isinstance(self.config.data, TokenizedClipsConfig)
 
     def batch(self, size: int, device: str = "meta") -> Batch:
         """As the stream would give it to one rank."""
@@ -30,8 +41,10 @@ class Planned:
         return {"key": [str(number) for number in range(size)], **tensors}
 
 
-def plan_training(config: TrainConfig) -> Planned:
-    """The model is not initialised: nothing is computed. UsageError where the config leaves sizes open."""
+def plan_training(config: TrainConfig, tokenizer: tuple[CausalCnnConfig, ClipConfig] | None = None) -> Planned:
+    """The model is not initialised: nothing is computed. ``tokenizer`` makes a prior's tokens in every step, of such
+    clips. UsageError where the config leaves sizes open."""
+    tokenizing = plan_tokenizing(*tokenizer, config.data.batch_size) if tokenizer else None
     with torch.device("meta"):
         match config:
             case TokenizerJobConfig():
@@ -42,7 +55,7 @@ def plan_training(config: TrainConfig) -> Planned:
                 latent = _latent(config)
                 task = PriorTask(config.model, PlannedLatents(latent), None, 0)
                 sample = {"latent": torch.empty(latent.grid, dtype=torch.int64)}
-    return Planned(config, task, sample)
+    return Planned(config, task, sample, tokenizing)
 
 
 def _latent(config: PriorJobConfig) -> LatentConfig:

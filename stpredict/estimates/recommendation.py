@@ -6,7 +6,7 @@ fewest micro-batches, of the lowest stage.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_pipeline.errors import UsageError
 from stpredict.estimates.communication import Collective, communication
@@ -17,7 +17,6 @@ from stpredict.estimates.planned import Planned
 from stpredict.training.computing import ActivationCheckpointingConfig
 from stpredict.training.config import TrainingConfig
 from stpredict.training.flops import FORWARDS_PER_STEP
-from stpredict.training.task import Task
 
 MARGIN = 0.1  # of a GPU's memory, left to CUDA, NCCL, what kernels need meanwhile, and fragments
 ALIKE = 1.05
@@ -77,10 +76,10 @@ class Way:
 
 
 def step_on(
-    machine: Machine, task: Task, training: TrainingConfig, flops: float, utilization: Utilization
+    machine: Machine, planned: Planned, training: TrainingConfig, flops: float, utilization: Utilization
 ) -> tuple[list[Collective], StepTime]:
     """What a step of ``flops`` sends, and how long it takes; ``training.precision`` is what the machine computes in."""
-    precision, recomputing = training.precision, training.activation_checkpointing
+    task, precision, recomputing = planned.task, training.precision, training.activation_checkpointing
     layers = [] if recomputing.policy == "none" else task.layers()[:: recomputing.every]
     collectives = communication(task.model, layers, training, precision, machine.ranks)
     time = step_time(
@@ -94,6 +93,9 @@ def step_on(
         utilization,
         recomputing,
     )
+    if planned.tokenizing and not utilization.tokenized:
+        tokenizing_s = planned.tokenizing.seconds(training, machine.ranks, machine.gpu, utilization.mfu)
+        time = replace(time, tokenizing_s=tokenizing_s)
     return collectives, time
 
 
@@ -101,7 +103,7 @@ class Ways:
     """Of one training, whose samples take ``flops_forward`` each."""
 
     def __init__(self, planned: Planned, memory: MemoryEstimator, flops_forward: float, utilization: Utilization):
-        self.task, self.training = planned.task, planned.config.training
+        self.planned, self.task, self.training = planned, planned.task, planned.config.training
         self.memory, self.utilization = memory, utilization
         self.flops = FORWARDS_PER_STEP * flops_forward * self.training.batch_size
 
@@ -112,7 +114,7 @@ class Ways:
         precision = machine.gpu.precision(training.precision)
         training = training.model_copy(update={"precision": precision, "micro_batch_size": micro_batch})
         memory = self.memory.of(training, ranks, micro_batch)
-        collectives, time = step_on(machine, self.task, training, self.flops, self.utilization)
+        collectives, time = step_on(machine, self.planned, training, self.flops, self.utilization)
         return Way(training, memory, collectives, time, memory.total <= machine.usable_bytes, ranks)
 
     def all(self, machine: Machine) -> list[Way]:

@@ -3,8 +3,10 @@
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
+from data_pipeline.config import ClipConfig
 from data_pipeline.errors import UsageError
 from stpredict.estimates.disk import disk_of
 from stpredict.estimates.estimate import GPUS_PER_NODE, Asked, Budget, budget_of
@@ -13,6 +15,7 @@ from stpredict.estimates.planned import plan_training
 from stpredict.estimates.recommendation import Machine, step_on
 from stpredict.estimates.size import Size, size_of
 from stpredict.jobs.config import TrainingJobConfig
+from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.training.flops import FORWARDS_PER_STEP
 
 # What changes neither shapes, bytes nor times: trials that differ in these alone are estimated once.
@@ -26,7 +29,8 @@ ALIKE = {
 
 @dataclass(frozen=True)
 class Row:
-    """``memory_bytes`` per GPU, of ``usable_bytes``; None where it was not asked for."""
+    """``memory_bytes`` per GPU, of ``usable_bytes``; None where it was not asked for. ``without_tokenizer``: one
+    runs in its steps that is not known, and not counted."""
 
     name: str
     size: Size
@@ -36,6 +40,7 @@ class Row:
     step_s: float
     disk_bytes: int
     memory_bytes: int | None
+    without_tokenizer: bool = False
 
     @property
     def seconds(self) -> float:
@@ -59,34 +64,48 @@ class Row:
             "memory_bytes": self.memory_bytes,
             "usable_bytes": self.machine.usable_bytes,
             "step_s": self.step_s,
+            "without_tokenizer": self.without_tokenizer,
             "days": self.seconds / 86400,
             "gpu_hours": self.gpu_hours,
             "disk_bytes": self.disk_bytes,
         }
 
 
-def estimate_several(trainings: Mapping[str, TrainingJobConfig], asked: Asked, with_memory: bool) -> list[Row]:
-    """A row for each. UsageError names the one whose batch does not divide among its ranks."""
+def estimate_several(
+    trainings: Mapping[str, TrainingJobConfig],
+    asked: Asked,
+    with_memory: bool,
+    tokenizers: Mapping[str, tuple[CausalCnnConfig, ClipConfig] | None] = MappingProxyType({}),
+) -> list[Row]:
+    """A row for each; ``tokenizers`` are those that run in a prior's steps. UsageError names the one whose batch does
+    not divide among its ranks."""
     known: dict[str, Row] = {}
     rows = []
     for name, config in trainings.items():
-        key = str(config.model_dump(mode="json", exclude=ALIKE))
+        tokenizer = tokenizers.get(name)
+        key = str((config.model_dump(mode="json", exclude=ALIKE), tokenizer))
         if key not in known:
             try:
-                known[key] = _row(name, config, asked, with_memory)
+                known[key] = _row(name, config, tokenizer, asked, with_memory)
             except UsageError as error:
                 raise UsageError(f"job {name!r}: {error}") from None
         rows.append(replace(known[key], name=name))
     return rows
 
 
-def _row(name: str, config: TrainingJobConfig, asked: Asked, with_memory: bool) -> Row:
-    planned, training = plan_training(config), config.training
+def _row(
+    name: str,
+    config: TrainingJobConfig,
+    tokenizer: tuple[CausalCnnConfig, ClipConfig] | None,
+    asked: Asked,
+    with_memory: bool,
+) -> Row:
+    planned, training = plan_training(config, tokenizer), config.training
     size, machine = size_of(planned), machine_of(config, asked)
     precision = machine.gpu.precision(training.precision)
     training = training.model_copy(update={"precision": precision})
     flops = FORWARDS_PER_STEP * size.flops_forward * training.batch_size
-    _, time = step_on(machine, planned.task, training, flops, asked.utilization)
+    _, time = step_on(machine, planned, training, flops, asked.utilization)
     micro_batch = training.batch_size // (machine.ranks * training.accumulation_steps(machine.ranks))
     memory = MemoryEstimator(planned).of(training, machine.ranks, micro_batch).total if with_memory else None
     budget = budget_of(training, size, asked.tokens)
@@ -99,6 +118,7 @@ def _row(name: str, config: TrainingJobConfig, asked: Asked, with_memory: bool) 
         time.step_s,
         disk_of(planned, training.model_copy(update={"steps": budget.steps}), machine.ranks).peak,
         memory,
+        planned.tokenizes and tokenizer is None,
     )
 
 

@@ -105,6 +105,26 @@ def test_a_priors_latents_come_from_a_tokenizer_that_is_there(tmp_path):
     assert load_training(PRIOR, [f"tokenizer={tmp_path}", *fewer]).latent.grid == run.model.grid(9, *clip.size)
 
 
+def test_a_prior_on_clips_pays_for_its_tokenizer_or_is_said_not_to(tmp_path, capsys):
+    tokenizer = yaml.safe_load(Path("configs/tokenizers/demo.yaml").read_text())
+    tokenizer["data"]["shards"] = "nowhere"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tokenizer))
+    clips = ["data.kind=clips", "data.shards=nowhere"]
+
+    def asked(*overrides: str) -> dict:
+        estimate(PRIOR, [*clips, *overrides], Options(gpus_per_node=2), as_json=True)
+        return json.loads(capsys.readouterr().out)
+
+    there, missing = asked(f"tokenizer={tmp_path}"), asked(*LATENT)
+    assert there["recommended"]["tokenizing_s"] > 0
+    assert there["recommended"]["memory"]["tokenizer"] > 0
+    assert not there["without_tokenizer"]
+    assert missing["without_tokenizer"]
+    assert missing["recommended"]["tokenizing_s"] == missing["recommended"]["memory"]["tokenizer"] == 0
+    estimate(PRIOR, [*clips, *LATENT], Options(gpus_per_node=2), as_json=False)
+    assert "is in neither time nor memory" in capsys.readouterr().out.replace("\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
