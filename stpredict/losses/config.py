@@ -1,10 +1,14 @@
 """The losses that a tokenizer is trained with, and their weights."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from data_pipeline.config import Config
+from data_pipeline.config import ClipConfig, Config
+from data_pipeline.errors import UsageError
+
+VGG_SMALLEST = 16  # pixels per side: four times halved
 
 
 class PatchGanConfig(Config):
@@ -36,13 +40,55 @@ class AdversarialLossConfig(Config):
     discriminator: PatchGanConfig = PatchGanConfig()
 
 
+class LpipsConfig(Config):
+    """LPIPS with VGG16, whose weights are in neither this repository nor its dependencies."""
+
+    kind: Literal["lpips"] = "lpips"
+    trunk: Path | None = Field(
+        None, description="VGG16's weights in torchvision's layout, .pth or .safetensors; default: downloaded"
+    )
+    heads: Path | None = Field(
+        None, description="weights of the features' channels in the lpips package's layout; default: torchmetrics' copy"
+    )
+
+    def check_clip(self, clip: ClipConfig, where: str) -> None:
+        """UsageError where VGG16 cannot look at its frames."""
+        if min(clip.size) < VGG_SMALLEST:
+            raise UsageError(
+                f"{where}: LPIPS needs frames of {VGG_SMALLEST}x{VGG_SMALLEST} at least, clips have {clip.size[0]}x"
+                f"{clip.size[1]}; take loss.perceptual.network={{kind: random_features}}, or loss.perceptual=null"
+            )
+
+
+class RandomFeaturesConfig(Config):
+    """A network of fixed random convolutions, for machines without VGG16's weights. It is no LPIPS."""
+
+    kind: Literal["random_features"] = "random_features"
+    seed: int = 0
+    channels: tuple[PositiveInt, ...] = Field((32, 64, 128), min_length=1, description="of each scale")
+
+    def check_clip(self, clip: ClipConfig, where: str) -> None:
+        """UsageError where its frames have not that many scales."""
+        smallest = 2 ** (len(self.channels) - 1)
+        if min(clip.size) < smallest:
+            raise UsageError(f"{where}: {len(self.channels)} scales need frames of {smallest}x{smallest} at least")
+
+
+class PerceptualLossConfig(Config):
+    """Distance of frames as a network sees them; also a metric of the validation."""
+
+    weight: float = Field(0.1, ge=0, description="0: a metric of the validation only")
+    network: Annotated[LpipsConfig | RandomFeaturesConfig, Field(discriminator="kind")] = LpipsConfig()
+
+
 class TokenizerLossConfig(Config):
-    """Weighted sum of mean absolute and mean squared error between the clip and its reconstruction, and of what a
-    discriminator makes of that."""
+    """Weighted sum of mean absolute and mean squared error between the clip and its reconstruction, of how different
+    they look to a network, and of what a discriminator makes of the reconstruction."""
 
     l1: float = Field(1.0, ge=0)
     l2: float = Field(0.0, ge=0)
-    # Left out where there is none: runs that are older than the key are runs without.
+    # Left out where there is none: runs that are older than the keys are runs without.
+    perceptual: PerceptualLossConfig | None = Field(None, exclude_if=lambda value: value is None)
     adversarial: AdversarialLossConfig | None = Field(None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")

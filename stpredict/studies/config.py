@@ -11,7 +11,8 @@ from data_pipeline.config import Config
 #: numbers, learning rates to choose from, amounts of training; or something to compare (``other``).
 Role = Literal["size", "seed", "lr", "data", "other"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NO_LOSSES = ("psnr", "accuracy", "codes_used", "codebook_perplexity")  # of validations: no law of losses falls to them
+# Of validations: no law of losses falls to them.
+NO_LOSSES = ("psnr", "ssim", "accuracy", "codes_used", "codebook_perplexity", "codebook_entropy_bits")
 
 
 class AnalysisConfig(Config):

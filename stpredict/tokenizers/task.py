@@ -1,7 +1,8 @@
-"""Training a tokenizer: reconstruct clips, and deceive a discriminator where the config has one."""
+"""Training a tokenizer: reconstruct clips; where the config says so, so that they look right and deceive a
+discriminator."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from math import log2, prod
 
 import numpy as np
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from data_pipeline.config import ClipDataConfig
 from data_pipeline.stream import clip_batches, clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
-from stpredict.evaluation.frame_metrics import frame_mse, frame_psnr
+from stpredict.evaluation.frame_metrics import SSIM_WINDOW, frame_mse, frame_psnr, frame_ssim
 from stpredict.evaluation.pictures import side_by_side, stacked
 from stpredict.exports import TokenizerExport
 from stpredict.losses.config import TokenizerLossConfig
 from stpredict.losses.patch_gan import PatchGan
+from stpredict.losses.perceptual import feature_distance
 from stpredict.quantizers.code_use import perplexity
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig
@@ -24,14 +26,25 @@ PICTURED = 4
 
 
 class TokenizerTask(Task):
-    metrics = ("mse", "psnr", "codes_used", "codebook_perplexity")
-
     def __init__(self, model: CausalCnnConfig, loss: TokenizerLossConfig, data: ClipDataConfig, seed: int):
-        model.check_clip(data.clip, "data.clip")
-        for name, other in data.mix.items():
-            model.check_clip(other.clip, f"data.mix.{name}.clip")
+        clips = {"data.clip": data.clip} | {f"data.mix.{name}.clip": other.clip for name, other in data.mix.items()}
+        for where, clip in clips.items():
+            model.check_clip(clip, where)
+            if loss.perceptual:
+                loss.perceptual.network.check_clip(clip, f"loss.perceptual, for {where}")
         self.model = CausalCnnTokenizer(model)
         self.weights = {name: weight for name, weight in (("l1", loss.l1), ("l2", loss.l2)) if weight}
+        self.perceptual = None
+        if loss.perceptual:
+            self.perceptual = feature_distance(loss.perceptual.network, model.video_channels)
+            if loss.perceptual.weight:
+                self.weights["perceptual"] = loss.perceptual.weight
+        self.frame_metrics = ["mse", "psnr"]
+        if min(data.clip.size) >= SSIM_WINDOW:
+            self.frame_metrics.append("ssim")
+        if self.perceptual:
+            self.frame_metrics.append(self.perceptual.name)
+        self.metrics = (*self.frame_metrics, "codes_used", "codebook_perplexity", "codebook_entropy_bits")
         self.gan = PatchGan(loss.adversarial, model.video_channels) if loss.adversarial else None
         if self.gan:
             self.discriminator = self.gan.discriminator
@@ -54,7 +67,7 @@ class TokenizerTask(Task):
 
     def counts(self, batch: Batch) -> dict[str, float]:
         clips, *sides, _ = batch["clip"].shape
-        counts = dict.fromkeys(("l1", "l2"), float(batch["clip"].numel()))
+        counts = dict.fromkeys(("l1", "l2"), float(batch["clip"].numel())) | {"perceptual": float(clips * sides[0])}
         return counts | (self.gan.counts(clips, *sides) if self.gan else {})
 
     def training_step(self, forward: Forward, batch: Batch) -> Sums:
@@ -64,7 +77,10 @@ class TokenizerTask(Task):
         if self.gan:
             batch["reconstruction"] = reconstruction
         error = reconstruction - video
-        return {"l1": error.abs().sum(), "l2": error.square().sum(), "codebook": self._uses(ids)}
+        sums = {"l1": error.abs().sum(), "l2": error.square().sum(), "codebook": self._uses(ids)}
+        if "perceptual" in self.weights:
+            sums["perceptual"] = self.perceptual.to(video.device)(reconstruction, video).sum()
+        return sums
 
     def adversarial_step(self, judge: Forward, batch: Batch) -> Sums:
         return self.gan.model_step(judge, batch["reconstruction"])
@@ -80,20 +96,24 @@ class TokenizerTask(Task):
         return clips * prod(self.model.config.grid(*video))
 
     def validation_step(self, forward: Forward, batch: Batch) -> Sums:
-        reconstruction, ids = forward(to_video(batch["clip"]))
-        mse = frame_mse(to_clip(reconstruction.float()), batch["clip"])
-        weight = batch["weight"].double()
-        used = self._uses(ids[weight > 0])
-        psnr = frame_psnr(mse).mean(1)
-        return {"mse": (mse.mean(1) * weight).sum(), "psnr": (psnr * weight).sum(), "clips": weight.sum(), "used": used}
+        video = to_video(batch["clip"])
+        reconstruction, ids = forward(video)
+        made, weight = to_clip(reconstruction.float()), batch["weight"].double()
+        mse = frame_mse(made, batch["clip"])
+        of_frames = {"mse": mse, "psnr": frame_psnr(mse)}
+        if "ssim" in self.metrics:  # clip by clip: its maps in float64 take some memory
+            pairs = zip(made.split(1), batch["clip"].split(1), strict=True)
+            of_frames["ssim"] = torch.cat([frame_ssim(*pair) for pair in pairs])
+        if self.perceptual:
+            of_frames[self.perceptual.name] = self.perceptual.to(video.device)(to_video(made), video)
+        sums = {name: (values.mean(1) * weight).sum() for name, values in of_frames.items()}
+        return sums | {"clips": weight.sum(), "used": self._uses(ids[weight > 0])}
 
     def validation_metrics(self, sums: Sums) -> dict[str, float]:
-        return {
-            "mse": float(sums["mse"] / sums["clips"]),
-            "psnr": float(sums["psnr"] / sums["clips"]),
-            "codes_used": float((sums["used"] > 0).sum()),
-            "codebook_perplexity": perplexity(sums["used"]),
-        }
+        uses = sums["used"]
+        means = {name: float(sums[name] / sums["clips"]) for name in self.frame_metrics}
+        used = {"codes_used": float((uses > 0).sum()), "codebook_perplexity": perplexity(uses)}
+        return means | used | {"codebook_entropy_bits": log2(used["codebook_perplexity"])}
 
     def _uses(self, ids: Tensor) -> Tensor:
         """How often each code is among ``ids``: int64 ``(codes,)``. What is made of latents that are not finite is no

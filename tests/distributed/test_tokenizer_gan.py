@@ -1,4 +1,4 @@
-"""A tokenizer trained against its discriminator, on two ranks, at every ZeRO stage."""
+"""A tokenizer trained by all of its losses, against its discriminator, on two ranks, at every ZeRO stage."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ GAN = {
     "r1_every": 2,
     "discriminator": {"channels": 8, "layers": 2, "groups": 4},
 }
-TERMS = {"l1", "adversarial", "real", "fake", "lecam_real", "lecam_fake", "logit_real", "logit_fake"}
+TERMS = {"l1", "perceptual", "adversarial", "real", "fake", "lecam_real", "lecam_fake", "logit_real", "logit_fake"}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,11 @@ def trial(clips: Path, name: str, stage: int, **training) -> dict:
             "groups": 4,
             "levels": [4, 4, 4],
         },
-        "loss": {"l1": 1.0, "adversarial": GAN},
+        "loss": {
+            "l1": 1.0,
+            "perceptual": {"network": {"kind": "random_features", "channels": [8, 16]}},
+            "adversarial": GAN,
+        },
         "training": {
             "steps": STEPS,
             "batch_size": 4,
@@ -89,7 +93,7 @@ def test_both_sides_learn_and_every_term_is_logged_from_the_start_on(runs):
         assert ("discriminator_lr" in row) == judged
     first, *_, last = (row for row in rows(runs / "stage_2") if "real" in row)
     assert last["real"] + last["fake"] < first["real"] + first["fake"]  # it tells them apart better
-    assert {"psnr", "mse", "codes_used"} <= rows(runs / "stage_2", "val")[-1].keys()
+    assert {"psnr", "ssim", "random_features", "codebook_entropy_bits"} <= rows(runs / "stage_2", "val")[-1].keys()
 
 
 @pytest.mark.parametrize("name", ["stage_1", "stage_2", "stage_3"])
@@ -115,7 +119,7 @@ def test_in_bf16_the_losses_are_those_of_fp32_but_for_its_rounding(runs):
         assert low["l1"] == pytest.approx(full["l1"], rel=0.02)
         if low["step"] == START + 1:  # after that, what is rounded in the model grows in the discriminator
             for term in TERMS:
-                assert low[term] == pytest.approx(full[term], rel=0.05, abs=0.01), term
+                assert low[term] == pytest.approx(full[term], rel=0.05, abs=0.05), term
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(runs):

@@ -1,0 +1,102 @@
+"""The convolutions of VGG16 (Simonyan and Zisserman 2015), with torchvision's names, and no torchvision."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import UsageError
+
+URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's IMAGENET1K_V1; its name has its hash
+#: Channels of the 3x3 convolutions between the poolings.
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+WIDTHS = tuple(stage[-1] for stage in STAGES)
+
+
+class Vgg16(nn.Module):
+    """Images ``(n, 3, h, w)``, 16x16 at least, to what stands before each of its five poolings (relu1_2, relu2_2,
+    relu3_3, relu4_3 and relu5_3), of ``WIDTHS`` channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.ModuleDict()  # numbered as in torchvision, where ReLUs and poolings count too
+        self.stages: list[list[str]] = []
+        number, width = 0, 3
+        for stage in STAGES:
+            self.stages.append([])
+            for out in stage:
+                self.features[str(number)] = nn.Conv2d(width, out, 3, padding=1)
+                self.stages[-1].append(str(number))
+                number, width = number + 2, out
+            number += 1
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for names in self.stages:
+            if features:
+                x = F.max_pool2d(x, 2)
+            for name in names:
+                x = F.relu(self.features[name](x))
+            features.append(x)
+        return features
+
+
+def vgg16(path: Path | None, key: str) -> Vgg16:
+    """With the weights of a file in torchvision's layout (``features.0.weight``, …; others in it are ignored), else
+    downloaded once, by torch.hub. UsageError, naming the config's ``key``, where they cannot be had or do not fit.
+
+    On the meta device it has no weights.
+    """
+    planned = torch.empty(()).is_meta
+    with torch.device("meta"):  # no random numbers are drawn for what is loaded
+        model = Vgg16()
+    if not planned:
+        weights = read_weights(path, key) if path else _download(key)
+        place(weights, model, f"{key}: {path or URL}")
+    return model.requires_grad_(False)
+
+
+def read_weights(path: Path, key: str) -> dict[str, Tensor]:
+    """Of a .pth or .safetensors file. UsageError, naming the config's ``key``, where it cannot be read."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{key}: {path} is not there") from None
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
+        raise UsageError(f"{key}: {path} cannot be read as weights: {_first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{key}: {path} holds a {type(found).__name__}, not weights by name")
+    return found
+
+
+def place(weights: dict[str, Tensor], model: nn.Module, where: str) -> None:
+    """Gives ``model``, which is on the meta device, those of ``weights`` that it has. UsageError where one is missing
+    or has another shape."""
+    wanted = model.state_dict()
+    for name, tensor in wanted.items():
+        found = weights.get(name)
+        if not torch.is_tensor(found) or found.shape != tensor.shape:
+            has = f"is {tuple(found.shape)}" if torch.is_tensor(found) else "is missing"
+            raise UsageError(f"{where}: {name} {has}, {tuple(tensor.shape)} is needed; give weights of that layout")
+    model.load_state_dict({name: weights[name].float() for name in wanted}, assign=True)
+
+
+def _download(key: str) -> dict[str, Tensor]:
+    try:
+        return torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UsageError(
+            f"{key}: VGG16's weights cannot be downloaded ({_first_line(error)}): fetch {URL} elsewhere and give its "
+            "path here, or take loss.perceptual.network={kind: random_features}, which needs none"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
