@@ -2,7 +2,7 @@
 
 Shapes are followed through torch's operators of the CPU. Attention keeps the same there (its output and a number per
 query and head). These do not: dropout, whose mask has the input's type on a CPU; RMSNorm, which is written out there;
-and padding, which CPU autocast would do in fp32.
+and whatever autocast has compute in another type (``cuda_autocast``).
 """
 
 from collections.abc import Iterator
@@ -13,20 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_pad = F.pad
+from stpredict.estimates.cuda_autocast import cuda_autocast
 
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
     """Meanwhile torch's functions are replaced, in the whole process: recomputation comes from inside autograd, where
     modes of torch are off."""
-    with patch.multiple(F, dropout=_dropout, rms_norm=_rms_norm, pad=_pad_in_its_type):
+    with cuda_autocast(), patch.multiple(F, dropout=_dropout, rms_norm=_rms_norm):
         yield
-
-
-def _pad_in_its_type(*args, **kwargs) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        return _pad(*args, **kwargs)
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -34,6 +29,8 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 
 
 def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):  # which a function of autograd's does not see
+        x, weight = x.float(), weight if weight is None else weight.float()
     if weight is None or weight.dtype != x.dtype:
         return torch.rms_norm(x, shape, weight, eps)
     return _FusedRmsNorm.apply(x, weight)
