@@ -20,7 +20,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import Progress
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import UsageError, UserError
 from launcher.parts import whole_is_done
 from launcher.progress import Watch
 from launcher.rundir import is_done, locked, prepare, put_back, refuse_foreign
@@ -31,6 +31,7 @@ from stpredict.run import Run, now
 PREEMPTED = 75
 GRACE_FAILED_S = 15.0  # ranks that lost a peer cannot save together any more
 GRACE_PREEMPTED_S = 60.0  # ranks that are about to finish the same save
+KILLED_S = 10.0  # until one that was killed is gone
 POLL_S = 0.1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
@@ -101,11 +102,12 @@ def running(
             error.unlink()
         threads = config.resources.threads or threads
         seen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-        ranks = start_ranks(
-            command(run), config.resources.processes, run.log_path, threads, code, [lock.fileno()], seen
-        )
-        with Watch(run, name, console, bars) as watch:
-            ended = yield from supervised(ranks, stops, watch.show, name)
+        with _last_word(run):
+            ranks = start_ranks(
+                command(run), config.resources.processes, run.log_path, threads, code, [lock.fileno()], seen
+            )
+            with Watch(run, name, console, bars) as watch:
+                ended = yield from supervised(ranks, stops, watch.show, name)
         code = _conclude(run, name, ended)
         if code == UsageError.exit_status:
             put_back(run, before)
@@ -139,24 +141,32 @@ def start_ranks(
         **(variables or {}),
     }
     ranks = []
-    for rank in range(processes):
-        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        log_of(rank).parent.mkdir(parents=True, exist_ok=True)
-        with log_of(rank).open("a") as log:
-            log.write(f"=== {now()} rank {rank} of {processes}: {' '.join(command)}\n")
-            log.flush()
-            ranks.append(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    pass_fds=keep_open,
-                )
-            )
+    try:
+        for rank in range(processes):
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(_start_rank(command, environment, log_of(rank), f"rank {rank} of {processes}", keep_open))
+    except BaseException:
+        _kill_groups(ranks)  # which would wait for those that could not be started
+        raise
     return ranks
+
+
+def _start_rank(
+    command: Sequence[str], environment: Mapping[str, str], path: Path, who: str, keep_open: Sequence[int]
+) -> subprocess.Popen:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as log:
+        log.write(f"=== {now()} {who}: {' '.join(command)}\n")
+        log.flush()
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=keep_open,
+        )
 
 
 def supervise(ranks: Sequence[subprocess.Popen], stops: list[int], show: Callable[[], None]) -> dict[int, int]:
@@ -196,6 +206,9 @@ def supervised(
             yield
     finally:
         _kill_groups(ranks)  # what a rank left behind, such as its data workers: they hold the lock of the directory
+        for process in ranks:  # after an error of ours there are some that had not ended
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(KILLED_S)
     return ended
 
 
@@ -206,6 +219,26 @@ def exit_status(codes: Collection[int]) -> int:
     if set(codes) <= {0, PREEMPTED}:
         return PREEMPTED
     return 2 if 2 in codes else 1
+
+
+@contextmanager
+def _last_word(run: Run) -> Iterator[None]:
+    """Where not the ranks end the job but an error of ours, which ends them: status.json says so, as they cannot."""
+    try:
+        yield
+    except GeneratorExit:  # the error was another job's, or the loop's
+        _leave_status(run, "preempted", "ended with the launcher; run again to continue")
+        raise
+    except Exception as error:
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        _leave_status(run, "failed", f"error of the launcher: {what}")
+        raise
+
+
+def _leave_status(run: Run, state: str, error: str) -> None:
+    with suppress(OSError, UserError):  # a full disk, or a damaged status, may be the reason itself
+        if run.status().state != "done":
+            run.update_status(state=state, finished=now(), error=error)
 
 
 def _conclude(run: Run, name: str, ended: dict[int, int]) -> int:

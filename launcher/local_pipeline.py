@@ -3,6 +3,7 @@ table at the end."""
 
 import os
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -134,6 +135,12 @@ class _Loop:
             except UserError as error:  # its directory is in use, its merge refused: no matter to the others
                 local.say(f"error: {job.name}: {error}", style="red")
                 ended.append((job, error.exit_status))
+            except Exception as error:  # ours: the others go on, and end with a status of their own
+                if os.environ.get("STPREDICT_DEBUG"):
+                    traceback.print_exc()
+                what = f"internal error: {type(error).__name__}: {error}"
+                local.say(f"error: {job.name}: {what} (rerun with --debug for the traceback)", style="red")
+                ended.append((job, 1))
         return ended
 
     def _close(self) -> None:

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import psutil
 import pytest
 import yaml
 
@@ -12,6 +13,7 @@ from launcher.config import LocalCluster
 from launcher.launch import launch
 from launcher.local_pipeline import LocalExecutor
 from launcher.pipeline import load_pipeline
+from launcher.progress import Watch
 from launcher.rundir import locked
 from launcher.share import Gpus, gpus_here, threads_of
 from stpredict.jobs.config import EvaluateConfig, GenerateConfig, Resources
@@ -197,6 +199,39 @@ def test_one_whose_directory_is_in_use_hinders_no_other(pipeline, fake_running, 
         assert launch_really(pipeline(a={}, b={}), fake_running, 2) == 2
     assert states(tmp_path, "b") == {"b": "done"}
     assert "error: a: " in capsys.readouterr().err
+
+
+def test_an_error_of_ours_over_one_job_is_its_own_status_and_ends_no_other(
+    pipeline, fake_running, tmp_path, capsys, monkeypatch
+):
+    show = Watch.show
+
+    def broken(watch):
+        if watch.name == "a" and (tmp_path / "run" / "a" / "pid_0").exists():
+            raise RuntimeError("no such bar")
+        show(watch)
+
+    monkeypatch.setattr(Watch, "show", broken)
+    loaded = pipeline(a={}, b={}, c={"needs": ["a"]}, d={"needs": ["b"]})
+    assert launch_really(loaded, fake_running, 2, a="sleep") == 1
+    assert states(tmp_path, "abcd") == {"a": "failed", "b": "done", "c": None, "d": "done"}
+    assert Run(tmp_path / "run" / "a").status().error == "error of the launcher: RuntimeError: no such bar"
+    assert "error: a: internal error: RuntimeError: no such bar (rerun with --debug" in capsys.readouterr().err
+
+
+def test_an_error_that_ends_the_launcher_leaves_every_job_a_status_and_no_rank(
+    pipeline, fake_running, tmp_path, monkeypatch
+):
+    def broken(*_):
+        raise RuntimeError("the loop's own")
+
+    monkeypatch.setattr("launcher.turns.Schedule.end", broken)
+    loaded = pipeline(a={}, b={})
+    with pytest.raises(RuntimeError, match="the loop's own"):
+        launch_really(loaded, fake_running, 2, b="sleep")
+    assert states(tmp_path, "ab") == {"a": "done", "b": "preempted"}
+    assert Run(tmp_path / "run" / "b").status().error == "ended with the launcher; run again to continue"
+    assert not psutil.pid_exists(int((tmp_path / "run" / "b" / "pid_0").read_text()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

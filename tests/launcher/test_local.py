@@ -117,6 +117,18 @@ def test_what_a_rank_leaves_behind_is_ended_with_it_so_that_the_directory_is_fre
     assert local.run_job(job(), command=lambda _: []) == 0  # not in use
 
 
+def test_where_a_rank_cannot_be_started_those_that_were_are_ended(job, fake, tmp_path):
+    assert fake("1", "1")(job(2)) == 1
+    run = Run(tmp_path / "run")
+    run.log_path(1).unlink()
+    run.log_path(1).mkdir()
+    with pytest.raises(IsADirectoryError):
+        local.run_job(job(2), command=lambda _: ["sleep", "60"])
+    assert run.status().state == "failed"
+    assert "error of the launcher: IsADirectoryError" in run.status().error
+    wait_for(lambda: not any(process.cmdline() == ["sleep", "60"] for process in psutil.Process().children()), 5)
+
+
 def test_a_persons_own_folder_is_no_run_directory_and_stays_as_it_is(job, fake, tmp_path):
     own = tmp_path / "run" / "videos" / "holiday.mp4"
     own.parent.mkdir(parents=True)
