@@ -241,9 +241,15 @@ def estimate(
         Path, typer.Argument(metavar="CONFIG", help="YAML of a training, a pipeline or a study; config.yaml of a run")
     ],
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="nodes (default: the fewest that hold it)")] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="nodes (default: the fewest that hold it; of several trainings, as their configs say)"
+        ),
+    ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of a node (default: 8, or fewer where the batch does not divide so)")
+        int | None,
+        typer.Option(min=1, help="GPUs of a node (default: 8, or the most below that among which the batch divides)"),
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="a100-80g, h100, l40s, ... (default: the one here, or a100-80g)")
@@ -255,13 +261,13 @@ def estimate(
         float | None, typer.Option(help="share of the GPU's peak that the model's FLOPs reach (default: 0.4)")
     ] = None,
     mfu_from: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="as measured in this run: the median of its metrics.jsonl")
+        Path | None, typer.Option(metavar="RUN", help="as measured in this run, less what it sent")
     ] = None,
     tokens: Annotated[
         float | None, typer.Option(help="tokens to train on, 300e9 (default: the config's steps)")
     ] = None,
     days: Annotated[float | None, typer.Option(help="on how many nodes is it done within so many days?")] = None,
-    clips: Annotated[int | None, typer.Option(min=1, help="clips, for the size of the cache of latents")] = None,
+    clips: Annotated[int | None, typer.Option(min=1, help="clips, for the size of a prior's cache of latents")] = None,
     json: Annotated[bool, typer.Option("--json", help="print all of it as JSON: bytes, seconds, FLOPs")] = False,
 ) -> None:
     """Say what a training takes before it is begun, and how to run it: parameters, FLOPs, memory, traffic, time.

@@ -9,8 +9,11 @@ from rich.table import Table
 
 from stpredict.estimates.duration import work
 from stpredict.estimates.estimate import Asked, Estimate
-from stpredict.estimates.recommendation import MARGIN, Machine, Way, gigabytes
+from stpredict.estimates.machine import MARGIN, Machine
+from stpredict.estimates.offloading import UPDATED_PER_S
+from stpredict.estimates.recommendation import gigabytes
 from stpredict.estimates.several import Row
+from stpredict.estimates.ways import Way
 from stpredict.training.flops import FORWARDS_PER_STEP
 
 WIDTH = 80
@@ -48,14 +51,14 @@ def show_training(name: str, found: Estimate, latents: dict[str, int] | None) ->
             console.print(f"- {reason}")
     _configured(console, found)
     shortest = min(way.time.step_s for way in found.ways)
-    _assumptions(console, found.machine, found.asked, found.recommended, shortest)
+    _assumptions(console, found.machine, found.asked, found.ways, shortest)
     if found.without_tokenizer:
         _left_out(console, f"none is there (tokenizer: {found.planned.config.tokenizer})")
 
 
 def _ways(found: Estimate) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("ZeRO", "recomputed", "micro-batch", "GB/GPU", "GB sent", "step", ""):
+    for heading in ("ZeRO", "recomputed", "micro-batch", "GB/GPU", "GB/host", "GB sent", "step", ""):
         table.add_column(heading, justify="left" if heading in ("recomputed", "") else "right", no_wrap=True)
     for way in found.ways:
         chosen = way is found.recommended
@@ -65,7 +68,8 @@ def _ways(found: Estimate) -> Table:
             {"none": "nothing"}.get(way.policy, way.policy),
             str(way.training.micro_batch_size),
             gigabytes(way.memory.total),
-            gigabytes(way.sent_bytes) if way.sent_bytes else "0",
+            _or_none(way.host_bytes),
+            _or_none(way.sent_bytes),
             seconds(way.time.step_s) if way.fits else "-",
             mark,
             style="bold" if chosen else "",
@@ -73,28 +77,39 @@ def _ways(found: Estimate) -> Table:
     return table
 
 
+def _or_none(number: float) -> str:
+    return gigabytes(number) if number else "0"
+
+
 def _recommended(console: Console, found: Estimate, way: Way) -> None:
     budget, time = found.budget, way.time
-    console.print(f"[bold]Recommended[/], on {nodes(found.machine)}:")
+    console.print(f"[bold]Recommended[/], on {found.machine}:")
     for reason in found.why:
         console.print(f"- {reason}")
     console.print(f"\n  {' '.join(way.overrides[:2])} \\\n  {' '.join(way.overrides[2:])}\n")
     parts = sorted(way.memory.parts().items(), key=lambda part: -part[1])
     shown = ", ".join(f"{name} {gigabytes(value)}" for name, value in parts if value > 0.01 * way.memory.total)
     console.print(f"memory, GB per GPU at its most, in {way.memory.moment}: {shown}")
+    if way.host_bytes:
+        console.print(f"{gigabytes(way.host_bytes)} GB of each node's own memory, {gigabytes(way.memory.host)} a rank")
     for collective in way.collectives:
-        how = "beside the computation" if collective.hidden else "the computation waits"
         console.print(
-            f"sent by each GPU in a step: {gigabytes(collective.sent(way.ranks))} GB, {collective.what} "
-            f"({collective.kind}; {how})"
+            f"sent by each GPU in a step: {gigabytes(collective.sent(found.machine.ranks))} GB, {collective.what} "
+            f"({collective.kind}; {_beside(collective.beside)})"
+        )
+    for transfer in way.transfers:
+        console.print(
+            f"between each GPU and its host in a step: {gigabytes(transfer.moved)} GB, {transfer.what} "
+            f"({_beside(transfer.beside)})"
         )
     tokenizing = f"{seconds(time.tokenizing_s)} of tokenizing, " if time.tokenizing_s else ""
+    offloading = time.with_host.total_s + time.update_s
     console.print(
         f"a step: {tokenizing}{seconds(time.computation_s)} of computation, "
-        f"{seconds(time.communication_s)} of communication"
-        + (" (in the measured MFU already)" if time.includes_communication and time.communication_s else "")
+        f"{seconds(time.between_gpus.total_s)} of communication"
+        + (f", {seconds(offloading)} of offloading ({seconds(time.update_s)} the CPUs' update)" if offloading else "")
     )
-    if time.communication_s > time.computation_s:
+    if time.between_gpus.total_s > time.computation_s:
         console.print("[bold yellow]Communication takes longer than computation:[/] fewer nodes, or larger batches")
     tokens = found.size.tokens * found.planned.config.training.batch_size / time.step_s
     samples = found.planned.config.training.batch_size / time.step_s
@@ -102,11 +117,19 @@ def _recommended(console: Console, found: Estimate, way: Way) -> None:
     console.print(f"{rate}{round_to(samples)} samples/s")
     of = f" ({amount(budget.tokens, 'token')}s)" if budget.tokens else ""
     days = budget.days(time.step_s)
-    console.print(f"[bold]{budget.steps:,} steps{of}: {duration(days)}, {round_to(days * 24 * way.ranks)} GPU-hours[/]")
+    console.print(
+        f"[bold]{budget.steps:,} steps{of}: {duration(days)}, {round_to(days * 24 * found.machine.ranks)} GPU-hours[/]"
+    )
     disk = found.disk
     console.print(
         f"disk: {gigabytes(disk.checkpoint)} GB a checkpoint, {gigabytes(disk.export)} GB the export, "
         f"{gigabytes(disk.peak)} GB at most ({disk.checkpoints} checkpoints)"
+    )
+
+
+def _beside(beside: str | None) -> str:
+    return {"backward": "beside the backward pass", "computation": "beside the computation"}.get(
+        beside, "the computation waits"
     )
 
 
@@ -122,19 +145,34 @@ def _configured(console: Console, found: Estimate) -> None:
     )
 
 
-def _assumptions(console: Console, machine: Machine, asked: Asked, way: Way | None, step_s: float) -> None:
+def _assumptions(console: Console, machine: Machine, asked: Asked, ways: Sequence[Way], step_s: float) -> None:
     console.print("\nMeasured or assumed:" if asked.utilization.source == "measured" else "\nAssumed:")
     gpu, use = machine.gpu, asked.utilization
-    again = "" if way is None or work(way.training.activation_checkpointing) == 1 else "; recomputation comes on top"
+    again = "; recomputation comes on top" if any(work(w.training.activation_checkpointing) > 1 for w in ways) else ""
     if use.source == "measured":
-        console.print(f"- MFU {use.mfu:.2f}, the median of {use.run}, its communication included{again}")
+        console.print(
+            f"- MFU {use.mfu:.2f} while it computes{again}: {use.mfu_of_run:.2f} is the median of {use.run}, less what "
+            "that sent, recomputed and offloaded, estimated as here"
+        )
     else:
         console.print(f"- MFU {use.mfu:g} of the model's own FLOPs while it computes{again} (--mfu, --mfu-from RUN)")
+    if not all(way.compiled for way in ways):
+        console.print(
+            "- the same MFU without torch.compile, which is off at ZeRO-3 and with policy selective: what it gains has "
+            "not been measured"
+        )
     console.print(f"- {100 * MARGIN:.0f} % of a GPU's memory for CUDA, NCCL and fragments; the rest may be filled")
     if machine.ranks > 1:
         console.print(f"- {gpu.link_gb_s:g} GB/s from each GPU to the others of its node ({gpu.link}, datasheet)")
     if machine.nodes > 1:
         console.print(f"- {machine.network_gb_s:g} GB/s for each GPU between nodes (--network)")
+    if any(way.transfers for way in ways):
+        console.print(f"- {gpu.host_gb_s:g} GB/s between each GPU and its host, one direction at a time (datasheet)")
+    if any(way.time.update_s for way in ways):
+        console.print(
+            f"- a node's CPUs update {amount(UPDATED_PER_S, 'parameters')}/s: of 28 bytes each, in a memory that moves "
+            "some 100 GB/s"
+        )
     if step_s < SHORT_S:
         console.print(
             "[bold yellow]- steps as short as these wait for kernels to be launched: expect far longer ones[/]"
@@ -145,38 +183,37 @@ def _assumptions(console: Console, machine: Machine, asked: Asked, way: Way | No
 
 def show_several(name: str, rows: Sequence[Row], asked: Asked, facts: dict[str, Any]) -> None:
     console = Console(width=WIDTH, highlight=False)
-    with_memory = any(row.memory_bytes is not None for row in rows)
+    with_memory = rows[0].way.memory is not None
     machine = rows[0].machine
     console.print(f"[bold]{name}[/], each training as its config says, on {machine.gpu.name} ({asked.gpu_source})")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), width=WIDTH)
-    memory = ["GB per GPU"] if with_memory else []
-    for heading in ("training", "parameters", "steps", "GPUs", *memory, "time", "GPU-hours"):
+    for heading in ("training", "parameters", "steps", "GPUs", *["GB per GPU"] * with_memory, "time", "GPU-hours"):
         table.add_column(heading, justify="left" if heading == "training" else "right", overflow="fold")
     for row in rows:
-        too_much = row.memory_bytes is not None and row.memory_bytes > row.machine.usable_bytes
-        used = [f"{'[red]✗[/] ' if too_much else ''}{gigabytes(row.memory_bytes)}"] if with_memory else []
+        mark = "" if row.way.fits else "[red]✗[/] "
         table.add_row(
             row.name,
             amount(row.size.parameters, ""),
             f"{row.budget.steps:,}",
             str(row.machine.ranks),
-            *used,
+            *([f"{mark}{gigabytes(row.way.memory.total)}"] if row.way.memory else []),
             duration(row.seconds / 86400),
             round_to(row.gpu_hours),
         )
     console.print(table)
     if latents := facts.get("latents"):
         console.print(f"cache of latents: {gigabytes(latents['bytes'])} GB for {latents['clips']:,} clips")
+    others = f" (not counted: {', '.join(facts['not_counted'])})" if facts["not_counted"] else ""
     console.print(
-        f"[bold]In all: {round_to(facts['gpu_hours'])} GPU-hours, "
-        f"{gigabytes(facts['disk_bytes'])} GB of disk at most[/]"
+        f"[bold]All trainings: {round_to(facts['gpu_hours'])} GPU-hours, "
+        f"{gigabytes(facts['disk_bytes'])} GB of disk at most[/]{others}"
     )
     if "days" in facts:
-        console.print(f"{facts['trials']} trials, {facts['at_once']} at once: {duration(facts['days'])}")
-    if any(row.memory_bytes is not None and row.memory_bytes > row.machine.usable_bytes for row in rows):
+        console.print(f"{facts['trials']} trials, {facts['at_once']} at once: {duration(facts['days'])}{others}")
+    if not all(row.way.fits for row in rows):
         console.print("✗: does not fit; stpredict estimate with that job's own config recommends what does")
     largest = max((row.machine for row in rows), key=lambda machine: machine.nodes)
-    _assumptions(console, largest, asked, None, min(row.step_s for row in rows))
+    _assumptions(console, largest, asked, [row.way for row in rows], min(row.way.time.step_s for row in rows))
     if without := [row.name for row in rows if row.without_tokenizer]:
         _left_out(console, f"of {', '.join(without)}, which is not there yet")
 
@@ -190,13 +227,9 @@ def _left_out(console: Console, why: str) -> None:
 
 def _machine(machine: Machine, asked: Asked) -> str:
     return (
-        f"{nodes(machine)} {machine.gpu.name} ({asked.gpu_source}):\n{machine.gpu.memory_gib:g} GiB = "
+        f"{machine} {machine.gpu.name} ({asked.gpu_source}):\n{machine.gpu.memory_gib:g} GiB = "
         f"{gigabytes(machine.gpu.memory_bytes)} GB each, of which {gigabytes(machine.usable_bytes)} may be filled"
     )
-
-
-def nodes(machine: Machine) -> str:
-    return f"{machine.nodes} node{'s' if machine.nodes > 1 else ''} x {machine.gpus_per_node}"
 
 
 def amount(value: float, unit: str) -> str:

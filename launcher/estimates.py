@@ -17,13 +17,13 @@ from launcher.pipeline import Job, load_pipeline
 from launcher.planned_latents import tokenizer_in_steps, with_latent
 from launcher.study import load_study
 from stpredict.config import apply_overrides, flat, read_yaml, resolve, validate
+from stpredict.estimates.machine import gpus_of_a_node
 from stpredict.jobs.config import AnyJobConfig, JobConfig, PriorJobConfig, TrainingJobConfig
-from stpredict.training.computing import ActivationCheckpointingConfig
+from stpredict.run import Run
 
 if TYPE_CHECKING:
     from stpredict.estimates.estimate import Asked
 
-GPUS_PER_NODE = 8  # where the command line names nodes alone
 OPEN = "(open)"  # stands for a value that a config leaves open (???): an estimate needs no data
 
 
@@ -104,28 +104,23 @@ def _override(path: str, key: str) -> str:
 def asked(options: Options) -> "Asked":
     """UsageError or UserError for what is wrong with the command line. Imports torch."""
     _check(options)
-    from stpredict.estimates.duration import ASSUMED_MFU, NETWORK_GB_S, assumed, measured
-    from stpredict.estimates.estimate import Asked, this_gpu
+    from stpredict.estimates.duration import ASSUMED_MFU, NETWORK_GB_S, Utilization, median_mfu
+    from stpredict.estimates.estimate import Asked, measured, this_gpu
+    from stpredict.estimates.planned import plan_training
 
-    if options.mfu_from is not None:
-        run = options.mfu_from
-        utilization = measured(run, _recomputing(run), (_written(run).get("data") or {}).get("kind") == "clips")
-    else:
-        utilization = assumed(ASSUMED_MFU if options.mfu is None else options.mfu)
     gpu, source = this_gpu(options.gpu)
     network = NETWORK_GB_S if options.network is None else options.network
+    if options.mfu_from is not None:
+        run = Run(options.mfu_from)
+        median_mfu(run)  # what has none is no run of a training
+        try:
+            config = load_training(run.config_path)
+            utilization = measured(run, plan_training(config, tokenizer_in_steps(config)), gpu, network)
+        except UsageError as error:
+            raise UsageError(f"--mfu-from {run.path}: {error}") from None
+    else:
+        utilization = Utilization(ASSUMED_MFU if options.mfu is None else options.mfu)
     return Asked(utilization, gpu, source, options.nodes, options.gpus_per_node, network, options.tokens, options.days)
-
-
-def _recomputing(run: Path) -> ActivationCheckpointingConfig:
-    """Of a run that has been; the default where it says nothing."""
-    given = (_written(run).get("training") or {}).get("activation_checkpointing") or {}
-    return validate(ActivationCheckpointingConfig, given, run / "config.yaml")
-
-
-def _written(run: Path) -> dict[str, Any]:
-    path = run / "config.yaml"
-    return OmegaConf.to_container(read_yaml(path)) if path.is_file() else {}
 
 
 def _check(options: Options) -> None:
@@ -165,16 +160,17 @@ def estimate(path: Path, overrides: Sequence[str], options: Options, as_json: bo
 
 
 def _training(config: TrainingJobConfig, options: Options, path: Path):
-    if options.nodes is not None:
-        config.check_ranks(options.nodes * (options.gpus_per_node or GPUS_PER_NODE))
+    gpus_of_a_node(config.training.batch_size, options.nodes, options.gpus_per_node)
+    if options.clips is not None and not isinstance(config, PriorJobConfig):
+        raise UsageError("--clips is for the cache of latents that a prior reads: leave it out")
     from stpredict.estimates.estimate import as_json, estimate_training
     from stpredict.estimates.planned import plan_training
 
     question = asked(options)
     found = estimate_training(plan_training(config, tokenizer_in_steps(config)), question)
     facts = {"config": str(path), "kind": config.kind, **as_json(found)}
-    if cache := _latent_cache(config, options.clips):
-        facts["latents"] = cache
+    if options.clips is not None:
+        facts["latents"] = _latent_cache(config, options.clips)
 
     def show() -> None:
         from launcher.estimate_tables import show_training
@@ -184,10 +180,8 @@ def _training(config: TrainingJobConfig, options: Options, path: Path):
     return facts, show
 
 
-def _latent_cache(config: TrainingJobConfig, clips: int | None) -> dict[str, int] | None:
+def _latent_cache(config: PriorJobConfig, clips: int) -> dict[str, int]:
     """Of what a prior reads."""
-    if not isinstance(config, PriorJobConfig) or clips is None:
-        return None
     from stpredict.estimates.disk import latent_cache
 
     cache = latent_cache(config.latent.grid, config.latent.codebook_size, clips)
@@ -196,16 +190,21 @@ def _latent_cache(config: TrainingJobConfig, clips: int | None) -> dict[str, int
 
 def _pipeline(jobs: Sequence[Job], options: Options, path: Path):
     trainings = load_trainings(jobs)
+    prior = next((config for config in trainings.values() if isinstance(config, PriorJobConfig)), None)
+    if options.clips is not None and prior is None:
+        raise UsageError(
+            f"--clips is for the cache of latents that a prior reads, and {path} trains none: leave it out"
+        )
     from stpredict.estimates.several import estimate_several
 
     question = asked(options)
     rows = estimate_several(trainings, question, True, _tokenizers(trainings, jobs))
     facts = {"config": str(path), "kind": "pipeline", "trainings": [row.as_json() for row in rows]}
-    prior = next((config for config in trainings.values() if isinstance(config, PriorJobConfig)), None)
-    if prior and (cache := _latent_cache(prior, options.clips)):
-        facts["latents"] = cache
+    if options.clips is not None:
+        facts["latents"] = _latent_cache(prior, options.clips)
     facts["gpu_hours"] = sum(row.gpu_hours for row in rows)
     facts["disk_bytes"] = sum(row.disk_bytes for row in rows) + facts.get("latents", {}).get("bytes", 0)
+    facts["not_counted"] = _others(jobs)
 
     def show() -> None:
         from launcher.estimate_tables import show_several
@@ -215,7 +214,14 @@ def _pipeline(jobs: Sequence[Job], options: Options, path: Path):
     return facts, show
 
 
+def _others(jobs: Sequence[Job]) -> list[str]:
+    """Kinds of the jobs that are no trainings, whose FLOPs and disk are not known."""
+    return sorted({job.config.kind for job in jobs if not isinstance(job.config, TrainingJobConfig)})
+
+
 def _study(path: Path, overrides: Sequence[str], options: Options):
+    if options.clips is not None:
+        raise UsageError(f"--clips: {path} is a study, whose latents are not counted: give it for one of its priors")
     study = load_study(path, _filled(path, overrides))
     trainings = load_trainings(study.jobs)
     from stpredict.estimates.several import estimate_several, makespan_s
@@ -240,6 +246,7 @@ def _study(path: Path, overrides: Sequence[str], options: Options):
         "gpu_hours": sum(row.gpu_hours for row in rows),
         "disk_bytes": sum(row.disk_bytes for row in rows),
         "days": (once + makespan_s(list(per_trial.values()), at_once)) / 86400,
+        "not_counted": _others(study.jobs),
     }
 
     def show() -> None:

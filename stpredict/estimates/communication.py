@@ -22,18 +22,19 @@ from stpredict.estimates.zero3_gathers import gathered, thresholds
 from stpredict.training.config import TrainingConfig
 
 Kind = Literal["all-reduce", "reduce", "reduce-scatter", "all-gather"]
+Beside = Literal["backward", "computation"] | None  # what goes on meanwhile; None: it is waited for
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class Collective:
-    """``tensor_bytes`` are those of the whole tensors, of all micro-batches of a step. ``hidden``: it runs beside the
-    computation."""
+    """``tensor_bytes`` are those of the whole tensors, of all micro-batches of a step. Gradients can be sent ``beside``
+    the backward pass that makes them, weights beside all computation."""
 
     what: str
     kind: Kind
     tensor_bytes: float
-    hidden: bool
+    beside: Beside
 
     def sent(self, ranks: int) -> float:
         """Bytes that each rank sends (and receives) in a step, in a ring; a reduce's on average over the ranks."""
@@ -59,23 +60,30 @@ def communication(
     weights = trained * BYTES[precision]
     scattered, overlaps = settings.get("reduce_scatter", True), settings.get("overlap_comm")
     # ZeRO-1 in bf16 with sums in fp32 is another optimizer of DeepSpeed's, BF16_Optimizer, which knows one way only.
-    plain = stage == 1 and precision == "bf16" and training.accumulation_dtype == "fp32"
+    on_device = training.offload.optimizer == "none"
+    plain = stage == 1 and precision == "bf16" and training.accumulation_dtype == "fp32" and on_device
     if stage == 0:
-        return [Collective("gradients, once a step", "all-reduce", each, False)]
+        return [Collective("gradients, once a step", "all-reduce", each, None)]
     if stage < 3:
         own = scattered and not settings.get("use_multi_rank_bucket_allreduce", True) and not plain
         kind: Kind = "reduce" if own else "all-reduce"
         how_often, times = ("once a step", 1) if stage == 1 else ("each micro-batch", micro_batches)
-        hidden = bool(overlaps) and not plain
+        # Once a step is after the last of several backward passes: little of it is hidden.
+        beside: Beside = "backward" if overlaps and not plain and times == micro_batches else None
         return [
-            Collective(f"gradients, {how_often}", kind, times * each, hidden),
-            Collective("weights, after the update", "all-gather", weights, False),
+            Collective(f"gradients, {how_often}", kind, times * each, beside),
+            Collective("weights, after the update", "all-gather", weights, None),
         ]
     found = gathered(model, recomputed, thresholds(training))
     elements = micro_batches * found.per_micro_batch + found.per_step
-    hidden = overlaps is not False
+    overlaps = overlaps is not False
     kind = "reduce-scatter" if scattered else "all-reduce"
     return [
-        Collective("gradients, each micro-batch", kind, micro_batches * each, hidden),
-        Collective("weights, as they are needed", "all-gather", elements * BYTES[precision], hidden),
+        Collective("gradients, each micro-batch", kind, micro_batches * each, "backward" if overlaps else None),
+        Collective(
+            "weights, as they are needed",
+            "all-gather",
+            elements * BYTES[precision],
+            "computation" if overlaps else None,
+        ),
     ]

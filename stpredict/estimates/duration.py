@@ -1,14 +1,17 @@
-"""How long a training takes: its FLOPs at an assumed or measured MFU, and what the ranks send at the links' speed."""
+"""How long a training takes: its FLOPs at an assumed or measured MFU, what the ranks send at the links' speed, and what
+offloading adds."""
 
-import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from data_pipeline.errors import UsageError, UserError
-from stpredict.estimates.communication import Collective
+from data_pipeline.errors import UserError
+from stpredict.estimates.communication import Beside, Collective
 from stpredict.estimates.gpus import Gpu
+from stpredict.estimates.machine import Machine
+from stpredict.estimates.offloading import Transfer
+from stpredict.run import Run
 from stpredict.training.computing import ActivationCheckpointingConfig
 from stpredict.training.flops import FORWARDS_PER_STEP
 
@@ -24,65 +27,54 @@ def work(config: ActivationCheckpointingConfig) -> float:
 
 @dataclass(frozen=True)
 class Utilization:
-    """``mfu`` is of the model's FLOPs, without what is computed again, in a training that recomputed ``work`` as
-    ``work()`` has it. A measured one has its communication in it, and what it ``tokenized`` in its steps."""
+    """``mfu`` while a training computes and recomputes nothing. ``run`` is where it was measured, and ``mfu_of_run``
+    what that run says of its whole steps."""
 
-    mfu: float
-    source: Literal["assumed", "measured"]
-    work: float = 1.0
+    mfu: float = ASSUMED_MFU
+    source: Literal["assumed", "measured"] = "assumed"
     run: str | None = None
-    tokenized: bool = False
+    mfu_of_run: float | None = None
 
 
-def assumed(mfu: float = ASSUMED_MFU) -> Utilization:
-    """UsageError where it is no share."""
-    if not 0 < mfu <= 1:
-        raise UsageError(f"--mfu {mfu:g}: a share of the GPU's peak, above 0 and at most 1; 0.4 is usual")
-    return Utilization(mfu, "assumed")
+@dataclass(frozen=True)
+class Sending:
+    """Seconds, by what goes on beside: nothing, the backward pass, all computation."""
 
+    waited_for_s: float = 0.0
+    beside_backward_s: float = 0.0
+    beside_computation_s: float = 0.0
 
-def measured(run: Path, recomputing: ActivationCheckpointingConfig, tokenized: bool = False) -> Utilization:
-    """The median of a run's, which recomputed and ``tokenized`` as it says. UserError where it has none."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"--mfu-from {run}: there is no metrics.jsonl; give the directory of a training's run")
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"--mfu-from {run}: metrics.jsonl is damaged ({error})") from None
-    found = [row["mfu"] for row in rows if isinstance(row.get("mfu"), float | int)]
-    if not found:
-        raise UserError(
-            f"--mfu-from {run}: its metrics.jsonl has no mfu, as on a CPU, or on a GPU whose peak is not known; give "
-            "--mfu, or train with training.peak_tflops"
-        )
-    return Utilization(statistics.median(found), "measured", work(recomputing), str(run), tokenized)
+    @property
+    def total_s(self) -> float:
+        return self.waited_for_s + self.beside_backward_s + self.beside_computation_s
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step. ``communication`` is what the links need if nothing else went on; where it is ``hidden`` it
-    runs beside the computation. ``tokenizing`` is before each micro-batch."""
+    """Seconds of one step: ``forward_s`` is a part of ``computation_s``; ``between_gpus`` and ``with_host`` are what
+    sending takes if nothing else goes on; ``update_s`` is the CPU's, of what is offloaded to it. ``tokenizing_s`` is
+    before each micro-batch."""
 
     computation_s: float
-    hidden_s: float
-    exposed_s: float
-    includes_communication: bool
+    forward_s: float
+    between_gpus: Sending = Sending()
+    with_host: Sending = Sending()
+    update_s: float = 0.0
     tokenizing_s: float = 0.0
 
     @property
-    def communication_s(self) -> float:
-        return self.hidden_s + self.exposed_s
-
-    @property
     def step_s(self) -> float:
-        if self.includes_communication:
-            return self.tokenizing_s + self.computation_s
-        return self.tokenizing_s + max(self.computation_s, self.hidden_s) + self.exposed_s
+        """At best: gradients go beside the backward pass that makes them, weights beside the rest too, and both share a
+        stream's time."""
+        both = self.between_gpus, self.with_host
+        gradients, weights = sum(s.beside_backward_s for s in both), sum(s.beside_computation_s for s in both)
+        busy = max(self.computation_s, self.forward_s + gradients, gradients + weights)
+        return self.tokenizing_s + busy + sum(s.waited_for_s for s in both) + self.update_s
 
     @property
     def without_overlap_s(self) -> float:
-        return self.tokenizing_s + self.computation_s + self.communication_s
+        sending = self.between_gpus.total_s + self.with_host.total_s
+        return self.tokenizing_s + self.computation_s + sending + self.update_s
 
 
 def bandwidth(gpu: Gpu, nodes: int, gpus_per_node: int, network_gb_s: float) -> float:
@@ -97,25 +89,64 @@ def bandwidth(gpu: Gpu, nodes: int, gpus_per_node: int, network_gb_s: float) -> 
 
 def step_time(
     flops: float,
-    collectives: list[Collective],
-    gpu: Gpu,
+    collectives: Sequence[Collective],
+    moved: Sequence[Transfer],
+    update_s: float,
+    machine: Machine,
     precision: str,
-    nodes: int,
-    gpus_per_node: int,
-    network_gb_s: float,
-    utilization: Utilization,
+    mfu: float,
     recomputing: ActivationCheckpointingConfig,
 ) -> StepTime:
     """``flops`` are the model's, of a step of all ranks: three forwards."""
-    ranks = nodes * gpus_per_node
-    computed = flops * work(recomputing) / utilization.work
-    speed = bandwidth(gpu, nodes, gpus_per_node, network_gb_s)
-    seconds = {
-        hidden: sum(c.sent(ranks) for c in collectives if c.hidden is hidden) / speed for hidden in (True, False)
-    }
+    gpu, ranks = machine.gpu, machine.ranks
+    counted_s = flops / (ranks * gpu.tflops(precision) * 1e12 * mfu)
+    link = bandwidth(gpu, machine.nodes, machine.gpus_per_node, machine.network_gb_s)
     return StepTime(
-        computation_s=computed / (ranks * gpu.tflops(precision) * 1e12 * utilization.mfu),
-        hidden_s=seconds[True],
-        exposed_s=seconds[False],
-        includes_communication=utilization.source == "measured",
+        computation_s=counted_s * work(recomputing),
+        forward_s=counted_s / FORWARDS_PER_STEP,
+        between_gpus=_sending([(c.sent(ranks), c.beside) for c in collectives], link),
+        with_host=_sending([(t.moved, t.beside) for t in moved], gpu.host_gb_s * 1e9),
+        update_s=update_s,
     )
+
+
+def _sending(parts: list[tuple[float, Beside]], speed: float) -> Sending:
+    def seconds(beside: Beside) -> float:
+        return sum(sent for sent, when in parts if when == beside) / speed
+
+    return Sending(seconds(None), seconds("backward"), seconds("computation"))
+
+
+def median_mfu(run: Run) -> float:
+    """Of a run's whole steps. UserError where it has none."""
+    if not run.metrics_path.is_file():
+        raise UserError(f"--mfu-from {run.path}: there is no metrics.jsonl; give the directory of a training's run")
+    try:
+        found = [row["mfu"] for row in run.metrics() if isinstance(row.get("mfu"), float | int)]
+    except ValueError as error:
+        raise UserError(f"--mfu-from {run.path}: metrics.jsonl is damaged ({error})") from None
+    if not found:
+        raise UserError(
+            f"--mfu-from {run.path}: its metrics.jsonl has no mfu, as on a CPU, or on a GPU whose peak is not known; "
+            "give --mfu, or train with training.peak_tflops"
+        )
+    return statistics.median(found)
+
+
+def while_computing(mfu: float, time: StepTime, run: Run) -> float:
+    """The MFU while it computes of a ``run`` whose whole steps reach ``mfu``. ``time`` is the estimate of such a step
+    at ``mfu``: what is waited for in it is taken out, and what is computed again is counted. UserError where nothing
+    would be left."""
+    both = time.between_gpus, time.with_host
+    gradients = sum(s.beside_backward_s for s in both)
+    hidden = gradients + sum(s.beside_computation_s for s in both)
+    whole = FORWARDS_PER_STEP * time.forward_s
+    busy = whole - sum(s.waited_for_s for s in both) - time.update_s
+    if hidden >= busy:
+        raise UserError(
+            f"--mfu-from {run.path}: its steps take {whole:.2g} s, and what they send takes as long at the links' "
+            "assumed speed: give --mfu"
+        )
+    computed, tokenized = time.computation_s / whole, time.tokenizing_s / whole  # for each FLOP that counts
+    forward = 1 / FORWARDS_PER_STEP
+    return mfu * whole / min(busy / (computed + tokenized), (busy - gradients) / (forward + tokenized))

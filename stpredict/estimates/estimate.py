@@ -1,19 +1,22 @@
 """Everything that is estimated of one training, on one machine or on the least that holds it."""
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_pipeline.errors import UsageError
 from stpredict.estimates.disk import Disk, disk_of
-from stpredict.estimates.duration import NETWORK_GB_S, Utilization
+from stpredict.estimates.duration import NETWORK_GB_S, Utilization, median_mfu, while_computing
 from stpredict.estimates.gpus import DEFAULT, Gpu, all_gpus, find_gpu, short_name
-from stpredict.estimates.memory import MemoryEstimator
+from stpredict.estimates.machine import GPUS_PER_NODE, MARGIN, Machine, gpus_of_a_node, node_counts
 from stpredict.estimates.planned import Planned
-from stpredict.estimates.recommendation import MARGIN, Machine, Way, Ways, best, check_nodes, node_counts, reasons
+from stpredict.estimates.recommendation import best, gigabytes, reasons
 from stpredict.estimates.size import Size, size_of
+from stpredict.estimates.ways import Way, Ways
+from stpredict.jobs.config import TrainingJobConfig
+from stpredict.run import Run
+from stpredict.training.computing import OffloadConfig
 from stpredict.training.config import TrainingConfig
-
-GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -92,20 +95,43 @@ def budget_of(training: TrainingConfig, size: Size, tokens: float | None) -> Bud
     return Budget(steps, steps * of_step, steps * training.batch_size)
 
 
-def gpus_of_a_node(batch_size: int, asked: int | None) -> int:
-    """Eight, where nothing is asked for and the batch divides so."""
-    if asked is not None:
-        check_nodes(batch_size, asked)
-        return asked
-    return next(g for g in range(GPUS_PER_NODE, 0, -1) if batch_size % g == 0)
+def machine_of(config: TrainingJobConfig, asked: Asked) -> Machine:
+    """The ranks of its ``resources``, unless the command line says how many nodes."""
+    if asked.nodes is not None:
+        per_node = gpus_of_a_node(config.training.batch_size, asked.nodes, asked.gpus_per_node)
+        return Machine(asked.gpu, asked.nodes, per_node, asked.network_gb_s)
+    ranks, at_most = config.resources.processes, asked.gpus_per_node or GPUS_PER_NODE
+    nodes = -(-ranks // at_most) if asked.gpus_per_node else config.resources.nodes or -(-ranks // at_most)
+    if ranks % nodes:
+        raise UsageError(f"{ranks} ranks (resources.processes) do not divide among {nodes} nodes of {at_most} GPUs")
+    return Machine(asked.gpu, nodes, ranks // nodes, asked.network_gb_s)
+
+
+def measured(run: Run, planned: Planned, gpu: Gpu, network_gb_s: float) -> Utilization:
+    """By a ``run`` of what is ``planned``, on the GPUs that it ran on, or on such as ``gpu`` where they are not known.
+    What it sent and computed again, estimated, is taken out of the MFU that it says. UserError where it says none."""
+    mfu = median_mfu(run)
+    machine = machine_of(
+        planned.config, Asked(Utilization(mfu), _gpu_of(run) or gpu, "measured", network_gb_s=network_gb_s)
+    )
+    ways = Ways(planned, size_of(planned).flops_forward, Utilization(mfu), with_memory=False)
+    time = ways.way(machine, planned.config.training).time
+    return Utilization(while_computing(mfu, time, run), "measured", str(run.path), mfu)
+
+
+def _gpu_of(run: Run) -> Gpu | None:
+    try:
+        return find_gpu(json.loads(run.environment_path.read_text())["gpus"][0])
+    except (FileNotFoundError, IndexError, UsageError):
+        return None
 
 
 def estimate_training(planned: Planned, asked: Asked) -> Estimate:
     """UsageError where the batch does not divide among the ranks that are asked for."""
     training, size = planned.config.training, size_of(planned)
-    per_node = gpus_of_a_node(training.batch_size, asked.gpus_per_node)
+    per_node = gpus_of_a_node(training.batch_size, asked.nodes, asked.gpus_per_node)
     budget = budget_of(training, size, asked.tokens)
-    ways_of = Ways(planned, MemoryEstimator(planned), size.flops_forward, asked.utilization)
+    ways_of = Ways(planned, size.flops_forward, asked.utilization)
 
     def on(nodes: int) -> tuple[Machine, list[Way], Way | None]:
         machine = Machine(asked.gpu, nodes, per_node, asked.network_gb_s)
@@ -123,18 +149,18 @@ def estimate_training(planned: Planned, asked: Asked) -> Estimate:
         limit = f"; batch_size {training.batch_size} has samples for {most} ranks at most"
         if asked.days is None:
             fewest = "the fewest that hold it" if machine.nodes > counts[0] else "holds it"
-            why.append(f"{_nodes(machine)}: {fewest}; more are faster (--nodes N, --days D){limit}")
+            why.append(f"{machine}: {fewest}; more are faster (--nodes N, --days D){limit}")
         elif budget.days(chosen.time.step_s) <= asked.days:
-            why.append(f"{_nodes(machine)}: the fewest that are done within {asked.days:g} days{limit}")
+            why.append(f"{machine}: the fewest that are done within {asked.days:g} days{limit}")
         else:
             why.append(
-                f"{_nodes(machine)}: the most that the batch has samples for, and still more than {asked.days:g} days; "
+                f"{machine}: the most that the batch has samples for, and still more than {asked.days:g} days; "
                 "a larger training.batch_size takes more ranks, and is another training"
             )
     if chosen:
         why += reasons(chosen, ways, machine)
     else:
-        why += _nothing_fits(ways, machine, asked, on)
+        why += _nothing_fits(ways_of, ways, machine, on)
     try:
         configured = ways_of.way(machine, training)
     except UsageError as error:  # of the micro-batch: the ways have their own
@@ -144,12 +170,12 @@ def estimate_training(planned: Planned, asked: Asked) -> Estimate:
     return Estimate(planned, size, asked, budget, machine, ways, chosen, configured, disk, why)
 
 
-def _nothing_fits(ways: list[Way], machine: Machine, asked: Asked, on) -> list[str]:
+def _nothing_fits(ways_of: Ways, ways: list[Way], machine: Machine, on) -> list[str]:
     nearest = min(ways, key=lambda way: way.memory.total)
     needed = nearest.memory.total
     policy = "" if nearest.policy == "none" else f", policy {nearest.policy}"
     told = [
-        f"nothing fits {_nodes(machine)} of {asked.gpu.name}: the least, ZeRO-{nearest.training.zero_stage}{policy} "
+        f"nothing fits {machine} of {machine.gpu.name}: the least, ZeRO-{nearest.training.zero_stage}{policy} "
         f"with a micro-batch of 1, takes {needed / 1e9:.1f} GB of {machine.usable_bytes / 1e9:.1f}"
     ]
     training = nearest.training
@@ -157,20 +183,25 @@ def _nothing_fits(ways: list[Way], machine: Machine, asked: Asked, on) -> list[s
         if nodes > machine.nodes:
             larger, _, chosen = on(nodes)
             if chosen:
-                told.append(f"nearest that would: {_nodes(larger)}")
+                told.append(f"nearest that would: {larger}")
                 break
     able = [gpu for gpu in all_gpus() if gpu.tflops(training.precision)]
     enough = [gpu for gpu in able if (1 - MARGIN) * gpu.memory_bytes >= needed]
     if enough:
         least = min(enough, key=lambda gpu: gpu.memory_gib)
         told.append(f"or GPUs with {least.memory_gib:g} GiB (--gpu {short_name(least)})")
-    if training.offload.optimizer == "none":
-        told.append("or training.offload.optimizer=cpu, which is slower")
+    if training.offload.optimizer == "none" and training.optimizer.kind != "sgd":  # there it is Adam alone
+        stage = training.zero_stage or 2
+        to_host = OffloadConfig(optimizer="cpu", parameters=training.offload.parameters)
+        changes = {"zero_stage": stage, "offload": to_host, "micro_batch_size": 1}
+        offloaded = ways_of.way(machine, training.model_copy(update=changes))
+        if offloaded.fits:
+            times = offloaded.time.step_s / nearest.time.step_s
+            told.append(
+                f"or training.offload.optimizer=cpu at ZeRO-{stage}{policy}: a step of {times:.1f} times as long, "
+                f"{gigabytes(offloaded.host_bytes)} GB of each node's own memory"
+            )
     return told
-
-
-def _nodes(machine: Machine) -> str:
-    return f"{machine.nodes} node{'s' if machine.nodes > 1 else ''} x {machine.gpus_per_node}"
 
 
 def as_json(found: Estimate) -> dict[str, Any]:
@@ -194,6 +225,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
             "gpus_per_node": machine.gpus_per_node,
             "ranks": machine.ranks,
             "link_gb_s": machine.gpu.link_gb_s,
+            "host_gb_s": machine.gpu.host_gb_s,
             "network_gb_s": machine.network_gb_s,
         },
         "utilization": asdict(asked.utilization),
@@ -215,20 +247,25 @@ def way_as_json(way: Way, found: Estimate) -> dict[str, Any]:
         "policy": way.policy,
         "precision": training.precision,
         "micro_batch_size": training.micro_batch_size,
-        "accumulation": training.accumulation_steps(way.ranks),
+        "accumulation": way.accumulation,
         "fits": way.fits,
         "memory_bytes": way.memory.total,
         "memory": {**way.memory.parts(), "moment": way.memory.moment, "host": way.memory.host},
+        "host_bytes_per_node": way.host_bytes,
+        "compiled": way.compiled,
         "sent_bytes_per_step": way.sent_bytes,
-        "collectives": [{**asdict(c), "sent_bytes": c.sent(way.ranks)} for c in way.collectives],
+        "collectives": [{**asdict(c), "sent_bytes": c.sent(found.machine.ranks)} for c in way.collectives],
+        "offloaded": [asdict(transfer) for transfer in way.transfers],
         "computation_s": time.computation_s,
+        "forward_s": time.forward_s,
         "tokenizing_s": time.tokenizing_s,
-        "communication_hidden_s": time.hidden_s,
-        "communication_exposed_s": time.exposed_s,
+        "between_gpus": asdict(time.between_gpus),
+        "with_host": asdict(time.with_host),
+        "update_on_host_s": time.update_s,
         "step_s": time.step_s,
         "samples_per_s": training.batch_size / time.step_s,
         "tokens_per_s": training.batch_size * found.size.tokens / time.step_s,
         "days": days,
-        "gpu_hours": days * 24 * way.ranks,
+        "gpu_hours": days * 24 * found.machine.ranks,
         "overrides": way.overrides,
     }

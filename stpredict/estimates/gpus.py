@@ -15,40 +15,41 @@ from stpredict.training.gpu_peaks import PEAKS, known_peak
 GIB = 2**30
 DEFAULT = "NVIDIA A100-SXM4-80GB"
 
-# Name → (GiB, GB/s of NVLink or PCIe, both directions together, as datasheets give them). NVLink bridges, which join
-# two PCIe cards, are not counted: eight ranks of a node talk over PCIe.
+# Name → (GiB, GB/s to other GPUs by NVLink or PCIe, GB/s to the host; both directions together, as datasheets give
+# them). NVLink bridges, which join two PCIe cards, are not counted: eight ranks of a node talk over PCIe.
 _PCIE3, _PCIE4, _PCIE5 = 32, 64, 128
-_SHEETS: dict[str, tuple[float, float]] = {
-    "Tesla V100-SXM2-16GB": (16, 300),
-    "Tesla V100-SXM2-32GB": (32, 300),
-    "Tesla V100-SXM3-32GB": (32, 300),
-    "Tesla V100-PCIE-16GB": (16, _PCIE3),
-    "Tesla V100-PCIE-32GB": (32, _PCIE3),
-    "Tesla V100S-PCIE-32GB": (32, _PCIE3),
-    "Tesla T4": (15, _PCIE3),
-    "NVIDIA A100-SXM4-40GB": (40, 600),
-    "NVIDIA A100-SXM4-80GB": (80, 600),
-    "NVIDIA A100-SXM-64GB": (64, 600),
-    "NVIDIA A100-PCIE-40GB": (40, _PCIE4),
-    "NVIDIA A100 80GB PCIe": (80, _PCIE4),
-    "NVIDIA H100 80GB HBM3": (80, 900),
-    "NVIDIA H100 PCIe": (80, _PCIE5),
-    "NVIDIA H100 NVL": (94, _PCIE5),
-    "NVIDIA GH200 480GB": (96, 900),
-    "NVIDIA H200": (141, 900),
-    "NVIDIA H200 NVL": (141, _PCIE5),
-    "NVIDIA B200": (180, 1800),
-    "NVIDIA A10": (22.5, _PCIE4),
-    "NVIDIA A10G": (22.5, _PCIE4),
-    "NVIDIA A40": (45, _PCIE4),
-    "NVIDIA L4": (22.5, _PCIE4),
-    "NVIDIA L40": (45, _PCIE4),
-    "NVIDIA L40S": (45, _PCIE4),
-    "NVIDIA RTX A6000": (48, _PCIE4),
-    "NVIDIA GeForce RTX 3080": (10, _PCIE4),
-    "NVIDIA GeForce RTX 3090": (24, _PCIE4),
-    "NVIDIA GeForce RTX 4090": (24, _PCIE4),
-    "NVIDIA RTX 6000 Ada Generation": (48, _PCIE4),
+_NVLINK_C2C = 900
+_SHEETS: dict[str, tuple[float, float, float]] = {
+    "Tesla V100-SXM2-16GB": (16, 300, _PCIE3),
+    "Tesla V100-SXM2-32GB": (32, 300, _PCIE3),
+    "Tesla V100-SXM3-32GB": (32, 300, _PCIE3),
+    "Tesla V100-PCIE-16GB": (16, _PCIE3, _PCIE3),
+    "Tesla V100-PCIE-32GB": (32, _PCIE3, _PCIE3),
+    "Tesla V100S-PCIE-32GB": (32, _PCIE3, _PCIE3),
+    "Tesla T4": (15, _PCIE3, _PCIE3),
+    "NVIDIA A100-SXM4-40GB": (40, 600, _PCIE4),
+    "NVIDIA A100-SXM4-80GB": (80, 600, _PCIE4),
+    "NVIDIA A100-SXM-64GB": (64, 600, _PCIE4),
+    "NVIDIA A100-PCIE-40GB": (40, _PCIE4, _PCIE4),
+    "NVIDIA A100 80GB PCIe": (80, _PCIE4, _PCIE4),
+    "NVIDIA H100 80GB HBM3": (80, 900, _PCIE5),
+    "NVIDIA H100 PCIe": (80, _PCIE5, _PCIE5),
+    "NVIDIA H100 NVL": (94, _PCIE5, _PCIE5),
+    "NVIDIA GH200 480GB": (96, 900, _NVLINK_C2C),
+    "NVIDIA H200": (141, 900, _PCIE5),
+    "NVIDIA H200 NVL": (141, _PCIE5, _PCIE5),
+    "NVIDIA B200": (180, 1800, _PCIE5),
+    "NVIDIA A10": (22.5, _PCIE4, _PCIE4),
+    "NVIDIA A10G": (22.5, _PCIE4, _PCIE4),
+    "NVIDIA A40": (45, _PCIE4, _PCIE4),
+    "NVIDIA L4": (22.5, _PCIE4, _PCIE4),
+    "NVIDIA L40": (45, _PCIE4, _PCIE4),
+    "NVIDIA L40S": (45, _PCIE4, _PCIE4),
+    "NVIDIA RTX A6000": (48, _PCIE4, _PCIE4),
+    "NVIDIA GeForce RTX 3080": (10, _PCIE4, _PCIE4),
+    "NVIDIA GeForce RTX 3090": (24, _PCIE4, _PCIE4),
+    "NVIDIA GeForce RTX 4090": (24, _PCIE4, _PCIE4),
+    "NVIDIA RTX 6000 Ada Generation": (48, _PCIE4, _PCIE4),
 }
 # What people call them, where leaving out the vendor's words does not give it.
 _SHORT = {
@@ -87,11 +88,13 @@ _SHORT = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """``link_gb_s``: GB/s that one GPU sends to others of its node, in one direction."""
+    """``link_gb_s``: GB/s that one GPU sends to others of its node, in one direction; ``host_gb_s`` to and from the
+    host's memory."""
 
     name: str
     memory_gib: float
     link_gb_s: float
+    host_gb_s: float
 
     @property
     def memory_bytes(self) -> float:
@@ -125,8 +128,8 @@ def find_gpu(name: str) -> Gpu:
         near = [names[found] for found in difflib.get_close_matches(_plain(name), names, n=2)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(_SHORT)}"
         raise UsageError(f"--gpu {name}: not known; {hint}")
-    memory, both = _SHEETS[full]
-    return Gpu(full, memory, both / 2)
+    memory, link, host = _SHEETS[full]
+    return Gpu(full, memory, link / 2, host / 2)
 
 
 def all_gpus() -> list[Gpu]:

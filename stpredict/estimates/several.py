@@ -9,11 +9,11 @@ from typing import Any
 from data_pipeline.config import ClipConfig
 from data_pipeline.errors import UsageError
 from stpredict.estimates.disk import disk_of
-from stpredict.estimates.estimate import GPUS_PER_NODE, Asked, Budget, budget_of
-from stpredict.estimates.memory import MemoryEstimator
+from stpredict.estimates.estimate import Asked, Budget, budget_of, machine_of
+from stpredict.estimates.machine import Machine
 from stpredict.estimates.planned import plan_training
-from stpredict.estimates.recommendation import Machine, step_on
 from stpredict.estimates.size import Size, size_of
+from stpredict.estimates.ways import Way, Ways
 from stpredict.jobs.config import TrainingJobConfig
 from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.training.flops import FORWARDS_PER_STEP
@@ -29,22 +29,23 @@ ALIKE = {
 
 @dataclass(frozen=True)
 class Row:
-    """``memory_bytes`` per GPU, of ``usable_bytes``; None where it was not asked for. ``without_tokenizer``: one
+    """``way`` is as the config says; its memory is None where it was not asked for. ``without_tokenizer``: one
     runs in its steps that is not known, and not counted."""
 
     name: str
     size: Size
     budget: Budget
-    machine: Machine
-    zero_stage: int
-    step_s: float
+    way: Way
     disk_bytes: int
-    memory_bytes: int | None
     without_tokenizer: bool = False
 
     @property
+    def machine(self) -> Machine:
+        return self.way.machine
+
+    @property
     def seconds(self) -> float:
-        return self.budget.steps * self.step_s
+        return self.budget.steps * self.way.time.step_s
 
     @property
     def gpu_hours(self) -> float:
@@ -60,10 +61,10 @@ class Row:
             "gpu": self.machine.gpu.name,
             "ranks": self.machine.ranks,
             "nodes": self.machine.nodes,
-            "zero_stage": self.zero_stage,
-            "memory_bytes": self.memory_bytes,
+            "zero_stage": self.way.training.zero_stage,
+            "memory_bytes": self.way.memory and self.way.memory.total,
             "usable_bytes": self.machine.usable_bytes,
-            "step_s": self.step_s,
+            "step_s": self.way.time.step_s,
             "without_tokenizer": self.without_tokenizer,
             "days": self.seconds / 86400,
             "gpu_hours": self.gpu_hours,
@@ -102,37 +103,10 @@ def _row(
 ) -> Row:
     planned, training = plan_training(config, tokenizer), config.training
     size, machine = size_of(planned), machine_of(config, asked)
-    precision = machine.gpu.precision(training.precision)
-    training = training.model_copy(update={"precision": precision})
-    flops = FORWARDS_PER_STEP * size.flops_forward * training.batch_size
-    _, time = step_on(machine, planned, training, flops, asked.utilization)
-    micro_batch = training.batch_size // (machine.ranks * training.accumulation_steps(machine.ranks))
-    memory = MemoryEstimator(planned).of(training, machine.ranks, micro_batch).total if with_memory else None
+    way = Ways(planned, size.flops_forward, asked.utilization, with_memory).way(machine, training)
     budget = budget_of(training, size, asked.tokens)
-    return Row(
-        name,
-        size,
-        budget,
-        machine,
-        training.zero_stage,
-        time.step_s,
-        disk_of(planned, training.model_copy(update={"steps": budget.steps}), machine.ranks).peak,
-        memory,
-        planned.tokenizes and tokenizer is None,
-    )
-
-
-def machine_of(config: TrainingJobConfig, asked: Asked) -> Machine:
-    """The ranks of its ``resources``, unless the command line says how many."""
-    ranks = config.resources.processes
-    if asked.nodes is not None:
-        per_node = asked.gpus_per_node or GPUS_PER_NODE
-        return Machine(asked.gpu, asked.nodes, per_node, asked.network_gb_s)
-    per_node = min(asked.gpus_per_node or GPUS_PER_NODE, ranks)
-    nodes = config.resources.nodes or -(-ranks // per_node)
-    if ranks % nodes:
-        raise UsageError(f"{ranks} ranks (resources.processes) do not divide among nodes of {per_node} GPUs")
-    return Machine(asked.gpu, nodes, ranks // nodes, asked.network_gb_s)
+    disk = disk_of(planned, training.model_copy(update={"steps": budget.steps}), machine.ranks)
+    return Row(name, size, budget, way, disk.peak, planned.tokenizes and tokenizer is None)
 
 
 def makespan_s(seconds: Sequence[float], at_once: int) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError, UserError
 from launcher.estimates import Options, _filled, estimate, load_training, load_trainings
@@ -81,6 +82,7 @@ def test_a_pipeline_and_a_study_are_summed_up(capsys):
     assert [row["name"] for row in found["trainings"]] == ["tokenizer", "prior"]
     assert found["gpu_hours"] == pytest.approx(sum(row["gpu_hours"] for row in found["trainings"]))
     assert found["disk_bytes"] == sum(row["disk_bytes"] for row in found["trainings"]) + found["latents"]["bytes"]
+    assert found["not_counted"] == ["encode", "evaluate", "generate", "report", "shard"]
 
     path = Path("configs/studies/nbp_sizes.yaml")
     estimate(path, [], Options(nodes=1), as_json=True)
@@ -133,7 +135,14 @@ def test_a_prior_on_clips_pays_for_its_tokenizer_or_is_said_not_to(tmp_path, cap
         ((PRIOR, LATENT, Options(gpu="a100-90g")), "did you mean a100-80g"),
         ((PRIOR, LATENT, Options(mfu=1.5)), r"--mfu 1\.5: a share of the GPU's peak"),
         ((PRIOR, LATENT, Options(mfu=0.5, mfu_from=Path("runs/x"))), "give --mfu or --mfu-from, not both"),
-        ((PRIOR, LATENT, Options(nodes=3)), "does not divide among 24 ranks"),
+        ((PRIOR, LATENT, Options(nodes=3)), "--nodes 3: .* does not divide among 3 nodes; 1, 2, 4 or 8 would do"),
+        ((PRIOR, LATENT, Options(nodes=2, gpus_per_node=8)), "--gpus-per-node 8: .* on 2 nodes; 1, 2 or 4 would do"),
+        (("configs/tokenizers/demo.yaml", [], Options(clips=9)), "--clips is for the cache of latents that a prior"),
+        (
+            ("configs/tokenizers/demo.yaml", ["loss.adversarial={}"], Options()),
+            "a discriminator's part is not estimated",
+        ),
+        (("configs/studies/nbp_sizes.yaml", [], Options(clips=9)), "--clips: .*nbp_sizes.yaml is a study"),
         ((PRIOR, LATENT, Options(nodes=1, days=3)), "leave out --nodes"),
         (("configs/studies/nbp_sizes.yaml", [], Options(days=3)), "--days: .*nbp_sizes.yaml has several trainings"),
         ((PRIOR, LATENT, Options(tokens=-1)), "--tokens -1: give a number above 0"),
@@ -145,6 +154,30 @@ def test_bad_input_is_one_line(arguments, said):
     with pytest.raises(UsageError, match=said) as refused:
         estimate(Path(path), overrides, options, as_json=False)
     assert "\n" not in str(refused.value)
+
+
+def test_an_mfu_of_a_run_is_that_of_its_computation(tmp_path, capsys):
+    """What a run on one A100 says is taken as it is. On eight, a part of its steps was communication."""
+    sizes = ["model.width=1024", "model.heads=16", "model.layers=4", "training.zero_stage=1"]
+    config = OmegaConf.merge(OmegaConf.load(PRIOR), OmegaConf.from_dotlist([*LATENT, *sizes, "resources.processes=8"]))
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mfu": 0.1}\n')
+
+    def utilization(*overrides: str) -> dict:
+        estimate(tmp_path / "config.yaml", overrides, Options(mfu_from=tmp_path, gpu="a100"), as_json=True)
+        return json.loads(capsys.readouterr().out)
+
+    on_eight = utilization()
+    assert on_eight["utilization"]["mfu_of_run"] == 0.1
+    assert on_eight["utilization"]["mfu"] > 0.1
+    # The same again is as long as it was, whatever was recommended.
+    flops = 3 * on_eight["flops_forward"] * on_eight["batch_size"]
+    assert on_eight["configured"]["step_s"] == pytest.approx(flops / (8 * 312e12 * 0.1))
+    (tmp_path / "environment.json").write_text('{"gpus": ["NVIDIA H100 80GB HBM3"]}')
+    assert 0.1 < utilization()["utilization"]["mfu"] != on_eight["utilization"]["mfu"]
+    config.resources.processes = 1
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    assert utilization()["utilization"]["mfu"] == pytest.approx(0.1)
 
 
 def test_a_run_without_mfu_is_said(tmp_path):

@@ -7,13 +7,13 @@ import pytest
 
 from data_pipeline.errors import UsageError
 from launcher.estimates import load_training
-from stpredict.estimates import estimate as estimates
-from stpredict.estimates.duration import assumed
+from stpredict.estimates import ways
+from stpredict.estimates.duration import Utilization
 from stpredict.estimates.estimate import Asked, estimate_training
 from stpredict.estimates.gpus import find_gpu
+from stpredict.estimates.machine import gpus_of_a_node, node_counts
 from stpredict.estimates.memory import Memory
 from stpredict.estimates.planned import plan_training
-from stpredict.estimates.recommendation import node_counts
 
 PRIORS = Path("configs/priors")
 
@@ -43,12 +43,12 @@ class ByHand:
 
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch):
-    monkeypatch.setattr(estimates, "MemoryEstimator", ByHand)
+    monkeypatch.setattr(ways, "MemoryEstimator", ByHand)
 
 
 def ask(config: str, gpu: str, *overrides: str, **asked):
     planned = plan_training(load_training(PRIORS / config, overrides))
-    return estimate_training(planned, Asked(assumed(), find_gpu(gpu), "asked for", **asked))
+    return estimate_training(planned, Asked(Utilization(), find_gpu(gpu), "asked for", **asked))
 
 
 def chosen(found) -> tuple:
@@ -151,8 +151,16 @@ def test_nodes_share_the_batch_evenly():
 def test_a_batch_that_does_not_divide_is_refused_with_what_would_do():
     with pytest.raises(UsageError, match=r"--gpus-per-node 6: training.batch_size 64 does not divide"):
         ask("nbp_xl_k600.yaml", "a100", gpus_per_node=6)
-    with pytest.raises(UsageError, match="does not divide among 24 ranks"):
+    with pytest.raises(UsageError, match=r"--nodes 3: .*does not divide among 3 nodes; 1, 2, 4, 8, 16, 32 or 64 would"):
         ask("nbp_xl_k600.yaml", "a100", nodes=3)
+    with pytest.raises(UsageError, match=r"--gpus-per-node 8: .* on 16 nodes; 1, 2 or 4 would do"):
+        ask("nbp_xl_k600.yaml", "a100", nodes=16, gpus_per_node=8)
+
+
+def test_a_node_has_eight_gpus_or_the_most_that_share_the_batch():
+    assert [gpus_of_a_node(64, nodes, None) for nodes in (None, 1, 8, 16, 64)] == [8, 8, 8, 4, 1]
+    assert [gpus_of_a_node(batch, None, None) for batch in (6, 12, 7, 1)] == [6, 6, 7, 1]
+    assert gpus_of_a_node(64, 4, 16) == 16
 
 
 def test_tokens_decide_the_steps():

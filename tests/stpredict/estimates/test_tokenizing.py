@@ -5,13 +5,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.config import ClipConfig
-from stpredict.estimates.duration import assumed
+from stpredict.estimates.duration import Utilization
 from stpredict.estimates.gpus import find_gpu
 from stpredict.estimates.live_bytes import LiveBytes
+from stpredict.estimates.machine import Machine
 from stpredict.estimates.memory import MemoryEstimator
 from stpredict.estimates.planned import Planned, plan_training
-from stpredict.estimates.recommendation import Machine, step_on
 from stpredict.estimates.tokenizing import plan_tokenizing
+from stpredict.estimates.ways import Ways
 from stpredict.jobs.config import PriorJobConfig
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.clips import clip_tokens
@@ -58,7 +59,8 @@ def test_a_step_waits_for_each_ranks_tokens():
     one = planned(True)
     training = one.config.training.model_copy(update={"micro_batch_size": 1})
     machine = Machine(find_gpu("a100-80g"), 1, 2, 25)
-    cached, clips = (step_on(machine, p, training, 1e12, assumed(0.5))[1] for p in (planned(False), one))
+    ways = (Ways(p, 1e12, Utilization(0.5), with_memory=False) for p in (planned(False), one))
+    cached, clips = (of.way(machine, training).time for of in ways)
     # Four micro-batches of one clip, each filled up to four; in TF32, 156 TFLOP/s.
     assert clips.tokenizing_s == pytest.approx(4 * 4 * one.tokenizing.flops / (0.5 * 156e12))
     assert clips.step_s - cached.step_s == pytest.approx(clips.tokenizing_s)
