@@ -7,7 +7,7 @@ from stpredict.studies.config import AnalysisConfig, Role
 from stpredict.studies.frontier import frontier
 from stpredict.studies.laws import Fitted, by_size, joint_law, sizes_at_equal_tokens, tokens_of_each_size
 from stpredict.studies.learning_rates import at_best, best_learning_rates, learning_rate_law
-from stpredict.studies.measured import Measured, measured
+from stpredict.studies.measured import Measured, diverged, measured
 from stpredict.studies.optimum import optimum_of
 from stpredict.studies.points import TrialPoints
 from stpredict.studies.predictions import predictions
@@ -46,7 +46,7 @@ def _group(
 ) -> Group:
     each = [measured(trial, axes, analysis) for trial in trials]
     runs = [one for one in each if isinstance(one, Measured)]
-    rates = best_learning_rates(runs)
+    rates = best_learning_rates(runs, diverged(trials, axes, analysis))
     best = [run for run in runs if at_best(run, rates)]
     laws: list[Fitted | Law | NotFitted] = []
     points, iso_flops = [], []

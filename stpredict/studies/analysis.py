@@ -128,7 +128,8 @@ class LearningRate(Result):
 
 class BestLearningRate(Result):
     """``best`` is the grid's; ``vertex`` that of a parabola in ln lr through the best and its neighbours, None where
-    the best is at an edge (``at_edge``) of the grid or there are fewer than three."""
+    the best is at an edge of the grid or there are fewer than three. ``at_edge``: a better one may lie beyond; not so
+    where the next larger rate was tried and every run diverged, ``diverges_at``."""
 
     size: str
     of: str = ""
@@ -137,6 +138,7 @@ class BestLearningRate(Result):
     best: float
     vertex: float | None
     at_edge: bool
+    diverges_at: float | None = None
 
 
 class FrontierPoint(Result):

@@ -34,16 +34,41 @@ def chosen_of(analysis: Analysis) -> dict[str, bool]:
     return {used.trial: used.best_lr for group in analysis.groups for used in group.used}
 
 
-def cells_of(axis: str, trials: Sequence[TrialPoints], look: Look, best: Mapping[str, bool]) -> list[Cell]:
-    """Those with trials that are done and did not diverge, at their best learning rate."""
+@dataclass(frozen=True)
+class Comparison:
+    """The cells of an axis, and the names of the trials that have nothing to be compared with."""
+
+    cells: Sequence[Cell]
+    left_out: Sequence[str]
+
+
+def comparison_of(
+    axis: str, trials: Sequence[TrialPoints], axes: Mapping[str, Role], look: Look, best: Mapping[str, bool]
+) -> Comparison:
+    """Of trials that are done and did not diverge, at their best learning rate; of each colour those where all its
+    values have one."""
     there = [trial for trial in trials if trial.done and not trial.diverged and best.get(trial.name, True)]
-    labels = in_order([trial.at[axis] for trial in trials], axis)
+    colours = {} if axis == look.axis else dict.fromkeys(look.labels)
+    groups = [[trial for trial in there if trial.at[look.axis] == colour] for colour in colours] or [there]
+    alike = [trial for group in groups for trial in at_places_of_all(group, axes, axis)]
     cells = [
-        Cell(label, colour, [t for t in there if t.at[axis] == label and t.at[look.axis] == colour])
-        for label in labels
+        Cell(label, colour, [t for t in alike if t.at[axis] == label and t.at[look.axis] == colour])
+        for label in in_order([trial.at[axis] for trial in trials], axis)
         for colour in look.labels
     ]
-    return [cell for cell in cells if cell.trials]
+    compared = {trial.name for trial in alike}
+    return Comparison([cell for cell in cells if cell.trials], [t.name for t in there if t.name not in compared])
+
+
+def at_places_of_all(trials: Sequence[TrialPoints], axes: Mapping[str, Role], axis: str) -> list[TrialPoints]:
+    """Those at places of the other axes where every value of ``axis`` has a trial: means over other places differ by
+    these. Seeds are repetitions, and each has its own best learning rate."""
+    others = [other for other, role in axes.items() if role not in ("seed", "lr") and other != axis]
+    values: dict[tuple[str, ...], set[str]] = {}
+    for trial in trials:
+        values.setdefault(tuple(trial.at[other] for other in others), set()).add(trial.at[axis])
+    every = {trial.at[axis] for trial in trials}
+    return [trial for trial in trials if values[tuple(trial.at[other] for other in others)] == every]
 
 
 def to_compare(axes: Mapping[str, Role], trials: Sequence[TrialPoints]) -> list[str]:

@@ -1,8 +1,10 @@
 """What a study found, in a sentence, whichever way it falls. Torch-free."""
 
+import math
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean, variance
 
+from stpredict.studies.compare import at_places_of_all
 from stpredict.studies.config import Role
 from stpredict.studies.look import Look
 from stpredict.studies.points import TrialPoints
@@ -16,7 +18,7 @@ def headline(
     done = [trial for trial in trials if trial.done and not trial.diverged and trial.losses]
     if axes[look.axis] != "lr":
         done = [trial for trial in done if chosen.get(trial.name, True)]
-    if done and not (done := _at_places_of_all(done, axes, look)):
+    if done and not (done := at_places_of_all(done, axes, look.axis)):
         return f"The values of {look.axis} that are done differ in other axes too: they are not compared.", None
     losses = {label: [trial.final_loss for trial in done if trial.at[look.axis] == label] for label in look.labels}
     means = {label: mean(values) for label, values in losses.items() if values}
@@ -55,24 +57,16 @@ def headline(
     )
 
 
-def _at_places_of_all(trials: Sequence[TrialPoints], axes: Mapping[str, Role], look: Look) -> list[TrialPoints]:
-    """Those at places of the other axes where every value has a trial: means over other places differ by these."""
-    others = [axis for axis, role in axes.items() if role not in ("seed", "lr") and axis != look.axis]
-    values: dict[tuple[str, ...], set[str]] = {}
-    for trial in trials:
-        values.setdefault(tuple(trial.at[axis] for axis in others), set()).add(trial.at[look.axis])
-    every = {trial.at[look.axis] for trial in trials}
-    return [trial for trial in trials if values[tuple(trial.at[axis] for axis in others)] == every]
-
-
 def _noise(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> float | None:
-    """Standard deviation between trials that differ in their seed alone; None where there are no two."""
+    """Standard deviation between trials that differ in their seed alone, their variances pooled; None where there are
+    no two."""
     alike: dict[tuple[str, ...], list[float]] = {}
     for trial in trials:
         place = tuple(trial.at[axis] for axis, role in axes.items() if role != "seed")
         alike.setdefault(place, []).append(trial.final_loss)
-    found = [stdev(losses) for losses in alike.values() if len(losses) > 1]
-    return mean(found) if found else None
+    free = sum(len(losses) - 1 for losses in alike.values())
+    squares = sum((len(losses) - 1) * variance(losses) for losses in alike.values() if len(losses) > 1)
+    return math.sqrt(squares / free) if free else None
 
 
 def _against(difference: float, noise: float | None) -> str:

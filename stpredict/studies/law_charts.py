@@ -150,14 +150,14 @@ def joint_chart(group: Group, look: Look, metric: str) -> Figure | None:
         panels = figure.subplot_mosaic([["lines", "against"], ["below", "against"]], height_ratios=[3, 1])
         lines, below, against = panels["lines"], panels["below"], panels["against"]
         tokens = [point.tokens for point in law.points]
-        x = np.geomspace(min(tokens), max(tokens) * 3, 60)
         for size in dict.fromkeys(point.size for point in law.points):
             own = [point for point in law.points if point.size == size]
             colour = look.colours.get(size, LAW)
-            y = np.array([law.at(parameters=own[0].parameters, tokens=d) for d in x])
-            last = max(point.tokens for point in own)
-            lines.plot(x, np.where(x <= last, y, np.nan), color=colour, linewidth=1.2)
-            lines.plot(x, np.where(x >= last / 1.05, y, np.nan), color=colour, linewidth=1.2, linestyle="--")
+            first, last = min(point.tokens for point in own), max(point.tokens for point in own)
+            for ends, style in (((min(tokens), first), "--"), ((first, last), "-"), ((last, max(tokens) * 3), "--")):
+                x = np.geomspace(*ends, 40)
+                y = [law.at(parameters=own[0].parameters, tokens=d) for d in x]
+                lines.plot(x, y, color=colour, linewidth=1.2, linestyle=style)
             lines.plot([p.tokens for p in own], [p.measured for p in own], "o", color=colour, markersize=3)
             below.plot([p.tokens for p in own], [p.residual for p in own], "o", color=colour, markersize=2.5)
             against.plot([p.measured for p in own], [p.fitted for p in own], "o", color=colour, markersize=3)

@@ -1,6 +1,6 @@
 """The best learning rate of every size, and how it goes with size. Torch-free."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -10,8 +10,11 @@ from stpredict.studies.measured import Measured
 from stpredict.studies.power_law import fit_power_law
 
 
-def best_learning_rates(runs: Sequence[Measured]) -> list[BestLearningRate]:
-    """Of every size (and amount of data, where that is an axis) of which several learning rates were tried."""
+def best_learning_rates(
+    runs: Sequence[Measured], diverged: Collection[tuple[str, str, float]] = ()
+) -> list[BestLearningRate]:
+    """Of every size (and amount of data, where that is an axis) of which several learning rates were tried.
+    ``diverged``: size, data and learning rate of the runs that did."""
     found = []
     for members in _alike(runs):
         rates = sorted({run.lr for run in members if run.lr is not None})
@@ -20,6 +23,8 @@ def best_learning_rates(runs: Sequence[Measured]) -> list[BestLearningRate]:
         tried = [_tried(rate, [run.loss for run in members if run.lr == rate]) for rate in rates]
         best = min(range(len(tried)), key=lambda i: tried[i].loss)
         inside = 0 < best < len(tried) - 1
+        place = members[0].size, members[0].data
+        beyond = [lr for *at, lr in diverged if (*at,) == place and lr > rates[best]] if best == len(tried) - 1 else []
         found.append(
             BestLearningRate(
                 size=members[0].size,
@@ -28,7 +33,8 @@ def best_learning_rates(runs: Sequence[Measured]) -> list[BestLearningRate]:
                 tried=tried,
                 best=rates[best],
                 vertex=_vertex(tried[best - 1 : best + 2]) if inside else None,
-                at_edge=not inside,
+                at_edge=not inside and not beyond,
+                diverges_at=min(beyond, default=None),
             )
         )
     return found
@@ -50,6 +56,8 @@ def learning_rate_law(found: Sequence[BestLearningRate], analysis: AnalysisConfi
             why = f"{len(inside)} sizes with a best learning rate inside the grid; a fit takes three or more"
             if edges:
                 why += f" (at the grid's edge: {', '.join(edges)}; widen the grid there)"
+            if bounded := [best.size for best in found if best.of == of and best.diverges_at]:
+                why += f" (the next larger rate diverges: {', '.join(bounded)}; try some between)"
             results.append(NotFitted(name="lr(N)", of=of, why=why))
             continue
         n, rates = (

@@ -1,7 +1,7 @@
 """From the trials of a study to the points that laws are fitted to: who takes part, and with which of its validations.
 Torch-free."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,20 +109,19 @@ def _samples(rows: Sequence[tuple[Measured, np.ndarray, np.ndarray]]) -> Samples
     )
 
 
-def measured(trial: TrialPoints, axes: dict[str, Role], analysis: AnalysisConfig) -> Measured | LeftOut:
+def measured(trial: TrialPoints, axes: Mapping[str, Role], analysis: AnalysisConfig) -> Measured | LeftOut:
     """The trial as a law may use it, or why none may."""
     if why := _why_not(trial):
         return LeftOut(trial=trial.name, why=why)
-    scale = trial.scale
-    n = scale.parameters - (scale.embedding_parameters if analysis.parameters == "without_embeddings" else 0)
+    scale, n = trial.scale, _counted(trial, analysis)
     last = dict(zip(trial.steps, trial.losses, strict=True))  # of steps done twice, the later counts
     steps, losses = np.array(sorted(last.items()), dtype=float).T
     warm = steps > min(trial.warmup_steps, steps[-1] - 1)
-    labels = {role: [trial.at[axis] for axis, is_a in axes.items() if is_a == role] for role in ("size", "data")}
+    size, data = _place(trial, axes, n)
     return Measured(
         name=trial.name,
-        size=", ".join(labels["size"]) or f"{n:,} parameters",
-        data=", ".join(labels["data"]),
+        size=size,
+        data=data,
         n=n,
         tokens_per_step=scale.tokens_per_step,
         flops_per_step=scale.flops_per_step,
@@ -132,6 +131,31 @@ def measured(trial: TrialPoints, axes: dict[str, Role], analysis: AnalysisConfig
         epochs=trial.epochs,
         ends_in_warmup=bool(trial.warmup_steps >= steps[-1]),
     )
+
+
+def diverged(
+    trials: Sequence[TrialPoints], axes: Mapping[str, Role], analysis: AnalysisConfig
+) -> list[tuple[str, str, float]]:
+    """Size, data and learning rate of those that diverged."""
+    return [
+        (*_place(trial, axes, _counted(trial, analysis)), trial.learning_rate)
+        for trial in trials
+        if trial.diverged and trial.scale and trial.learning_rate is not None
+    ]
+
+
+def _counted(trial: TrialPoints, analysis: AnalysisConfig) -> int:
+    """N"""
+    scale = trial.scale
+    return scale.parameters - (scale.embedding_parameters if analysis.parameters == "without_embeddings" else 0)
+
+
+def _place(trial: TrialPoints, axes: Mapping[str, Role], n: int) -> tuple[str, str]:
+    """Its labels on the axes of role size and data."""
+    size, data = (
+        ", ".join(trial.at[axis] for axis, role in axes.items() if role == wanted) for wanted in ("size", "data")
+    )
+    return size or f"{n:,} parameters", data
 
 
 def _why_not(trial: TrialPoints) -> str | None:

@@ -22,7 +22,8 @@ from stpredict.run import write_atomically
 from stpredict.studies import charts, law_charts
 from stpredict.studies.analyse import analyse
 from stpredict.studies.analysis import Analysis, Estimate, Group
-from stpredict.studies.compare import cells_of, chosen_of, to_compare
+from stpredict.studies.compare import chosen_of, comparison_of, to_compare
+from stpredict.studies.config import Role
 from stpredict.studies.headline import headline
 from stpredict.studies.look import Look, look_of
 from stpredict.studies.points import TrialPoints, read_trial
@@ -66,7 +67,9 @@ def write_study_report(config: StudyReportConfig, folder: Path) -> Path:
         groups=[_group(drawn, number, group, trials, look, analysis) for number, group in enumerate(analysis.groups)],
         not_fitted=_not_fitted(analysis.groups),
         left_out=[trial for group in analysis.groups for trial in group.left_out],
-        comparisons=[_comparison(drawn, axis, trials, look, chosen) for axis in to_compare(config.axes, trials)],
+        comparisons=[
+            _comparison(drawn, axis, trials, config.axes, look, chosen) for axis in to_compare(config.axes, trials)
+        ],
         unfinished=[(trial, why(trial)) for trial in trials if trial.state != "done" or trial.problems],
         tables=tables,
         run=shlex.quote(str(folder.parent)),
@@ -161,13 +164,18 @@ def _number(value: float) -> str:
 
 
 def _comparison(
-    drawn: _Charts, axis: str, trials: Sequence[TrialPoints], look: Look, chosen: Mapping[str, bool]
+    drawn: _Charts,
+    axis: str,
+    trials: Sequence[TrialPoints],
+    axes: Mapping[str, Role],
+    look: Look,
+    chosen: Mapping[str, bool],
 ) -> dict[str, Any]:
-    cells = cells_of(axis, trials, look, chosen)
+    found = comparison_of(axis, trials, axes, look, chosen)
     metric = next((trial.metric for trial in trials if trial.metric), "loss")
     return {
         "axis": axis,
-        "cells": cells,
-        "chart": drawn.add(f"by_{axis}", charts.axis_chart(axis, cells, look, metric)),
-        "speed": drawn.add(f"quality_and_speed_by_{axis}", charts.speed_chart(axis, cells, look)),
+        "left_out": found.left_out,
+        "chart": drawn.add(f"by_{axis}", charts.axis_chart(axis, found.cells, look, metric)),
+        "speed": drawn.add(f"quality_and_speed_by_{axis}", charts.speed_chart(axis, found.cells, look)),
     }

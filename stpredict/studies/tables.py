@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.disk import renamed
 from stpredict.studies.analysis import Analysis, Estimate
-from stpredict.studies.compare import cells_of, to_compare
+from stpredict.studies.compare import comparison_of, to_compare
 from stpredict.studies.config import Role
 from stpredict.studies.look import Look
 from stpredict.studies.points import TrialPoints
@@ -105,7 +105,7 @@ def _comparisons(
     }
     rows = []
     for axis in to_compare(axes, trials):
-        for cell in cells_of(axis, trials, look, chosen):
+        for cell in comparison_of(axis, trials, axes, look, chosen).cells:
             found = [cell.mean([of(trial) for trial in cell.trials])[:2] for of in measured.values()]
             rows.append([axis, cell.label, cell.colour, len(cell.trials), *(value for pair in found for value in pair)])
     return Table(["axis", "value", look.axis, "trials", *(f"{m}{end}" for m in measured for end in ("", "_sd"))], rows)
@@ -114,11 +114,11 @@ def _comparisons(
 def _learning_rates(analysis: Analysis) -> Table:
     columns = ["group", "size", "of", "parameters", "learning_rate", "loss", "spread", "seeds", "best", "at_edge"]
     return Table(
-        [*columns, "vertex"],
+        [*columns, "diverges_at", "vertex"],
         [
             [
                 *(group.title, best.size, best.of, best.parameters, one.learning_rate, one.loss, one.spread, one.seeds),
-                *(one.learning_rate == best.best, best.at_edge, best.vertex),
+                *(one.learning_rate == best.best, best.at_edge, best.diverges_at, best.vertex),
             ]
             for group in analysis.groups
             for best in group.learning_rates

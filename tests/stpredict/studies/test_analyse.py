@@ -181,6 +181,26 @@ def test_a_best_learning_rate_at_the_edge_is_flagged_and_has_no_vertex():
     assert "at the grid's edge: n100000" in whys(group, "lr(N)")[0]
 
 
+def test_a_best_learning_rate_whose_larger_neighbours_diverged_is_at_no_edge():
+    trials = [one for n in sizes(3) for one in rates(n, (1e-4, 1e-3, 1e-2, 1e-1), 1e-2)]
+    for one in trials:
+        if one.learning_rate >= 1e-2 and one.at["size"] != "n100000":
+            one.diverged = "its validation at step 9 is not finite"
+    group = group_of(trials, FINAL, LR_AXES)
+    assert [(best.best, best.at_edge, best.diverges_at) for best in group.learning_rates] == [
+        (1e-2, False, None),
+        (1e-3, False, 1e-2),
+        (1e-3, False, 1e-2),
+    ]
+    assert not any("may lie beyond" in warning for warning in group.warnings)
+    assert "(the next larger rate diverges: n547723, n3000000; try some between)" in whys(group, "lr(N)")[0]
+    low = [one for n in sizes(3) for one in rates(n, (1e-4, 1e-3, 1e-2), 1e-5)]
+    for one in low:
+        if one.learning_rate == 1e-2:
+            one.diverged = "its validation at step 9 is not finite"
+    assert all(best.at_edge for best in group_of(low, FINAL, LR_AXES).learning_rates)
+
+
 def test_what_is_left_out_is_named_with_the_reason():
     trials = study(sizes(4), 2)
     trials[0].diverged = "its validation at step 9 is not finite"

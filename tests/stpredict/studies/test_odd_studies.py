@@ -5,44 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from synthetic_study import AXES, CURVE, TOKENS, loss_of, sizes, study, trial
 
 from data_pipeline.errors import UsageError
 from stpredict.config import validate
-from stpredict.run import Run, Status
+from stpredict.run import Run
 from stpredict.studies.analyse import analyse
+from stpredict.studies.compare import comparison_of
 from stpredict.studies.config import AnalysisConfig
 from stpredict.studies.headline import headline
 from stpredict.studies.look import look_of
-from stpredict.studies.points import TrialPoints
 from stpredict.studies.report import write_study_report
-from stpredict.training.scale import Scale
-from tests.stpredict.studies.made_up_study import config_of, loss_of, write_sizes, write_training
+from stpredict.studies.tables import tables_of
+from tests.stpredict.studies.made_up_study import config_of, write_sizes, write_training
 
-AXES = {"size": "size", "seed": "seed"}
 CURVES = AnalysisConfig(points="curve", bootstrap=0)
-TOKENS = 100_000  # of a step
-CURVE = np.unique(np.geomspace(20, 2000, 30).astype(int))
-SIZES = np.geomspace(1e5, 3e6, 5)
-
-
-def trial(name, n, steps, losses, at, **facts):
-    scale = {"parameters": round(n), "embedding_parameters": 0, "tokens_per_step": TOKENS}
-    state = Status(kind="prior", state="done", step=int(steps[-1]))
-    facts = {"kind": "prior", "status": state, "learning_rate": 1e-3, "schedule": "constant", **facts}
-    facts |= {"metric": "cross_entropy", "steps": [int(step) for step in steps], "losses": list(losses)}
-    scale = Scale(**scale, flops_per_step=6 * n * TOKENS)
-    return TrialPoints(name, {"size": f"n{n:.0f}", "seed": "0", **at}, Run(Path(name)), scale=scale, **facts)
-
-
-def study(n, seeds, noise, steps=(2000,)):
-    """``noise``: of a run as a whole, in ln L; that of its single points is a third of it."""
-    random, steps, trials = np.random.default_rng(0), np.asarray(steps), []
-    for size in n:
-        for seed in range(seeds):
-            off = noise * (random.standard_normal() + random.standard_normal(len(steps)) / 3)
-            losses = loss_of(size, steps * TOKENS) * np.exp(off)
-            trials.append(trial(f"n{size:.0f}-{seed}", size, steps, losses, {"seed": str(seed)}))
-    return trials
+SIZES = sizes(5)
 
 
 def test_amounts_of_compute_that_no_size_came_to_are_no_part_of_the_frontier():
@@ -129,6 +107,58 @@ def test_sizes_are_compared_where_all_of_them_are_done():
     assert words == "The values of size that are done differ in other axes too: they are not compared."
 
 
+def test_the_noise_of_seeds_is_that_of_their_pooled_variance():
+    """sqrt((1 x 0.02 + 3 x 0.0004) / 4) of two runs 0.2 apart and four whose variance is 0.0004."""
+    losses = {1e5: (3.9, 4.1), 4e5: (3 + 0.02 * np.array([-1.5, -0.5, 0.5, 1.5]) / np.sqrt(5 / 3)).tolist()}
+    trials = [
+        trial(f"{n}-{seed}", n, [100], [loss], at={"seed": str(seed)})
+        for n, several in losses.items()
+        for seed, loss in enumerate(several)
+    ]
+    assert "seeds differ by 0.073)" in said(trials, AXES)[0]
+    alone = [one for one in trials if one.at["seed"] == "0"]
+    assert "how much of it is chance is not known" in said(alone, AXES)[0]
+    for one in trials:  # others than seeds make no noise
+        one.at = {"size": one.at["size"], "data": one.at["seed"]}
+    assert "is not known" in said([one for one in trials if one.at["data"] < "2"], {"size": "size", "data": "data"})[0]
+
+
+def test_values_are_compared_at_places_that_all_of_them_have():
+    """A block that has only the large model is not better for it."""
+    axes = {"size": "size", "block": "other", "mask": "other", "seed": "seed"}
+    loss = {"small": 4.0, "large": 3.0, "a": 0.0, "b": 0.5, "full": 0.0, "half": 1.0}
+    there = [("small", "a", "full"), ("small", "b", "full"), ("small", "b", "half"), ("large", "a", "half")]
+    trials = [
+        trial("-".join(at), 1e5, [9], [sum(loss[one] for one in at)], at=dict(zip(axes, at, strict=False)))
+        for at in there
+    ]
+    look = look_of(trials, axes)
+    found = comparison_of("block", trials, axes, look, {})
+    assert [(c.label, c.colour, [t.name for t in c.trials]) for c in found.cells if c.colour == "small"] == [
+        ("a", "small", ["small-a-full"]),
+        ("b", "small", ["small-b-full"]),
+    ]
+    assert found.left_out == ["small-b-half"]
+    table = tables_of(trials, axes, analyse(trials, axes, CURVES), look, {})["comparisons"]
+    losses = {tuple(row[:3]): row[4] for row in table.rows}
+    assert losses["block", "b", "small"] - losses["block", "a", "small"] == 0.5
+    assert losses["mask", "half", "small"] - losses["mask", "full", "small"] == 1.0
+    trials = [trial(name, 1e5, [9], [3.0], at={"block": name[0], "mask": name[1]}) for name in ("ax", "by")]
+    found = comparison_of("block", trials, axes, look_of(trials, axes), {})
+    assert (found.cells, found.left_out) == ([], ["ax", "by"])
+
+
+def test_the_page_names_what_it_does_not_compare(tmp_path):
+    places = {"ax": "a x", "bx": "b x", "by": "b y"}
+    axes = {"block": "other", "mask": "other"}
+    for name in places:
+        write_training(tmp_path / f"{name}-prior", 100_000)
+    trials = {name: dict(zip(axes, place.split(), strict=True)) for name, place in places.items()}
+    page = write_study_report(config_of(tmp_path, axes, trials), tmp_path / "report").read_text()
+    assert "since not every value of block has a trial like them: by</p>" in page
+    assert page.count("Not compared") == 1
+
+
 def test_learning_rates_of_one_size_are_compared():
     trials = [
         trial(f"{lr}", 1e5, [100], [2 + 0.1 * abs(np.log10(lr / 1e-3))], learning_rate=lr, at={"lr": f"lr{lr}"})
@@ -178,7 +208,7 @@ def test_a_prediction_below_the_smallest_size_is_an_extrapolation():
 
 def test_each_amount_of_data_has_a_best_learning_rate_of_its_own():
     trials = [
-        trial(f"{steps}-{lr}", 1e5, [steps], [3.0 if lr == best else 4.0], {"data": str(steps)}, learning_rate=lr)
+        trial(f"{steps}-{lr}", 1e5, [steps], [3.0 if lr == best else 4.0], at={"data": str(steps)}, learning_rate=lr)
         for steps, best in ((100, 1e-2), (400, 1e-3))
         for lr in (1e-3, 1e-2)
     ]
