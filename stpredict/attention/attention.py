@@ -1,51 +1,46 @@
-"""Attention by mask description, over PyTorch's fused kernels. A mask tensor is at most ``CHUNK`` rows high."""
+"""Attention by mask description: one call, several backends."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stpredict.attention.masks import BlockCausal, Causal, Full, Mask
-
-# Rows of queries per kernel call: enough to keep the kernel busy, little enough that the keys which a
-# row must not see (at most a chunk's length) cost little. Smaller blocks share a call, larger ones have their own.
-CHUNK = 128
+from stpredict.attention.masks import BlockCausal, Mask, simplest
+from stpredict.attention.rectangles import block_causal
+from stpredict.attention.strips import strips
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Softmax attention. ``q`` (b, heads, n, d), ``k`` and ``v`` (b, heads, m, d); returns (b, heads, n, d).
+    """Softmax attention. ``q`` (b, heads, n, d), ``k`` and ``v`` (b, key heads, m, d); returns (b, heads, n, d).
 
-    Causal masks need n = m; the sequence of ``BlockCausal`` may end with part of a block.
+    Queries are the last n tokens of the m. ``heads`` is a multiple of ``key heads``, each of which serves as many heads
+    of queries that follow each other (grouped-query attention). ValueError for shapes that do not fit.
     """
-    match mask:
-        case Full():
-            return F.scaled_dot_product_attention(q, k, v)
-        case Causal():
-            _same_length(q, k)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        case BlockCausal(block=1, prefix=0):
-            return attention(q, k, v, Causal())
-        case BlockCausal():
-            _same_length(q, k)
-            return _block_causal(q, k, v, mask)
+    n, m = q.shape[2], k.shape[2]
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit each other")
+    mask = simplest(mask, n, m)
+    if not isinstance(mask, BlockCausal):
+        return _by_backend(q, k, v, mask)
+    if mask.length is not None and mask.length < m:
+        real, end = max(0, n - (m - mask.length)), mask.length
+        shorter = BlockCausal(mask.block, mask.prefix, mask.prefix_lengths)
+        out = attention(q[:, :, :real], k[:, :, :end], v[:, :, :end], shorter) if real else q[:, :, :0]
+        return F.pad(out, (0, 0, 0, n - real))
+    out = _by_backend(q, k, v, mask)
+    return out if mask.prefix_lengths is None else _without_padding(out, mask, m)
 
 
-def _block_causal(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausal) -> Tensor:
-    """One call per chunk of whole blocks on the keys up to the chunk's end."""
-    n, prefix = q.shape[2], mask.prefix
-    out = [F.scaled_dot_product_attention(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix])] if prefix else []
-    chunk = mask.block * max(1, CHUNK // mask.block)
-    for start in range(prefix, n, chunk):
-        end = min(start + chunk, n)
-        allowed = None
-        if end - start > mask.block:
-            blocks = torch.arange(start - prefix, end - prefix, device=q.device) // mask.block
-            earlier = torch.ones(end - start, start, dtype=torch.bool, device=q.device)
-            allowed = torch.cat([earlier, blocks[:, None] >= blocks[None, :]], dim=1)
-        keys, values = k[:, :, :end], v[:, :, :end]
-        out.append(F.scaled_dot_product_attention(q[:, :, start:end], keys, values, attn_mask=allowed))
-    return torch.cat(out, dim=2)
+def _without_padding(out: Tensor, mask: BlockCausal, m: int) -> Tensor:
+    """0 for the padding of the prefixes, and for what of them attends to nothing."""
+    i = torch.arange(m - out.shape[2], m, device=out.device)
+    padding = (i < mask.prefix) & (i >= mask.prefix_lengths.to(out.device)[:, None])
+    return out.masked_fill(padding[:, None, :, None], 0)
 
 
-def _same_length(q: Tensor, k: Tensor) -> None:
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"causal masks need as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+def _by_backend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    whole = isinstance(mask, BlockCausal) and mask.prefix_lengths is None and q.shape[2] == k.shape[2]
+    if whole and q.device.type in ("cpu", "meta"):
+        if torch.is_autocast_enabled("cpu"):  # as it does with PyTorch's own attention
+            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+        return block_causal(q, k, v, mask, "cpu")
+    return strips(q, k, v, mask)

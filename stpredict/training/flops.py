@@ -81,7 +81,8 @@ class ShapesOnly:
 
 
 def count_flops(shapes: ShapesOnly, args: tuple, kwargs: dict[str, Any]) -> float:
-    """FLOPs of one forward: of its matrix products, convolutions and attention, where every pair counts."""
+    """FLOPs of one forward: of its matrix products, convolutions and attention. Of block-causal attention the pairs
+    count that see each other, elsewhere every pair does."""
 
     def fake(value: Any) -> Any:
         return torch.empty(value.shape, dtype=value.dtype) if torch.is_tensor(value) else value

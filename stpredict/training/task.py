@@ -87,7 +87,7 @@ class Task(ABC):
 
     def forward_flops(self, *args: object, **kwargs: object) -> float | None:
         """FLOPs of a forward pass of the model on these arguments, of which only shapes may be looked at; None: the
-        engine counts them, taking for attention that every pair is computed."""
+        engine counts them."""
         return None
 
     def adversarial_step(self, judge: Forward, batch: Batch) -> Sums:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stpredict.attention.masks import Causal
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
@@ -82,7 +83,9 @@ def test_the_priors_closed_form(block):
     tokens = 64 - block_tokens
     pairs = sum(1 for i in range(tokens) for j in range(tokens) if j // block_tokens <= i // block_tokens)
     of_attention = config.layers * 2 * 2 * pairs * config.width
-    # What the counter finds without its kernels of attention: the matrix products.
+    # What the counter finds without PyTorch's kernels of attention, which do causal attention: the matrix products.
+    counted = count_flops(ShapesOnly(model), (torch.zeros(1, 64, dtype=torch.long),), {})
+    model.mask = Causal()
     shapes = ShapesOnly(model)
     import stpredict.training.flops as module
 
@@ -90,6 +93,7 @@ def test_the_priors_closed_form(block):
         patch.setattr(module, "_attention_flops", lambda *_, **__: 0)
         of_products = count_flops(shapes, (torch.zeros(1, 64, dtype=torch.long),), {})
     assert model.flops() == of_products + of_attention
+    assert block == (1, 1, 1) or counted == model.flops()
 
 
 def test_a_tokenizer_is_counted_by_its_convolutions():

@@ -1,0 +1,79 @@
+"""Block-causal attention by rectangles: an operator that is counted, recomputed, compiled, and run without memory."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from stpredict.attention.attention import attention
+from stpredict.attention.masks import BlockCausal
+from stpredict.attention.rectangles import by_columns, by_rows
+from stpredict.attention.reference import dense_mask
+
+
+@pytest.mark.parametrize("pieces", [by_rows, by_columns])
+@pytest.mark.parametrize(("block", "prefix"), [(1, 0), (5, 0), (5, 7), (32, 0), (40, 3), (300, 9), (3, 40)])
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_the_pieces_are_every_pair_once(pieces, block, prefix, chunk):
+    n = 131
+    seen = torch.zeros(n, n, dtype=torch.int)
+    for piece in pieces(n, block, prefix, chunk):
+        rows, keys = torch.arange(n)[piece.rows], torch.arange(n)[piece.keys]
+        for tile_rows, tile_keys in zip(rows.chunk(piece.tiles), keys.chunk(piece.tiles), strict=True):
+            part = torch.ones(len(tile_rows), len(tile_keys), dtype=torch.int)
+            if piece.block:
+                part = dense_mask(BlockCausal(piece.block), len(tile_rows)).int()
+            seen[tile_rows[:, None], tile_keys] += part
+    assert torch.equal(seen, dense_mask(BlockCausal(block, prefix), n).int())
+
+
+def test_flops_are_those_of_the_pairs_that_see_each_other():
+    q = torch.randn(2, 3, 301, 8, requires_grad=True)
+    mask = BlockCausal(16, prefix=9)
+    with FlopCounterMode(display=False) as counter:
+        out = attention(q, q, q, mask)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert forward == 4 * 2 * 3 * 8 * dense_mask(mask, 301).sum()
+    assert counter.get_total_flops() == 3 * forward
+
+
+def test_tensors_without_memory_pass():
+    for mode, device in ((FakeTensorMode(), "cpu"), (torch.device("meta"), "meta")):
+        with mode:
+            q = torch.empty(2, 4, 301, 8, device=device, requires_grad=True)
+            k = torch.empty(2, 2, 301, 8, device=device, requires_grad=True)
+            out = attention(q, k, k, BlockCausal(16))
+            out.sum().backward()
+        assert out.shape == q.grad.shape == (2, 4, 301, 8)
+        assert k.grad.shape == k.shape
+
+
+def _gradients(function, *inputs):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+
+def test_recomputation_and_compilation_change_nothing():
+    q, k, v = (torch.randn(2, 3, 301, 8) for _ in range(3))
+
+    def plain(q, k, v):
+        return attention(q.sin(), k, v, BlockCausal(16)) * 2
+
+    expected = _gradients(plain, q, k, v)
+    for other in (lambda *x: checkpoint(plain, *x, use_reentrant=False), torch.compile(plain, fullgraph=True)):
+        for ours, theirs in zip(_gradients(other, q, k, v), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_computes_in_its_type():
+    q = torch.randn(1, 2, 64, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(q, q, q, BlockCausal(16)).dtype == torch.bfloat16
+
+
+def test_operators_are_well_formed():
+    inputs = [torch.randn(1, 2, 70, 8, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(torch.ops.stpredict.block_causal_attention.default, (*inputs, 16, 3, "cpu"))
