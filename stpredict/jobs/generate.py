@@ -133,7 +133,7 @@ def _continue_clips(
         predicted_frames=clips_timed * (data.clip.frames - config.given_frames),
         batches=batches_timed,
         batch_size=config.batch_size,
-        forward_steps=(prior.order.tokens - given[0].numel()) // prior.order.block_tokens,
+        forward_steps=len(prior.order.sizes) - prior.order.blocks_in(given[0].numel()),
         sampling_s=watch.seconds["sampling"],
         whole_s=sum(watch.seconds.values()),
         device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU",
@@ -150,8 +150,12 @@ def _warm_up(
     the clock starts, with shapes as in what follows."""
     given = tokenizer.encode(video[:, :, : config.given_frames])
     sequence, caches = prior.order.to_sequence(tokens), prior.make_caches(len(tokens))
-    start, size = given[0].numel(), prior.order.block_tokens
-    for block in (sequence[:, :start], sequence[:, start : start + size]):
+    start = given[0].numel()
+    prompt, *blocks = (
+        sequence[:, :start],
+        *sequence[:, start:].split(prior.order.sizes[prior.order.blocks_in(start) :], 1),
+    )
+    for block in (prompt, *blocks[:-1][:1]):
         probabilities(prior(block, caches=caches), config.sampling)
     tokenizer.decode(tokens)
 

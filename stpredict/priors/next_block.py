@@ -2,6 +2,7 @@
 
 Token j of block i predicts token j of block i + 1. Attention is bidirectional inside a block and causal
 between blocks (Ren et al. 2025, arXiv:2502.07737, fig. 3), so block (1, 1, 1) is next-token prediction.
+Blocks of the last latent frames may be smaller than the others (``BlockOrder``).
 Shapes: b batch, n tokens of the sequence, d width, v codebook size.
 """
 
@@ -10,11 +11,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from stpredict.attention.attention import attention
-from stpredict.attention.masks import BlockCausal, Full, Mask
 from stpredict.layers.rotary import rotate, rotation
 from stpredict.priors.block_order import BlockOrder
 from stpredict.priors.config import NextBlockConfig
+from stpredict.priors.sight import Sight
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -42,12 +42,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotation, mask: Mask, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotation, sight: Sight, cache: KeyValueCache | None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.out(rearrange(attention(q, k, v, mask), "b h n e -> b n (h e)"))
+        return self.out(rearrange(sight.attend(q, k, v), "b h n e -> b n (h e)"))
 
 
 class SwiGLU(nn.Module):
@@ -68,8 +68,8 @@ class Layer(nn.Module):
         self.mlp_norm, self.mlp = nn.RMSNorm(config.width, eps=1e-6), SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotation, mask: Mask, cache: KeyValueCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, cache))
+    def forward(self, x: Tensor, rotary: Rotation, sight: Sight, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, sight, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -80,7 +80,7 @@ class NextBlockPrior(nn.Module):
         super().__init__()
         self.config, self.codebook_size = config, codebook_size
         self.order = BlockOrder(grid, config.block)
-        self.mask = BlockCausal(self.order.block_tokens)
+        self.sight = Sight.of_blocks(self.order.sizes)
         positions = self.order.coordinates if config.rope_axes == 3 else torch.arange(self.order.tokens)[:, None]
         # Integers, so that casting the model to bf16 leaves them exact; angles are computed in fp32 on use.
         self.register_buffer("positions", positions, persistent=False)
@@ -108,24 +108,29 @@ class NextBlockPrior(nn.Module):
         tokens from the second block on. Decoding, with caches: the next whole block ``(b, block)``, or in the
         first call the whole prompt, to logits ``(b, block, v)`` of the block after it.
         """
-        size = self.order.block_tokens
         if caches is None:
-            return self._logits(ids[:, :-size], 0, self.mask, [None] * len(self.layers))
+            inputs = self.order.tokens - self.order.sizes[-1]
+            x = self._hidden(ids[:, :inputs], 0, [None] * len(self.layers))
+            return self.head(self._predicting(x))
         done, new = caches[0].length, ids.shape[1]
-        if new % size or (done and new != size):
-            raise ValueError(f"got {new} tokens after {done}: after the prompt give one block of {size} at a time")
-        # A single block sees all of the cache, and a prompt is a sequence of its own: no other mask is needed.
-        return self._logits(ids, done, Full() if done else self.mask, caches)[:, -size:]
+        number = self.order.blocks_in(done + new)
+        whole = number and (not done or new == self.order.sizes[number - 1])
+        if not whole or number == len(self.order.sizes):
+            raise ValueError(
+                f"got {new} tokens after {done}: after the prompt give one block of {self.order.block_tokens} at a time"
+            )
+        x = self._hidden(ids, done, caches)
+        this, following = self.order.sizes[number - 1 : number + 1]
+        return self.head(x[:, -this:][:, :following])
 
     def flops(self) -> int:
         """FLOPs of a training forward of one sequence, a multiply-add counted as two: the matrix products of every
         token, and attention over the pairs that see each other."""
-        config, tokens = self.config, self.order.tokens - self.order.block_tokens
+        config, inputs = self.config, self.order.tokens - self.order.sizes[-1]
         of_layer = config.width * (4 * config.width + 3 * config.mlp_width)
-        of_token = config.layers * of_layer + config.width * self.codebook_size
-        blocks = tokens // self.order.block_tokens
-        pairs = self.order.block_tokens**2 * blocks * (blocks + 1) // 2
-        return 2 * (tokens * of_token + config.layers * 2 * pairs * config.width)
+        of_head = config.width * self.codebook_size * (self.order.tokens - self.order.sizes[0])
+        pairs = sum(self.sight.limits[:inputs])
+        return 2 * (config.layers * (inputs * of_layer + 2 * pairs * config.width) + of_head)
 
     def make_caches(self, batch: int) -> list[KeyValueCache]:
         """Empty caches for one decoding of ``batch`` sequences."""
@@ -133,10 +138,21 @@ class NextBlockPrior(nn.Module):
         like = self.head.weight
         return [KeyValueCache(batch, self.config.heads, self.order.tokens, head_width, like) for _ in self.layers]
 
-    def _logits(self, ids: Tensor, start: int, mask: Mask, caches: list) -> Tensor:
-        positions = self.positions[start : start + ids.shape[1]]
-        rotary = rotation(positions, self.config.width // self.config.heads)
+    def _predicting(self, x: Tensor) -> Tensor:
+        """Of all inputs, those that predict a token: a block before a smaller one has some that do not."""
+        sizes = self.order.sizes
+        if sizes[-1] == sizes[0]:
+            return x
+        whole = sum(size for size in sizes if size == sizes[0])
+        before = whole - sizes[0] + sizes[-1]  # the last whole block predicts the first smaller one
+        return torch.cat([x[:, :before], x[:, whole:]], dim=1)
+
+    def _hidden(self, ids: Tensor, start: int, caches: list) -> Tensor:
+        """Of inputs ``ids`` (b, n), of which the first is number ``start`` of the sequence, before the head."""
+        rows = slice(start, start + ids.shape[1])
+        rotary = rotation(self.positions[rows], self.config.width // self.config.heads)
+        sight = self.sight.of(rows)
         x = self.dropout(self.embedding(ids))
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotary, mask, cache)
-        return self.head(self.norm(x))
+            x = layer(x, rotary, sight, cache)
+        return self.norm(x)

@@ -46,7 +46,7 @@ class PriorTask(Task):
         return self.data.validation_batches(share, self.quarantined)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        targets = float(len(batch["key"]) * (self.model.order.tokens - self.model.order.block_tokens))
+        targets = float(len(batch["key"]) * (self.model.order.tokens - self.model.order.sizes[0]))
         return {"cross_entropy": targets, "accuracy": targets}
 
     def training_step(self, forward: Forward, batch: Batch) -> Sums:
@@ -89,6 +89,6 @@ class PriorTask(Task):
         """Cross-entropy in nats and whether the likeliest token is right, ``(b, n - block)``, fp32."""
         sequence = self.model.order.to_sequence(self.data.tokens(batch))
         logits = forward(sequence).float()
-        targets = sequence[:, self.model.order.block_tokens :]
+        targets = sequence[:, self.model.order.sizes[0] :]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         return loss, (logits.argmax(-1) == targets).float()

@@ -32,13 +32,14 @@ def continue_tokens(
     padded = given.new_zeros(batch, *order.grid)
     padded[:, :frames] = given
     sequence = order.to_sequence(padded)
-    start, size = frames * order.grid[1] * order.grid[2], order.block_tokens
+    start = frames * order.grid[1] * order.grid[2]
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     caches = prior.make_caches(batch)
     block = sequence[:, :start]
-    for position in range(start, order.tokens, size):
+    for size in order.sizes[order.blocks_in(start) :]:
         probability = probabilities((forward or prior)(block, caches=caches), config)
         uniform = torch.stack([torch.rand(size, generator=g) for g in generators]).to(given.device)
-        block = sequence[:, position : position + size] = draw(probability, uniform)
+        block = sequence[:, start : start + size] = draw(probability, uniform)
+        start += size
     return order.to_grid(sequence)

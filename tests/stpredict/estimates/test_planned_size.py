@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stpredict.attention.masks import BlockCausal, Full
+from stpredict.attention.masks import BlockCausal
 from stpredict.attention.reference import dense_mask
 from stpredict.estimates.size import size_of
 from stpredict.priors.next_block import NextBlockPrior
+from stpredict.priors.sight import Sight
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from tests.stpredict.estimates.planned import SMALL_PRIOR, SMALL_TOKENIZER, planned_prior, planned_tokenizer
 
@@ -43,11 +44,11 @@ def test_sizes_are_those_of_models_that_are_really_built():
 def test_a_priors_attention_counts_by_the_share_of_the_pairs_that_see_each_other(block):
     planned = planned_prior(**{**SMALL_PRIOR, "block": block})
     model, of_block = planned.task.model.to("meta"), block[0] * block[1] * block[2]
-    model.mask = Full()
+    n = 256 - of_block
+    model.sight = Sight(limits=(n,) * n, block=1, regular=0)  # everybody sees all
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.empty(1, 256, dtype=torch.int64, device="meta"))
-    n = 256 - of_block
     attention = 2 * 2 * 2 * n * n * 64  # layers, products, FLOPs per multiply-add
     share = dense_mask(BlockCausal(of_block), n).double().mean().item()
     expected = counter.get_total_flops() - attention + attention * share

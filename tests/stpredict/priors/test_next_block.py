@@ -1,11 +1,15 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 
 GRID = (3, 4, 4)
-SHAPES = [(1, 1, 1), (1, 1, 4), (1, 2, 2), (1, 4, 4), (3, 1, 2)]
+# In the last four, three latent frames are not whole blocks; blocks are in order of time all the same.
+SHAPES = [(1, 1, 1), (1, 1, 4), (1, 2, 2), (1, 4, 4), (3, 1, 2), (2, 1, 4), (2, 2, 2), (2, 1, 1), (2, 4, 4)]
 
 
 def prior(block=(1, 1, 4), rope_axes=3) -> NextBlockPrior:
@@ -20,31 +24,53 @@ def prior(block=(1, 1, 4), rope_axes=3) -> NextBlockPrior:
 @pytest.mark.parametrize("block", SHAPES)
 def test_a_token_sees_its_whole_block_and_no_later_one(block):
     model = prior(block)
-    size = model.order.block_tokens
+    sizes, ends = model.order.sizes, model.order.ends
     sequence = torch.randint(50, (1, model.order.tokens), generator=torch.Generator().manual_seed(1))
     logits = model(sequence)
-    changed_block = 1 if model.order.tokens > 2 * size else 0
-    last = changed_block * size + size - 1  # the last token of a block
-    other = sequence.clone()
-    other[0, last] = (other[0, last] + 1) % 50
-    difference = (model(other) - logits).abs().amax(-1)[0]
-    start = changed_block * size  # logits at position p come from input token p
-    assert (difference[:start] == 0).all()
-    assert (difference[start:] > 0).all()
+    predicted_by = [number for number, size in enumerate(sizes[1:]) for _ in range(size)]
+    for changed_block in {0, len(sizes) // 2, len(sizes) - 2} - {len(sizes) - 1}:
+        last = ends[changed_block] - 1  # the last token of a block
+        other = sequence.clone()
+        other[0, last] = (other[0, last] + 1) % 50
+        difference = (model(other) - logits).abs().amax(-1)[0]
+        assert [bool(d > 0) for d in difference] == [number >= changed_block for number in predicted_by]
+
+
+@pytest.mark.parametrize("block", [(2, 1, 4), (2, 2, 2), (2, 1, 1), (2, 4, 4)])
+def test_padding_is_as_if_it_were_there_and_nobody_saw_it(block):
+    model = prior(block)
+    t, h, w = block
+    ids = torch.randint(50, (2, *GRID))
+    sequence = model.order.to_sequence(ids)
+    # The grid padded to four latent frames with a code of its own, and attention told to leave it out.
+    longer = NextBlockPrior(model.config, 50, (4, 4, 4)).double().eval()
+    longer.load_state_dict(model.state_dict())
+    padded = torch.full((2, 4, 4, 4), 7)
+    padded[:, :3] = ids
+    real = longer.order.coordinates[:, 0] < 3
+    n, size = 64 - t * h * w, t * h * w
+    number = torch.arange(n) // size
+    allowed = (number[:, None] >= number) & real[:n]
+    longer.sight = SimpleNamespace(
+        of=lambda rows: SimpleNamespace(attend=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, allowed))
+    )
+    expected = longer(longer.order.to_sequence(padded))[:, real[size:]]
+    torch.testing.assert_close(model(sequence), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("block", SHAPES)
 @pytest.mark.parametrize("rope_axes", [1, 3])
 def test_cached_decoding_equals_the_training_pass(block, rope_axes):
     model = prior(block, rope_axes)
-    size, tokens = model.order.block_tokens, model.order.tokens
-    sequence = torch.randint(50, (2, tokens))
+    sizes, ends = model.order.sizes, model.order.ends
+    sequence = torch.randint(50, (2, model.order.tokens))
     full = model(sequence)
-    prompt = size * max(1, tokens // size // 3)
+    given = max(1, len(sizes) // 3)
     caches = model.make_caches(2)
-    step = [model(sequence[:, :prompt], caches=caches)]
-    step += [model(sequence[:, at : at + size], caches=caches) for at in range(prompt, tokens - size, size)]
-    torch.testing.assert_close(torch.cat(step, dim=1), full[:, prompt - size :], rtol=0, atol=1e-10)
+    step = [model(sequence[:, : ends[given - 1]], caches=caches)]
+    blocks = sequence.split(sizes, dim=1)
+    step += [model(block, caches=caches) for block in blocks[given:-1]]
+    torch.testing.assert_close(torch.cat(step, dim=1), full[:, ends[given - 1] - sizes[0] :], rtol=0, atol=1e-10)
 
 
 def test_decoding_refuses_part_of_a_block_and_two_blocks_at_once():

@@ -31,6 +31,17 @@ def test_the_likeliest_tokens_are_those_of_the_training_pass(prior):
     assert torch.equal(sequence[:, 16:], likeliest[:, 12:])
 
 
+@pytest.mark.parametrize("block", [(2, 1, 4), (2, 2, 2)])
+def test_frames_behind_the_last_whole_block_are_decoded_too(block):
+    torch.manual_seed(0)
+    config = NextBlockConfig(layers=1, width=32, heads=2, mlp_width=48, block=block, dropout=0.0)
+    prior = NextBlockPrior(config, 50, (5, 4, 4)).eval()
+    given = torch.randint(50, (1, 2, 4, 4))
+    ids = continue_tokens(prior, given, SamplingConfig(temperature=0), [0])
+    sequence = prior.order.to_sequence(ids)
+    assert torch.equal(sequence[:, 32:], prior(sequence).argmax(-1)[:, 32 - prior.order.sizes[0] :])
+
+
 def test_a_sample_depends_on_its_seed_and_not_on_its_batch(prior):
     given = torch.randint(50, (3, 1, 4, 4))
     together = continue_tokens(prior, given, SamplingConfig(), [7, 8, 9])

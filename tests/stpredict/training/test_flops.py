@@ -75,13 +75,12 @@ def test_attention_counts_every_pair_although_this_runs_on_a_cpu():
     assert count_flops(ShapesOnly(Attend()), (q, k), {}) == 2 * 3 * (2 * 10 * 20 * 4) * 2
 
 
-@pytest.mark.parametrize("block", [(1, 1, 1), (1, 1, 4), (1, 4, 4), (2, 4, 4)])
+@pytest.mark.parametrize("block", [(1, 1, 1), (1, 1, 4), (1, 4, 4), (2, 4, 4), (3, 1, 2), (3, 4, 4)])
 def test_the_priors_closed_form(block):
     config = NextBlockConfig(layers=3, width=32, heads=2, mlp_width=48, block=block)
     model = NextBlockPrior(config, 100, (4, 4, 4))
-    block_tokens = model.order.block_tokens
-    tokens = 64 - block_tokens
-    pairs = sum(1 for i in range(tokens) for j in range(tokens) if j // block_tokens <= i // block_tokens)
+    number = [block for block, size in enumerate(model.order.sizes[:-1]) for _ in range(size)]
+    pairs = sum(1 for i in number for j in number if j <= i)
     of_attention = config.layers * 2 * 2 * pairs * config.width
     # What the counter finds without PyTorch's kernels of attention, which do causal attention: the matrix products.
     counted = count_flops(ShapesOnly(model), (torch.zeros(1, 64, dtype=torch.long),), {})
