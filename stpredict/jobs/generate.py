@@ -25,7 +25,7 @@ from stpredict.jobs.config import GenerateConfig
 from stpredict.priors.config import given_latent_frames
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Progress, Run, write_atomically
-from stpredict.sampling.filters import probabilities
+from stpredict.sampling.filters import draw_tokens, uniform_numbers
 from stpredict.sampling.next_block import continue_tokens
 from stpredict.sampling.stopwatch import Stopwatch
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
@@ -156,7 +156,8 @@ def _warm_up(
         *sequence[:, start:].split(prior.order.sizes[prior.order.blocks_in(start) :], 1),
     )
     for block in (prompt, *blocks[:-1][:1]):
-        probabilities(prior(block, caches=caches), config.sampling)
+        logits = prior(block, caches=caches)
+        draw_tokens(logits, config.sampling, uniform_numbers(range(len(tokens)), logits.shape[1], logits.device))
     tokenizer.decode(tokens)
 
 

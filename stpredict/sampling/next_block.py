@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.sampling.config import SamplingConfig
-from stpredict.sampling.filters import draw, probabilities
+from stpredict.sampling.filters import draw_tokens, uniform_numbers
 
 
 @torch.no_grad()
@@ -34,12 +34,11 @@ def continue_tokens(
     sequence = order.to_sequence(padded)
     start = frames * order.grid[1] * order.grid[2]
 
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     caches = prior.make_caches(batch)
     block = sequence[:, :start]
-    for size in order.sizes[order.blocks_in(start) :]:
-        probability = probabilities((forward or prior)(block, caches=caches), config)
-        uniform = torch.stack([torch.rand(size, generator=g) for g in generators]).to(given.device)
-        block = sequence[:, start : start + size] = draw(probability, uniform)
+    sizes = order.sizes[order.blocks_in(start) :]
+    for size, uniform in zip(sizes, uniform_numbers(seeds, sum(sizes), given.device).split(sizes, 1), strict=True):
+        logits = (forward or prior)(block, caches=caches)
+        block = sequence[:, start : start + size] = draw_tokens(logits, config, uniform)
         start += size
     return order.to_grid(sequence)
