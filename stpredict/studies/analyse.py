@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from stpredict.studies.analysis import Analysis, BestLearningRate, Group, Law, LeftOut, NotFitted, UsedTrial
 from stpredict.studies.config import AnalysisConfig, Role
 from stpredict.studies.frontier import frontier
-from stpredict.studies.laws import Fitted, by_size, joint_law, sizes_at_equal_tokens, tokens_of_each_size
+from stpredict.studies.law import Fitted
+from stpredict.studies.laws import joint_law, sizes_at_equal_tokens, tokens_of_each_size
 from stpredict.studies.learning_rates import at_best, best_learning_rates, learning_rate_law
-from stpredict.studies.measured import Measured, diverged, measured
+from stpredict.studies.measured import Measured, by_size, diverged, measured
 from stpredict.studies.optimum import optimum_of
 from stpredict.studies.points import TrialPoints
 from stpredict.studies.predictions import predictions

@@ -14,8 +14,8 @@ import numpy as np
 from stpredict.studies.analysis import FrontierPoint, IsoFlop, Law, NotFitted, SlicePoint
 from stpredict.studies.bootstrap import WEBB, scales
 from stpredict.studies.config import AnalysisConfig
-from stpredict.studies.laws import Fitted, by_size, fit_law
-from stpredict.studies.measured import Measured, Samples
+from stpredict.studies.law import Fitted, Noise, fit_law
+from stpredict.studies.measured import Measured, Samples, by_size
 from stpredict.studies.power_law import fit_power_law
 
 ENVELOPE_PLACES = 40
@@ -270,11 +270,12 @@ def _loss_law(
             names=[slices.names[k] for k in best],
             sizes=[slices.sizes[k] for k in best],
         )
-        source, how = "the lower envelope of the sizes' mean curves", "seeds' distances from their size's mean curve"
-        why = "there are sizes of one run: nothing says how another seed would differ"
-        return fit_law(
-            "L(C)", samples, analysis, of="", source=source, freedom=None, noisy=noisy, how=how, no_interval=why
+        noise = Noise(
+            copies=noisy,
+            how="seeds' distances from their size's mean curve",
+            none="there are sizes of one run: nothing says how another seed would differ",
         )
+        return fit_law("L(C)", samples, analysis, noise, source="the lower envelope of the sizes' mean curves")
     optima = [slot for slot in slots if slot.optimum]
     if len(optima) < 3:
         return NotFitted(
@@ -289,14 +290,7 @@ def _loss_law(
         names=[()] * len(optima),
         sizes=[""] * len(optima),
     )
-    return fit_law(
-        "L(C)",
-        samples,
-        analysis,
-        of="",
-        source="the minima of the parabolas",
-        freedom=len(optima) - 3,
-    )
+    return fit_law("L(C)", samples, analysis, Noise(len(optima) - 3), source="the minima of the parabolas")
 
 
 def _without(why: str) -> Frontier:

@@ -79,6 +79,14 @@ class Samples:
         return int(self.run.max()) + 1
 
 
+def by_size(runs: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """From the smallest to the largest."""
+    sizes: dict[str, list[Measured]] = {}
+    for run in sorted(runs, key=lambda run: run.n):
+        sizes.setdefault(run.size, []).append(run)
+    return sizes
+
+
 def final_points(runs: Sequence[Measured]) -> Samples:
     return _samples([(run, run.steps[-1:], run.losses[-1:]) for run in runs])
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from stpredict.studies.analysis import CurvePoint, Law, NotFitted
 from stpredict.studies.config import AnalysisConfig
-from stpredict.studies.laws import Fitted, by_size, estimate
-from stpredict.studies.measured import Measured
+from stpredict.studies.law import Fitted, estimate
+from stpredict.studies.measured import Measured, by_size
 
 PLACES = 100
 

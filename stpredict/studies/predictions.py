@@ -6,7 +6,7 @@ import numpy as np
 
 from stpredict.studies.analysis import Prediction
 from stpredict.studies.config import AnalysisConfig
-from stpredict.studies.laws import Fitted
+from stpredict.studies.law import Fitted
 
 FAR = 10  # times the largest size: beyond, a prediction is hardly more than the law's form
 

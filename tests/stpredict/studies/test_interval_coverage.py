@@ -12,7 +12,8 @@ from synthetic_study import ALPHA, AXES, BETA, CURVE, A, B, E, loss_of, sizes, s
 from stpredict.studies.analysis import Law
 from stpredict.studies.config import AnalysisConfig
 from stpredict.studies.frontier import frontier
-from stpredict.studies.laws import Fitted, joint_law, sizes_at_equal_tokens, tokens_of_each_size
+from stpredict.studies.law import Fitted
+from stpredict.studies.laws import joint_law, sizes_at_equal_tokens, tokens_of_each_size
 from stpredict.studies.measured import Measured, measured
 
 TOKENS_AT_END = 2000 * 100_000
