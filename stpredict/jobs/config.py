@@ -12,7 +12,13 @@ from stpredict.losses.config import TokenizerLossConfig
 from stpredict.priors.config import LatentConfig, NextBlockConfig, PriorDataConfig
 from stpredict.sampling.config import SamplingConfig
 from stpredict.studies.config import AnalysisConfig, Role, TrialConfig
-from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, TokenizedClipDataConfig
+from stpredict.tokenizers.config import (
+    TOKENIZED_TOGETHER,
+    WHOLE,
+    CausalCnnConfig,
+    TilingConfig,
+    TokenizedClipDataConfig,
+)
 from stpredict.training.config import InitFrom, TrainingConfig
 
 PARTS = "parts"  # folder of a run
@@ -196,6 +202,10 @@ class EncodeConfig(PartedJobConfig):
     data: TokenizedClipDataConfig
     passes: int = Field(1, ge=1, description="times every video is visited; with random starts each gives another clip")
     batch_size: int = Field(TOKENIZED_TOGETHER, ge=1, description="clips per forward; each has exactly so many")
+    # Left out where there is none: runs that are older than the key are runs without.
+    tiling: TilingConfig = Field(
+        WHOLE, exclude_if=lambda value: value == WHOLE, description="for videos that do not fit in memory at once"
+    )
     clips_per_member: int | None = Field(None, ge=1, description="default: by size, so that headers take 1 % at most")
     shards: int = Field(96, ge=1, description="shards of the training split, where there are enough clips")
 

@@ -22,6 +22,7 @@ from stpredict.jobs.config import EncodeConfig
 from stpredict.run import Progress, Run
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.clips import clip_tokens, clips_for
+from stpredict.tokenizers.config import WHOLE
 from stpredict.training.ranks import Ranks, join_ranks
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 def run(config: EncodeConfig, run: Run) -> None:
     tokenizer, export, fingerprint = load_tokenizer(config.tokenizer)
     clips = clips_for(config.data, config.tokenizer, export)
+    config.tiling.check(export.model, "tiling")
     with join_ranks() as ranks:
         splits = [
             _Split(config, clips, "train", config.passes, tokenizer, fingerprint, ranks),
@@ -75,6 +77,7 @@ class _Split:
         source = read_set(data.shards, name).manifest
         self._per_pass = source.samples * clip.per_video
         self.clips = self._per_pass * passes
+        tiled = "" if config.tiling == WHOLE else f" tiling {canonical_json(config.tiling)}"
         shards, writers = latent_shards(self.clips, config.shards), config.parts * ranks.size
         if shards < writers and ranks.is_main:
             log.warning("%s: %d shards for %d processes: the others have nothing to do", self.folder, shards, writers)
@@ -88,7 +91,7 @@ class _Split:
             clips_per_member=config.clips_per_member,
             writer=config.part + config.parts * ranks.rank,  # so that a shard's number tells its part
             writers=writers,
-            plan=f"{canonical_json(clip)} seed {config.seed} passes {passes} of {source.model_dump_json()}",
+            plan=f"{canonical_json(clip)} seed {config.seed} passes {passes}{tiled} of {source.model_dump_json()}",
             classes=source.classes,
             clip=clip,
         )
@@ -118,7 +121,8 @@ class _Split:
         for batch in batches:
             rows = (batch["weight"] > 0).nonzero()[:, 0].tolist()  # the others are unreadable, or fill up the batch
             if rows:
-                tokens = clip_tokens(self._tokenizer, batch["clip"].to(device), self._config.batch_size)
+                clips, config = batch["clip"].to(device), self._config
+                tokens = clip_tokens(self._tokenizer, clips, config.batch_size, config.tiling)
                 keys = [batch["key"][row] for row in rows]
                 self.writer.append(
                     (batch["index"][rows] + number * self._per_pass).tolist(),

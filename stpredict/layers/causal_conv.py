@@ -1,16 +1,22 @@
-"""Causal 3D convolution and the layers that go with it. Nothing here lets a frame see a later one."""
+"""Causal 3D convolution and the layers that go with it. Nothing here lets a frame see a later one.
+
+So a video may go through them in chunks of frames, one after another: whoever calls them gives every chunk of it the
+same ``Past``, empty at first, where each convolution leaves what it needs of the frames that are gone.
+"""
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+Past = dict[nn.Module, Tensor]
+
 
 class CausalConv3d(nn.Conv3d):
     """3D convolution whose frame t sees frames <= t only, on ``(b, c, t, h, w)``.
 
     The edges are replicated: ``kernel - 1`` frames before the first, half a kernel around each frame.
-    With stride s in time, 1 + s*n frames become 1 + n.
+    With stride s in time, 1 + s*n frames become 1 + n; of a video in chunks, s*n frames become n in all but the first.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
@@ -35,10 +41,15 @@ class CausalConv3d(nn.Conv3d):
             taps += kept.view(self.out_channels, self.in_channels, at, ah, aw)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if any(self.edges):
-            x = F.pad(x, self.edges, mode="replicate")
-        return super().forward(x)
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        if not any(self.edges):
+            return super().forward(x)
+        if past is None:
+            return super().forward(F.pad(x, self.edges, mode="replicate"))
+        *sides, before, _ = self.edges
+        x = torch.cat([past.get(self, x[:, :, :1].expand(-1, -1, before, -1, -1)), x], dim=2)
+        past[self] = x[:, :, self.stride[0] - self.kernel_size[0] :].clone()  # what the next frame sees of these
+        return super().forward(F.pad(x, (*sides, 0, 0), mode="replicate"))
 
 
 class FrameGroupNorm(nn.GroupNorm):
@@ -71,7 +82,8 @@ class CausalDownsample(CausalConv3d):
 class CausalUpsample(nn.Module):
     """Inverse shape of :class:`CausalDownsample`: convolution, then depth-to-space with channels split as (t, h, w, c).
 
-    Where time doubles the first frame is dropped, so that 1 + n frames become 1 + 2n.
+    Where time doubles the first frame is dropped, so that 1 + n frames become 1 + 2n; of a video in chunks, n frames
+    become 2n in all but the first.
     """
 
     def __init__(self, channels: int, stride: tuple[int, int, int]):
@@ -79,10 +91,11 @@ class CausalUpsample(nn.Module):
         self.stride = stride
         self.conv = CausalConv3d(channels, channels * stride[0] * stride[1] * stride[2])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         st, sh, sw = self.stride
-        x = rearrange(self.conv(x), "b (st sh sw c) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
-        return x[:, :, st - 1 :]
+        begun = past is not None and self.conv in past
+        x = rearrange(self.conv(x, past), "b (st sh sw c) t h w -> b c (t st) (h sh) (w sw)", st=st, sh=sh, sw=sw)
+        return x if begun else x[:, :, st - 1 :]
 
 
 class ResidualBlock(nn.Module):
@@ -97,7 +110,7 @@ class ResidualBlock(nn.Module):
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, kernel=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.act1(self.norm1(x)))
-        h = self.conv2(self.act2(self.norm2(h)))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        h = self.conv1(self.act1(self.norm1(x)), past)
+        h = self.conv2(self.act2(self.norm2(h)), past)
         return self.shortcut(x) + h

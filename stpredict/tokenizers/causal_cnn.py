@@ -16,10 +16,12 @@ from stpredict.layers.causal_conv import (
     CausalDownsample,
     CausalUpsample,
     FrameGroupNorm,
+    Past,
     ResidualBlock,
     ScaledSwish,
 )
-from stpredict.tokenizers.config import CausalCnnConfig
+from stpredict.tokenizers.config import WHOLE, CausalCnnConfig, TilingConfig
+from stpredict.tokenizers.tiles import decode_tiles, encode_tiles
 
 
 def _stages(
@@ -40,7 +42,10 @@ def _stages(
 
 
 class Encoder(nn.Module):
-    """Clip ``(b, c, t, h, w)`` to vectors ``(b, d, t', h', w')`` before quantization."""
+    """Clip ``(b, c, t, h, w)`` to vectors ``(b, d, t', h', w')`` before quantization.
+
+    Chunk by chunk with the same ``past``: 1 + temporal_factor * n frames first, then multiples of temporal_factor.
+    """
 
     def __init__(self, config: CausalCnnConfig):
         super().__init__()
@@ -52,17 +57,17 @@ class Encoder(nn.Module):
         self.norm_out, self.act_out = FrameGroupNorm(groups, width), ScaledSwish(width)
         self.conv_out = CausalConv3d(width, len(config.levels), kernel=1)
 
-    def forward(self, video: Tensor) -> Tensor:
+    def forward(self, video: Tensor, past: Past | None = None) -> Tensor:
         p = self.patch
         video = video.to(self.conv_in.weight.dtype)
-        x = self.conv_in(rearrange(video, "b c t (h p) (w q) -> b (c p q) t h w", p=p, q=p))
+        x = self.conv_in(rearrange(video, "b c t (h p) (w q) -> b (c p q) t h w", p=p, q=p), past)
         for layer in (*self.stages, *self.middle):
-            x = layer(x)
+            x = layer(x, past)
         return self.conv_out(self.act_out(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
-    """Quantized vectors ``(b, d, t', h', w')`` to a clip ``(b, c, t, h, w)``."""
+    """Quantized vectors ``(b, d, t', h', w')`` to a clip ``(b, c, t, h, w)``; chunk by chunk with the same ``past``."""
 
     def __init__(self, config: CausalCnnConfig):
         super().__init__()
@@ -77,11 +82,11 @@ class Decoder(nn.Module):
         self.norm_out, self.act_out = FrameGroupNorm(groups, width), ScaledSwish(width)
         self.conv_out = CausalConv3d(width, config.video_channels * config.patch**2)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
+    def forward(self, z: Tensor, past: Past | None = None) -> Tensor:
+        x = self.conv_in(z, past)
         for layer in (*self.middle, *self.stages):
-            x = layer(x)
-        x = self.conv_out(self.act_out(self.norm_out(x)))
+            x = layer(x, past)
+        x = self.conv_out(self.act_out(self.norm_out(x)), past)
         return rearrange(x, "b (c p q) t h w -> b c t (h p) (w q)", p=self.patch, q=self.patch)
 
 
@@ -112,12 +117,12 @@ class CausalCnnTokenizer(nn.Module):
         return self.decoder(quantized.to(z.dtype)), ids
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, tiling: TilingConfig = WHOLE) -> Tensor:
         """Clip ``(b, c, t, h, w)`` in [-1, 1] to token ids ``(b, t', h', w')`` int64."""
-        return self.quantize(self.encoder(video))[1]
+        return self.quantize(encode_tiles(self.encoder, video, tiling, self.config))[1]
 
     @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
+    def decode(self, ids: Tensor, tiling: TilingConfig = WHOLE) -> Tensor:
         """Token ids ``(b, t', h', w')`` to a clip ``(b, c, t, h, w)``, clamped to [-1, 1]."""
-        z = self.quantizer.indices_to_codes(ids)
-        return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).clamp(-1, 1)
+        z = self.quantizer.indices_to_codes(ids).to(self.decoder.conv_in.weight.dtype)
+        return decode_tiles(self.decoder, z, tiling, self.config).clamp(-1, 1)

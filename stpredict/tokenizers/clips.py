@@ -10,7 +10,7 @@ from data_pipeline.transforms import to_video
 from stpredict.config import validate
 from stpredict.exports import TokenizerExport
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
-from stpredict.tokenizers.config import TokenizedClipDataConfig
+from stpredict.tokenizers.config import WHOLE, TilingConfig, TokenizedClipDataConfig
 
 
 def clip_for(changes: ClipChanges, clip: ClipConfig, export: TokenizerExport, where: str) -> ClipConfig:
@@ -28,7 +28,7 @@ def clips_for(data: TokenizedClipDataConfig, tokenizer: Path, export: TokenizerE
 
 
 @torch.no_grad()
-def clip_tokens(tokenizer: CausalCnnTokenizer, clips: Tensor, batch_size: int) -> Tensor:
+def clip_tokens(tokenizer: CausalCnnTokenizer, clips: Tensor, batch_size: int, tiling: TilingConfig = WHOLE) -> Tensor:
     """Clips uint8 ``(b, t, h, w, c)`` to token ids ``(b, t', h', w')`` int64, in fp32, on the device of ``clips``.
 
     Every forward pass takes ``batch_size`` clips, the last filled up with repetitions: kernels are chosen by shape,
@@ -39,5 +39,5 @@ def clip_tokens(tokenizer: CausalCnnTokenizer, clips: Tensor, batch_size: int) -
     full = -(-len(clips) // batch_size) * batch_size
     rows = torch.arange(full, device=clips.device).clamp(max=len(clips) - 1)
     with torch.autocast(clips.device.type, enabled=False):
-        tokens = [tokenizer.encode(to_video(clips[part])) for part in rows.split(batch_size)]
+        tokens = [tokenizer.encode(to_video(clips[part]), tiling) for part in rows.split(batch_size)]
     return torch.cat(tokens)[: len(clips)]

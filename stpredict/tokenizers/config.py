@@ -81,6 +81,41 @@ class CausalCnnConfig(Config):
             raise UsageError(f"{where}: {error}") from error
 
 
+class TilingConfig(Config):
+    """How much of a video goes through a trained tokenizer at once, where all of it does not fit.
+
+    In time the result is that of all at once. In space it is only nearly so, since every norm is one over a frame.
+    """
+
+    latent_frames: int | None = Field(None, ge=1, description="that go through at once; default: all")
+    tile: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height and width, in pixels, of what goes through at once; default: all"
+    )
+    overlap: int | None = Field(
+        None, ge=0, description="pixels that neighbouring tiles share at least; default: a quarter of the tile"
+    )
+
+    @model_validator(mode="after")
+    def _tiles_overlap(self):
+        if self.tile is None and self.overlap is not None:
+            raise ValueError("overlap is that of tiles: give `tile` too")
+        if self.tile and self.overlap is not None and self.overlap >= min(self.tile):
+            raise ValueError(f"overlap {self.overlap}: tiles of {self.tile[0]}x{self.tile[1]} would not get on")
+        return self
+
+    def check(self, model: CausalCnnConfig, where: str) -> None:
+        """UsageError where tiles are no whole number of the tokenizer's latents."""
+        factor = model.spatial_factor
+        wrong = [side for side in (*(self.tile or ()), self.overlap or 0) if side % factor]
+        if wrong:
+            raise UsageError(
+                f"{where}: {wrong[0]} pixels: sides of tiles and their overlap have to be multiples of {factor}"
+            )
+
+
+WHOLE = TilingConfig()
+
+
 class TokenizedClipDataConfig(StreamConfig):
     """Clips for a trained tokenizer: ``shards`` is a shard job's run, or several in braces."""
 

@@ -55,6 +55,22 @@ def test_latents_are_what_the_tokenizer_makes_of_each_clip_alone(encoded, tokeni
     assert sum(same) / len(same) > 0.999
 
 
+def test_chunks_and_tiles_make_the_same_latents_up_to_rounding_and_norms(encoded):
+    def latents(**config) -> torch.Tensor:
+        run = encoded("_".join(map(str, config)) or "whole", **config)
+        batches = latent_evaluation_batches(LatentDataConfig(latents=run, workers=0), "train", share=ONE)
+        return torch.cat([item["latent"] for item in batches])
+
+    whole = latents()
+    assert (latents(tiling={"latent_frames": 1}) == whole).float().mean() > 0.999
+    tiled = (latents(batch_size=2, tiling={"tile": [24, 32], "overlap": 16}) == whole).float().mean()
+    assert 0.2 < tiled < 1
+    with pytest.raises(
+        UsageError, match="tiling: 12 pixels: sides of tiles and their overlap have to be multiples of 8"
+    ):
+        encoded("wrong", tiling={"tile": [12, 16]})
+
+
 def test_the_set_does_not_depend_on_ranks_parts_workers_or_batch_size(encoded):
     alone = encoded("alone", passes=3, shards=4)
     for rank in (1, 0):
