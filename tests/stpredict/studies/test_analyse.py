@@ -8,6 +8,7 @@ from stpredict.run import Status
 from stpredict.studies.analyse import analyse
 from stpredict.studies.analysis import Analysis, Group
 from stpredict.studies.config import AnalysisConfig
+from stpredict.studies.frontier import _other_seeds
 
 CURVES = AnalysisConfig(points="curve", bootstrap=300, curve_from=0.05)
 FINAL = AnalysisConfig(bootstrap=300)
@@ -113,6 +114,36 @@ def test_the_envelope_is_the_least_of_the_curves():
     assert {point.edge for point in group.frontier} == {True, False}
 
 
+def test_the_frontier_reaches_from_the_first_c_to_the_last_that_three_sizes_have():
+    n = np.round(sizes(6))
+    trials = study(n, 2, 0.001, CURVE)
+    late = trials[5]  # of the third size, a run that begins later than its twin
+    late.steps, late.losses = late.steps[3:], late.losses[3:]
+    points = group_of(trials, CURVES).frontier
+    assert points[0].flops == pytest.approx(6 * n[2] * TOKENS * CURVE[3], rel=1e-6)
+    assert points[-1].flops == pytest.approx(6 * n[3] * TOKENS * CURVE[-1], rel=1e-6)
+
+
+def test_the_law_of_sizes_is_at_the_most_tokens_that_every_run_came_to():
+    trials = [*study(sizes(5)[:2], 1, 0, CURVE), *study(sizes(5)[2:], 1, 0, CURVE[CURVE <= 1000])]
+    (law,) = group_of(trials, CURVES).find("L(N)")
+    last = CURVE[CURVE <= 1000][-1] * TOKENS
+    assert [point.tokens for point in law.points] == [pytest.approx(last)] * 5
+    assert [point.measured for point in law.points] == [
+        pytest.approx(loss_of(round(n), last), rel=1e-3) for n in sizes(5)
+    ]
+
+
+def test_other_seeds_would_have_shifted_a_mean_by_its_standard_error():
+    """Under Student's t of 11 degrees of freedom, whose variance is 11 / 9."""
+    runs = np.random.default_rng(0).normal(size=(12, 1)) + 5
+    shifts = _other_seeds([runs], 40_000)
+    error = runs.std(ddof=1) / np.sqrt(12)
+    assert shifts.shape == (40_000, 1, 1)
+    assert shifts.mean() == pytest.approx(0, abs=0.02 * error)
+    assert shifts.std() == pytest.approx(error * np.sqrt(11 / 9), rel=0.02)
+
+
 def test_runs_laid_out_for_equal_compute_give_parabolas_from_their_last_points():
     """Under a falling learning rate: one length of each size for every C."""
     trials = []
@@ -162,6 +193,18 @@ def test_the_best_learning_rate_is_the_vertex_of_the_parabola_and_its_law_is_fou
     (law,) = group.find("lr(N)")
     assert law.constants["p"].low < -0.5 < law.constants["p"].high
     assert law.constants["p"].value == pytest.approx(-0.5, abs=0.02)
+
+
+def test_each_amount_of_data_has_a_law_of_learning_rates_of_its_own():
+    grid, trials = np.geomspace(1e-4, 1e-1, 10), []
+    for data, factor in (("100", 3.0), ("400", 1.0)):
+        for n in sizes(4):
+            for one in rates(n, grid, factor * n**-0.5):
+                one.at = {**one.at, "data": data}
+                trials.append(one)
+    laws = {law.of: law for law in group_of(trials, FINAL, {**LR_AXES, "data": "data"}).find("lr(N)")}
+    assert laws["100"].at(parameters=1e6) == pytest.approx(3e-3, rel=0.05)
+    assert laws["400"].at(parameters=1e6) == pytest.approx(1e-3, rel=0.05)
 
 
 def test_only_runs_at_the_best_learning_rate_of_their_size_take_part_in_the_laws():
