@@ -244,6 +244,13 @@ def test_asked_to_stop_all_save_and_no_further_one_starts(pipeline, fake_running
     assert launch_really(loaded, fake_running, 2) == 0
 
 
+def test_after_a_job_that_was_preempted_by_itself_no_further_one_starts(pipeline, fake_running, tmp_path, capsys):
+    """As where the machine ends a rank, but not the launcher: what it ends is to go on later."""
+    assert launch_really(pipeline(a={}, b={}), fake_running, 1, a="75") == 75
+    assert states(tmp_path, "ab") == {"a": "preempted", "b": None}
+    assert "not run: b" in capsys.readouterr().out
+
+
 def test_a_second_ctrl_c_kills_all(pipeline, fake_running, tmp_path):
     loaded = pipeline(a={}, b={})
     signal_when_running(tmp_path, "ab", signal.SIGINT, signal.SIGINT)

@@ -383,6 +383,18 @@ def test_done_trials_take_no_place(grown):
     assert after == {"large-seed5-judge": ["small-seed5-judge"], "large-seed6-judge": ["small-seed6-judge"]}
 
 
+def test_a_trials_turn_comes_after_what_is_left_of_the_one_before(study):
+    """Of two jobs that nothing needs, one is done."""
+    study.data["trial"]["guess"]["set"] = {"generated": "/x"}
+    study.data["trial"]["judge"] |= {"needs": ["videos"], "set": {"generated": "/y"}}
+    study.data |= {"at_once": 1, "without": [{"size": "large"}]}
+    study.launch({"small-seed0-judge": "1", "small-seed1-guess": "1", "small-seed1-judge": "1"})
+    _, pipeline, jobs = study.load()
+    planned = prepare(pipeline, jobs, SlurmCluster())
+    assert planned.actions["small-seed0-guess"] == "skip"
+    assert planned.turn_after(next(job for job in jobs if job.name == "small-seed1-guess")) == ["small-seed0-judge"]
+
+
 @pytest.mark.parametrize("overrides", [(), ("grid.seed.values={a: 1}",)])
 def test_keys_where_the_base_has_a_list_are_one_line(study, overrides):
     study.load()
