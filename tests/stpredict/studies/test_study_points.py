@@ -43,7 +43,7 @@ def test_the_time_of_a_training_is_that_of_its_steps_over_all_its_starts(run):
     """Each line holds the mean of the steps since the one before; a validation has no time of its own."""
     assert read(run).seconds == STEPS * 0.5
     rows = [{"step": step, "split": "train", "loss": 1, "step_s": took} for step, took in ((10, 2.0), (40, 1.0))]
-    rows += [{"step": 40, "split": "val", "cross_entropy": 3.0, "step_s": 99.0}]
+    rows += [{"step": 50, "split": "val", "cross_entropy": 3.0, "step_s": 99.0}]
     run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read(run).seconds == 10 * 2.0 + 30 * 1.0
     run.metrics_path.write_text("")
