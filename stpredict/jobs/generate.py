@@ -27,6 +27,7 @@ from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.sampling.filters import draw_tokens, uniform_numbers
 from stpredict.sampling.next_block import continue_tokens
+from stpredict.sampling.recording import Recording
 from stpredict.sampling.stopwatch import Stopwatch
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.clips import clips_for
@@ -98,6 +99,7 @@ def _continue_clips(
         samples=range(config.clips),
     )
     watch = Stopwatch(ranks.device)
+    recording = Recording() if ranks.device.type == "cuda" else None  # of full batches; others are few
     done = clips_timed = batches_timed = 0
     for batch in batches:
         real = batch["weight"] > 0
@@ -106,12 +108,14 @@ def _continue_clips(
         clips, keys = batch["clip"][real], list(compress(batch["key"], real))
         video = to_video(clips.to(ranks.device))
         tokens = tokenizer.encode(video)  # for the reconstruction: only the given frames go into the prompt
+        seeds = [_seed(config.seed, key) for key in keys]
+        recorded = recording if len(keys) == config.batch_size else None
         if not batches_timed:
-            _warm_up(config, tokenizer, prior, video, tokens)
+            _warm_up(config, tokenizer, prior, video, tokens, recorded)
         with watch.timing("tokenizing"):
             given = tokenizer.encode(video[:, :, : config.given_frames])
         with watch.timing("sampling"):
-            predicted = continue_tokens(prior, given, config.sampling, [_seed(config.seed, key) for key in keys])
+            predicted = continue_tokens(prior, given, config.sampling, seeds, recording=recorded)
         with watch.timing("decoding"):
             decoded = tokenizer.decode(predicted)
         batches_timed, clips_timed = batches_timed + 1, clips_timed + len(keys)
@@ -144,11 +148,18 @@ def _continue_clips(
 
 @torch.no_grad()
 def _warm_up(
-    config: GenerateConfig, tokenizer: CausalCnnTokenizer, prior: NextBlockPrior, video: Tensor, tokens: Tensor
+    config: GenerateConfig,
+    tokenizer: CausalCnnTokenizer,
+    prior: NextBlockPrior,
+    video: Tensor,
+    tokens: Tensor,
+    recording: Recording | None,
 ) -> None:
-    """The first forwards of a process are slow (kernels are loaded and chosen, memory is found): they are done before
-    the clock starts, with shapes as in what follows."""
+    """The first forwards of a process are slow (kernels are loaded and chosen, memory is found, steps are recorded):
+    they are done before the clock starts, with shapes as in what follows."""
     given = tokenizer.encode(video[:, :, : config.given_frames])
+    for _ in range(2 if recording else 0):
+        continue_tokens(prior, given, config.sampling, range(len(given)), recording=recording)
     sequence, caches = prior.order.to_sequence(tokens), prior.make_caches(len(tokens))
     start = given[0].numel()
     prompt, *blocks = (
