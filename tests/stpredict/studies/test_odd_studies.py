@@ -11,7 +11,7 @@ from data_pipeline.errors import UsageError
 from stpredict.config import validate
 from stpredict.run import Run
 from stpredict.studies.analyse import analyse
-from stpredict.studies.compare import comparison_of
+from stpredict.studies.compare import chosen_of, comparison_of
 from stpredict.studies.config import AnalysisConfig
 from stpredict.studies.headline import headline
 from stpredict.studies.look import look_of
@@ -146,6 +146,18 @@ def test_values_are_compared_at_places_that_all_of_them_have():
     trials = [trial(name, 1e5, [9], [3.0], at={"block": name[0], "mask": name[1]}) for name in ("ax", "by")]
     found = comparison_of("block", trials, axes, look_of(trials, axes), {})
     assert (found.cells, found.left_out) == ([], ["ax", "by"])
+
+
+def test_values_are_compared_at_their_best_learning_rate():
+    axes = {"block": "other", "lr": "lr"}
+    trials = [
+        trial(f"{block}-{lr}", 1e5, [9], [loss], at={"block": block, "lr": lr}, learning_rate=float(lr))
+        for block, losses in (("a", (3.0, 9.0)), ("b", (9.0, 4.0)))
+        for lr, loss in zip(("1e-3", "1e-2"), losses, strict=True)
+    ]
+    chosen = chosen_of(analyse(trials, axes, CURVES))
+    cells = comparison_of("block", trials, axes, look_of(trials, axes), chosen).cells
+    assert {cell.label: [one.name for one in cell.trials] for cell in cells} == {"a": ["a-1e-3"], "b": ["b-1e-2"]}
 
 
 def test_the_page_names_what_it_does_not_compare(tmp_path):
