@@ -130,6 +130,15 @@ def _bf16() -> str:
     return "real on this CPU" if real else "emulated on this CPU, up to 30 times slower: `precision: auto` takes fp32"
 
 
+def _attention(backend: str) -> Callable[[], str]:
+    def ask() -> str:
+        from stpredict.attention.trial import try_backend
+
+        return try_backend(backend)
+
+    return ask
+
+
 def _deepspeed() -> str:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -191,5 +200,6 @@ CHECKS = (
     Check("decord", True, _package("decord", "decord")),
     Check("flash-attn", False, _package("flash-attn", "flash_attn")),
     Check("xformers", False, _package("xformers", "xformers.ops")),
+    *(Check(f"attention: {name}", name == "sdpa", _attention(name)) for name in ("sdpa", "flex", "flash", "xformers")),
     Check("SLURM", False, slurm),
 )

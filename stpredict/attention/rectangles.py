@@ -3,8 +3,9 @@
 Fused kernels know dense and causal attention, and not the staircase of blocks. But softmax over a union of keys follows
 from the softmax over each part and its log-sum-exp, so the staircase is cut into rectangles:
 
-- forward, by rows: the queries of a block (or of a chunk of small blocks) on all keys before them, and on their own;
-  parts of a row are merged by log-sum-exp;
+- forward, by rows: the queries of a block on all keys up to its end. Small blocks share a rectangle, and parts of a
+  row are merged by log-sum-exp: a chunk of them on all keys before it, and the staircase in the chunk, for kernels that
+  take a mask; else causal attention, and what is above its diagonal in each block, written out;
 - backward, by columns: the keys of a block with all queries from there on. With the output and the log-sum-exp of the
   *whole* row, each rectangle's gradients are its exact share, and are added up (as in ring attention, Liu et al. 2023,
   arXiv:2310.01889).
@@ -19,95 +20,139 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stpredict.attention.kernels import KERNELS
+from stpredict.attention import written_out
+from stpredict.attention.kernels import KERNELS, Kernel, Shape
 from stpredict.attention.masks import BlockCausal, pairs
+
+WRITTEN_OUT = ("above", "ragged")  # shapes that no kernel needs to know
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``rows`` of queries on ``keys``, all of them; or, with ``block``, as many ``tiles`` of a staircase along the
-    diagonal, in which queries see their own block of the tile and earlier ones."""
+    """``rows`` of queries on ``keys``; or, on the diagonal, as many square ``tiles``, of which each attends to itself.
+
+    ``block`` is the size of the blocks in a staircase. ``more``: the rows have attended to something before.
+    """
 
     rows: slice
     keys: slice
+    shape: Shape = "all"
     block: int = 0
     tiles: int = 1
+    more: bool = False
 
 
-def by_rows(n: int, block: int, prefix: int, chunk: int) -> Iterator[Piece]:
+def by_rows(n: int, mask: BlockCausal, kernel: Kernel) -> Iterator[Piece]:
     """What a sequence of ``n`` tokens is cut into for the forward pass."""
-    if prefix:
+    prefix, ragged = mask.prefix, mask.prefix_lengths is not None
+    if prefix and not ragged:
         yield Piece(slice(0, prefix), slice(0, prefix))
-    if block >= chunk:
-        for start in range(prefix, n, block):
-            stop = min(start + block, n)
-            yield Piece(slice(start, stop), slice(0, stop))
-        return
-    size = chunk // block * block
-    yield from _staircases(n, block, prefix, size)
-    for start in range(prefix if prefix else size, n, size):
-        yield Piece(slice(start, min(start + size, n)), slice(0, start))
+    first = prefix if ragged else 0  # the keys of a ragged prefix come at last
+    if mask.block >= kernel.chunk:
+        for start in range(prefix, n, mask.block):
+            stop = min(start + mask.block, n)
+            yield Piece(slice(start, stop), slice(first, stop))
+    else:
+        yield from _diagonal(n, mask, kernel)
+        step = kernel.chunk // mask.block * mask.block if kernel.staircases else n
+        for start in range(prefix, n, step):
+            if start > first:
+                yield Piece(slice(start, min(start + step, n)), slice(first, start), more=True)
+    if ragged:
+        yield Piece(slice(0, n), slice(0, prefix), "ragged", more=True)
 
 
-def by_columns(n: int, block: int, prefix: int, chunk: int) -> Iterator[Piece]:
+def by_columns(n: int, mask: BlockCausal, kernel: Kernel) -> Iterator[Piece]:
     """The same pairs for the backward pass."""
+    prefix = mask.prefix
     if prefix:
-        yield Piece(slice(0, n), slice(0, prefix))
-    if block >= chunk:
-        for start in range(prefix, n, block):
-            yield Piece(slice(start, n), slice(start, min(start + block, n)))
+        yield Piece(slice(0, n), slice(0, prefix), "all" if mask.prefix_lengths is None else "ragged")
+    if mask.block >= kernel.chunk:
+        for start in range(prefix, n, mask.block):
+            yield Piece(slice(start, n), slice(start, min(start + mask.block, n)))
         return
-    size = chunk // block * block
-    yield from _staircases(n, block, prefix, size)
-    for start in range(prefix, n - size, size):
-        yield Piece(slice(start + size, n), slice(start, start + size))
+    yield from _diagonal(n, mask, kernel)
+    if kernel.staircases:
+        size = kernel.chunk // mask.block * mask.block
+        for start in range(prefix, n - size, size):
+            yield Piece(slice(start + size, n), slice(start, start + size))
 
 
-def _staircases(n: int, block: int, prefix: int, size: int) -> Iterator[Piece]:
-    tiles = (n - prefix) // size
-    end = prefix + tiles * size
+def _diagonal(n: int, mask: BlockCausal, kernel: Kernel) -> Iterator[Piece]:
+    """Small blocks: with others in the tiles of a staircase, or else as causal attention and what is above its diagonal
+    in each block."""
+    if kernel.staircases:
+        yield from _tiled(n, mask.prefix, kernel.chunk // mask.block * mask.block, "staircase", mask.block)
+        return
+    yield Piece(slice(mask.prefix, n), slice(mask.prefix, n), "causal")
+    if mask.block > 1:
+        yield from _tiled(n, mask.prefix, mask.block, "above", more=True)
+
+
+def _tiled(n: int, start: int, size: int, shape: Shape, block: int = 0, more: bool = False) -> Iterator[Piece]:
+    tiles = (n - start) // size
+    end = start + tiles * size
     if tiles:
-        yield Piece(slice(prefix, end), slice(prefix, end), block, tiles)
+        yield Piece(slice(start, end), slice(start, end), shape, block, tiles, more)
     if end < n:
-        yield Piece(slice(end, n), slice(end, n), block)
+        yield Piece(slice(end, n), slice(end, n), shape, block, more=more)
 
 
 def block_causal(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausal, kernel: str) -> Tensor:
-    """``q`` (b, heads, n, d), ``k`` and ``v`` (b, key heads, n, d), by the kernel of that name."""
-    return _forward(q, k, v, mask.block, mask.prefix, kernel)[0]
+    """``q`` (b, heads, n, d), ``k`` and ``v`` (b, key heads, n, d), by the kernel of that name. Of sequences without
+    padding at their end; the padding of a prefix attends to its tokens."""
+    return _forward(q, k, v, mask.prefix_lengths, mask.block, mask.prefix, kernel)[0]
 
 
 # An operator of its own: FLOPs are counted by its exact share of the pairs, selective checkpointing keeps what it made,
 # and torch.compile and tensors without memory take it as a whole.
 @torch.library.custom_op("stpredict::block_causal_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, block: int, prefix: int, kernel: str) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_lengths: Tensor | None, block: int, prefix: int, kernel: str
+) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of every row ``(b, heads, n)``."""
     by = KERNELS[kernel]
     out, lse = _outputs(q)
-    for piece in by_rows(q.shape[2], block, prefix, by.chunk):
-        of_piece = (_cut(q, piece.rows, piece), _cut(k, piece.keys, piece), _cut(v, piece.keys, piece))
-        new = [_joined(x, piece) for x in by.forward(*of_piece, piece.block)]
+    if prefix_lengths is not None:
+        out[:, :, :prefix], lse[:, :, :prefix] = 0, float("-inf")
+    for piece in by_rows(q.shape[2], BlockCausal(block, prefix, prefix_lengths), by):
+        of_piece = [_cut(x, where, piece) for x, where in ((q, piece.rows), (k, piece.keys), (v, piece.keys))]
+        if piece.shape in WRITTEN_OUT:
+            new = written_out.forward(*of_piece, piece.shape, prefix_lengths)
+        else:
+            new = by.forward(*of_piece, piece.shape, piece.block)
+        new = [_joined(x, piece) for x in new]
         here = out[:, :, piece.rows], lse[:, :, piece.rows]
-        if piece.keys.stop < piece.rows.stop:  # the rows' own blocks came before
-            new = merged(*here, *new)
-        for there, values in zip(here, new, strict=True):
+        for there, values in zip(here, merged(*here, *new) if piece.more else new, strict=True):
             there.copy_(values)
     return out, lse
 
 
 @torch.library.custom_op("stpredict::block_causal_attention_backward", mutates_args=())
 def _backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: int, prefix: int, kernel: str
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    block: int,
+    prefix: int,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     by = KERNELS[kernel]
     # Sums of many rectangles: in fp32, unless it is all in fp64.
-    sums = tuple(torch.zeros_like(_like(x), dtype=lse.dtype) for x in (q, k, v))
-    for piece in by_columns(q.shape[2], block, prefix, by.chunk):
-        rows = (_cut(x, piece.rows, piece) for x in (gradient, q, out, lse))
-        of_gradient, of_q, of_out, of_lse = rows
-        of_k, of_v = _cut(k, piece.keys, piece), _cut(v, piece.keys, piece)
-        parts = by.backward(of_gradient, of_q, of_k, of_v, of_out, of_lse, piece.block)
-        for total, part, where in zip(sums, parts, (piece.rows, piece.keys, piece.keys), strict=True):
+    sums = [torch.zeros_like(_like(x), dtype=lse.dtype) for x in (q, k, v)]
+    for piece in by_columns(q.shape[2], BlockCausal(block, prefix, prefix_lengths), by):
+        places = (piece.rows, piece.keys, piece.keys)
+        of_piece = [_cut(x, where, piece) for x, where in zip((q, k, v), places, strict=True)]
+        of_rows = [_cut(x, piece.rows, piece) for x in (gradient, out, lse)]
+        if piece.shape in WRITTEN_OUT:
+            parts = written_out.backward(*of_piece, *of_rows, piece.shape, prefix_lengths)
+        else:
+            parts = by.backward(*of_piece, *of_rows, piece.shape, piece.block)
+        for total, part, where in zip(sums, parts, places, strict=True):
             total[:, :, where] += _joined(part, piece)
     return tuple(total.to(q.dtype) for total in sums)
 
@@ -115,8 +160,9 @@ def _backward(
 def merged(out: Tensor, lse: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two parts of the keys as one."""
     both = torch.logaddexp(lse, lse_2)
-    weights = ((x - both).exp()[..., None] for x in (lse, lse_2))
-    return out * next(weights) + out_2 * next(weights), both
+    finite = both.masked_fill(both == float("-inf"), 0)  # a row that has seen nothing yet
+    weight, weight_2 = ((x - finite).exp()[..., None] for x in (lse, lse_2))
+    return out * weight + out_2 * weight_2, both
 
 
 def _cut(x: Tensor, where: slice, piece: Piece) -> Tensor:
@@ -140,12 +186,12 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_forward.register_fake
-def _(q, k, v, block, prefix, kernel):
+def _(q, k, v, prefix_lengths, block, prefix, kernel):
     return _outputs(q)
 
 
 @_backward.register_fake
-def _(gradient, q, k, v, out, lse, block, prefix, kernel):
+def _(gradient, q, k, v, prefix_lengths, out, lse, block, prefix, kernel):
     return _like(q), _like(k), _like(v)
 
 
@@ -156,20 +202,20 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, gradient: Tensor, _):
-    return *_backward(gradient, *ctx.saved_tensors, ctx.block, ctx.prefix, ctx.kernel), None, None, None
+    return *_backward(gradient, *ctx.saved_tensors, ctx.block, ctx.prefix, ctx.kernel), None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.stpredict.block_causal_attention)
-def _flops(q: tuple, k: tuple, v: tuple, block: int, prefix: int, *_, out_shape=None, **__) -> int:
-    """Two products of 2 FLOPs per channel, of the pairs that see each other."""
+def _flops(q: tuple, k: tuple, v: tuple, prefix_lengths: tuple | None, block: int, prefix: int, *_, **__) -> int:
+    """Two products of 2 FLOPs per channel, of the pairs that see each other; the prefix counts in full."""
     b, h, n, d = q
     return 4 * b * h * d * pairs(BlockCausal(block, prefix), n, n)
 
 
 @register_flop_formula(torch.ops.stpredict.block_causal_attention_backward)
-def _backward_flops(gradient: tuple, q: tuple, k: tuple, v: tuple, out: tuple, lse: tuple, *mask, out_shape=None, **__):
+def _backward_flops(gradient: tuple, q: tuple, k: tuple, v: tuple, lengths: tuple | None, out, lse, *mask, **__) -> int:
     """Four products: the gradients of probabilities, queries, keys and values. The scores, computed again, are none."""
-    return 2 * _flops(q, k, v, *mask)
+    return 2 * _flops(q, k, v, lengths, *mask)

@@ -32,6 +32,7 @@ LOADING = ("data.workers", "data.timeout_s", "data.max_bad_fraction", "data.buff
 # rounding, and but for dropout where ``resources.processes`` changes.
 COMPUTING = (
     "resources.processes",
+    "model.attention",
     "training.zero_stage",
     "training.micro_batch_size",
     "training.offload",

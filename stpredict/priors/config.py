@@ -6,6 +6,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from data_pipeline.config import ClipChanges, ClipConfig, Config, LatentDataConfig, Location, OutsideMain
 from data_pipeline.errors import UsageError
+from stpredict.attention.config import Backend
 from stpredict.tokenizers.config import TOKENIZED_TOGETHER, CausalCnnConfig, TokenizedClipDataConfig
 
 
@@ -60,6 +61,7 @@ class NextBlockConfig(Config):
     block: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 16)
     rope_axes: Literal[1, 3] = 3
     dropout: float = Field(0.1, ge=0, lt=1)
+    attention: Backend = Field("auto", description="what computes attention; `stpredict doctor` says what there is")
 
     @model_validator(mode="after")
     def _heads_divide(self):

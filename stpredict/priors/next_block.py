@@ -80,7 +80,7 @@ class NextBlockPrior(nn.Module):
         super().__init__()
         self.config, self.codebook_size = config, codebook_size
         self.order = BlockOrder(grid, config.block)
-        self.sight = Sight.of_blocks(self.order.sizes)
+        self.sight = Sight.of_blocks(self.order.sizes, config.attention)
         positions = self.order.coordinates if config.rope_axes == 3 else torch.arange(self.order.tokens)[:, None]
         # Integers, so that casting the model to bf16 leaves them exact; angles are computed in fp32 on use.
         self.register_buffer("positions", positions, persistent=False)

@@ -1,5 +1,7 @@
 """Block-causal attention by rectangles: an operator that is counted, recomputed, compiled, and run without memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,16 +16,21 @@ from stpredict.attention.reference import dense_mask
 
 @pytest.mark.parametrize("pieces", [by_rows, by_columns])
 @pytest.mark.parametrize(("block", "prefix"), [(1, 0), (5, 0), (5, 7), (32, 0), (40, 3), (300, 9), (3, 40)])
-@pytest.mark.parametrize("chunk", [16, 32])
-def test_the_pieces_are_every_pair_once(pieces, block, prefix, chunk):
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("chunk", "staircases"), [(16, True), (32, True), (32, False)])
+def test_the_pieces_are_every_pair_once(pieces, block, prefix, ragged, chunk, staircases):
     n = 131
+    mask = BlockCausal(block, prefix, torch.tensor([prefix]) if ragged else None)
     seen = torch.zeros(n, n, dtype=torch.int)
-    for piece in pieces(n, block, prefix, chunk):
+    for piece in pieces(n, mask, SimpleNamespace(chunk=chunk, staircases=staircases)):
         rows, keys = torch.arange(n)[piece.rows], torch.arange(n)[piece.keys]
         for tile_rows, tile_keys in zip(rows.chunk(piece.tiles), keys.chunk(piece.tiles), strict=True):
             part = torch.ones(len(tile_rows), len(tile_keys), dtype=torch.int)
-            if piece.block:
-                part = dense_mask(BlockCausal(piece.block), len(tile_rows)).int()
+            part = {
+                "staircase": lambda part: dense_mask(BlockCausal(piece.block), len(part)).int(),  # noqa: B023
+                "causal": torch.tril,
+                "above": lambda part: part.triu(1),
+            }.get(piece.shape, lambda part: part)(part)
             seen[tile_rows[:, None], tile_keys] += part
     assert torch.equal(seen, dense_mask(BlockCausal(block, prefix), n).int())
 
@@ -76,4 +83,7 @@ def test_autocast_computes_in_its_type():
 
 def test_operators_are_well_formed():
     inputs = [torch.randn(1, 2, 70, 8, requires_grad=True) for _ in range(3)]
-    torch.library.opcheck(torch.ops.stpredict.block_causal_attention.default, (*inputs, 16, 3, "cpu"))
+    torch.library.opcheck(torch.ops.stpredict.block_causal_attention.default, (*inputs, None, 16, 3, "torch_cpu"))
+    torch.library.opcheck(
+        torch.ops.stpredict.block_causal_attention.default, (*inputs, torch.tensor([2]), 16, 3, "torch_cpu")
+    )
