@@ -5,9 +5,9 @@
 Starts processes on this machine and prints markdown. Small priors and tokenizers are trained for three steps by the
 real engine, at every ZeRO stage and precision, with activation checkpointing and without; what they take is the most in
 the third step: on a CPU bytes of live tensors, counted operator by operator; on CUDA what torch has allocated. The
-estimate is for the same device. Bytes do not depend on load. On a CPU DeepSpeed's buckets are made small (BUCKET): 2 GB
-of them would hide everything else. The column checkpoint is the ratio of the bytes that a checkpoint is said to have to
-those of one that was written.
+estimate is for the same device. Bytes do not depend on load. On a CPU DeepSpeed's buckets are made small (BUCKET), or
+larger than the models (WHOLE): 2 GB of them would hide everything else. The column checkpoint is the ratio of the bytes
+that a checkpoint is said to have to those of one that was written.
 """
 
 import argparse
@@ -42,10 +42,18 @@ from stpredict.training.saving import Saver
 from stpredict.training.task import to_device
 
 BUCKET = 100_000  # elements
+WHOLE = 10_000_000  # more than any model here has
+SGD = {"kind": "sgd", "weight_decay": 0.1}
+OFFLOADED = {"offload": {"optimizer": "cpu"}, "checkpoint": {"background": False}}
 STAGES, PRECISIONS, POLICIES = (0, 1, 2, 3), ("fp32", "bf16"), ("none", "selective", "layers")
 MODELS: dict[str, dict[str, Any]] = {
     "prior": {
         "latent": {"grid": (4, 8, 8), "codebook_size": 1024},
+        "model": {"layers": 6, "width": 128, "heads": 4, "mlp_width": 384, "block": (1, 1, 8)},
+    },
+    # Beside so few tokens weights, gradients and buckets are nearly all.
+    "weights": {
+        "latent": {"grid": (2, 2, 8), "codebook_size": 1024},
         "model": {"layers": 6, "width": 128, "heads": 4, "mlp_width": 384, "block": (1, 1, 8)},
     },
     "tokenizer": {
@@ -66,9 +74,21 @@ LARGE: dict[str, dict[str, Any]] = {
         "latent": {"grid": (5, 16, 16), "codebook_size": 64000},
         "model": {"layers": 12, "width": 1024, "heads": 16, "mlp_width": 2816, "block": (1, 1, 16)},
     },
+    "weights": {
+        "latent": {"grid": (2, 1, 16), "codebook_size": 64000},
+        "model": {"layers": 12, "width": 1024, "heads": 16, "mlp_width": 2816, "block": (1, 1, 16)},
+    },
     "tokenizer": {"size": (128, 128), "frames": 17, "model": {}},
 }
-MICRO_BATCH = {"prior": 4, "tokenizer": 2}
+MICRO_BATCH = {"prior": 4, "weights": 1, "tokenizer": 2}
+
+
+def bucket(elements: int, **more: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"reduce_bucket_size": elements, **more}}
+
+
+def fixed(precision: str, stage: int) -> dict[str, Any]:
+    return {"precision": precision, "zero_stage": stage}
 
 
 def trials(models: list[str], stages: list[int]) -> Iterator[dict[str, Any]]:
@@ -86,6 +106,12 @@ def trials(models: list[str], stages: list[int]) -> Iterator[dict[str, Any]]:
                     yield {"model": model, "training": training}
                 extra = {"precision": precision, "zero_stage": stage, "ema_decay": 0.99}
                 yield {"model": model, "accumulation": 2, "training": extra}
+                if model == "weights" and stage > 0:
+                    yield {"model": model, "training": {**fixed(precision, stage), "deepspeed": bucket(WHOLE)}}
+                if model == "weights":
+                    yield {"model": model, "training": {**fixed(precision, stage), "optimizer": SGD}}
+                if model == "weights" and stage > 0:
+                    yield {"model": model, "training": {**fixed(precision, stage), **OFFLOADED}}
 
 
 def planned_training(trial: Mapping[str, Any], ranks: int, cuda: bool) -> Planned:
@@ -98,11 +124,13 @@ def planned_training(trial: Mapping[str, Any], ranks: int, cuda: bool) -> Planne
         "compile": False,
         **trial["training"],
     }
-    if not cuda:
-        training.setdefault("deepspeed", {"zero_optimization": {"reduce_bucket_size": BUCKET}})
+    if cuda:  # where the default bucket is larger than the models
+        training.pop("deepspeed", None)
+    else:
+        training.setdefault("deepspeed", bucket(BUCKET))
     common = {"run": "(none)", "training": training}
     match trial["model"]:
-        case "prior":
+        case "prior" | "weights":
             data = {"latents": "(none)"}
             return plan_training(PriorJobConfig(**common, **sizes, data=data, tokenizer="(none)"))
         case "tokenizer":
@@ -134,13 +162,13 @@ def main() -> None:
         wanted = list(trials(arguments.models, arguments.stages))
         for trial, found in zip(wanted, measure(wanted, ranks), strict=True):
             estimate = estimated(trial, ranks, cuda=gpus > 0)
-            ratios.append(estimate.total / found["memory"])
+            said = in_tensors(trial, estimate, cuda=gpus > 0)
+            ratios.append(said / found["memory"])
             on_disk.append(estimated_checkpoint(trial, ranks, cuda=gpus > 0) / found["checkpoint"])
             training = trial["training"]
-            policy = training.get("activation_checkpointing", {}).get("policy", "none, 2 micro-batches, averages")
-            cells = [ranks, trial["model"], training["precision"], training["zero_stage"], policy]
+            cells = [ranks, trial["model"], training["precision"], training["zero_stage"], told(trial)]
             cells += [
-                f"{estimate.total / 1e6:.2f}",
+                f"{said / 1e6:.2f}",
                 f"{found['memory'] / 1e6:.2f}",
                 f"{ratios[-1]:.3f}",
                 estimate.moment,
@@ -150,6 +178,20 @@ def main() -> None:
     near = sum(abs(ratio - 1) <= 0.15 for ratio in ratios)
     print(f"\nWithin 15 %: {near} of {len(ratios)}; from {min(ratios):.3f} to {max(ratios):.3f}.")
     print(f"Checkpoints' sizes: from {min(on_disk):.4f} to {max(on_disk):.4f} of the measured.")
+
+
+def told(trial: Mapping[str, Any]) -> str:
+    """What is particular about it."""
+    training = trial["training"]
+    found = [training.get("activation_checkpointing", {}).get("policy", "none")]
+    found += [f"{trial['accumulation']} micro-batches"] if "accumulation" in trial else []
+    names = {"ema_decay": "averages", "deepspeed": "one bucket", "optimizer": "SGD", "offload": "offloaded"}
+    return ", ".join([*found, *(name for key, name in names.items() if key in training)])
+
+
+def in_tensors(trial: Mapping[str, Any], estimate: Memory, cuda: bool) -> int:
+    """Bytes that are counted as ``measured`` does: on a CPU what is offloaded is where the rest is."""
+    return estimate.total + (estimate.host if "offload" in trial["training"] and not cuda else 0)
 
 
 _estimators: dict[tuple, MemoryEstimator] = {}

@@ -1,8 +1,9 @@
 """Memory of a training, by what it is for: on each device, and in the host's memory.
 
-A step has its most in the backward pass, or when it updates: the larger of the two is given, with its parts as they
-are then. What DeepSpeed 0.19 keeps at which stage was read in its source; benchmarks/results/estimates.md has what
-comes out beside what was measured.
+A step has its most in the backward pass, when gradients are exchanged, when weights are updated, or when a tokenizer
+makes the tokens of the next micro-batch: the largest is given, with its parts as they are then. What DeepSpeed 0.19
+keeps at which stage was read in its source; benchmarks/results/estimates.md has what comes out beside what was
+measured.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -12,28 +13,19 @@ import torch
 
 from data_pipeline.errors import UsageError
 from stpredict.estimates.activations import Activations, Numbers, follow
+from stpredict.estimates.gradients import BYTES, Gradients, Kept
 from stpredict.estimates.planned import Planned
+from stpredict.estimates.zero3_gathers import gathered, thresholds
 from stpredict.training.config import TrainingConfig
-from stpredict.training.deepspeed_setup import deepspeed_config
 from stpredict.training.precision import TYPES
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# DeepSpeed's own defaults, in elements.
-BUCKETS = {
-    "reduce_bucket_size": 5e8,
-    "prefetch_bucket_size": 5e7,
-    "max_live_parameters": 1e9,
-    "sub_group_size": 1e9,
-}
-REDUCED_AT_ONCE = 500_000_000  # elements: gradients of ZeRO-0 in one all-reduce
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that has most, at ``moment``: "tokenizing", "backward" or "update".
+    """Bytes on the rank that has most, at ``moment``: "tokenizing", "backward", "exchange" or "update".
 
     ``weights`` are those that are computed with, ``masters`` the fp32 ones that are updated. ``buffers`` are the
-    model's; ``buckets`` those through which DeepSpeed exchanges gradients, whose size does not depend on the model's;
+    model's; ``buckets`` those through which DeepSpeed exchanges gradients, and the copies that it makes of them;
     ``gathered`` is what ZeRO-3 has collected of the other ranks' weights. ``activations`` are a micro-batch's, with
     gradients on their way, losses and inputs. ``tokenizer`` is one that runs in every step: its weights, the clips of
     all micro-batches and, while it runs, what it makes of them. ``host`` is in the host's memory, for this rank, and no
@@ -84,14 +76,21 @@ class MemoryEstimator:
         precision = training.precision
         if precision == "auto":
             precision = "bf16" if self.device == "cuda" else "fp32"
-        accumulated = training.batch_size > ranks * micro_batch
-        kept = _Kept(self._planned, training, precision, ranks, accumulated)
         activations = self._follow(training, precision)
-        moments = [kept.in_backward(activations, micro_batch), kept.in_update(activations, micro_batch)]
+        alive, finished = activations.bytes(micro_batch), activations.finished
+        accumulated = training.batch_size > ranks * micro_batch
+        states = self._states(training, precision, ranks, accumulated)
+        gradients = Gradients(self._planned, training, precision, ranks, accumulated, self.device)
+        backward = _most(states, "backward", gradients.in_backward(finished), alive)
+        moments = [replace(backward, gathered=self._gathered(training, precision, ranks))]
+        # Of the forward and backward pass, only what a step is told is left.
+        moments += [_most(states, "exchange", kept, alive[-1:]) for kept in gradients.exchanged(finished)]
+        moments += [_most(states, "update", kept, alive[-1:]) for kept in gradients.in_update()]
         if tokenizing := self._planned.tokenizing:
             clips = tokenizing.weights + training.batch_size // ranks * tokenizing.clip
-            moments = [replace(moment, tokenizer=clips) for moment in moments]
-            moments.append(replace(kept.before_forward(), tokenizer=clips + tokenizing.forward))
+            moments.append(_most(states, "tokenizing", gradients.before_forward(), np.array([tokenizing.forward])))
+            moments[-1] = replace(moments[-1], activations=0, tokenizer=tokenizing.forward)
+            moments = [replace(moment, tokenizer=moment.tokenizer + clips) for moment in moments]
         return max(moments, key=lambda memory: memory.total)
 
     def _follow(self, training: TrainingConfig, precision: str) -> Activations:
@@ -104,103 +103,52 @@ class MemoryEstimator:
             self._activations[key] = follow(self._planned, policy, numbers, self.device)
         return self._activations[key]
 
-
-class _Kept:
-    """What a rank keeps beside activations."""
-
-    def __init__(self, planned: Planned, training: TrainingConfig, precision: str, ranks: int, accumulated: bool):
-        self.stage, self.ranks, self.accumulated = training.zero_stage, ranks, accumulated
-        self.offloaded = training.offload.optimizer == "cpu"
-        parameters = list(planned.task.model.parameters())
-        self.trained = sum(p.numel() for p in parameters if p.requires_grad)
-        self.all = sum(p.numel() for p in parameters)
-        self.share = -(-self.trained // ranks)
-        self.width = 4 if self.stage == 0 else BYTES[precision]  # of a weight that is computed with
-        self.added = BYTES[training.accumulation_dtype]  # of a gradient that is added up
-        # DeepSpeed's optimizer for it is another than ZeRO's.
-        self.is_bf16_optimizer = (self.stage, precision, self.added, self.offloaded) == (1, "bf16", 4, False)
-        settings = deepspeed_config(training, TYPES[precision], 1, 1)["zero_optimization"]
-        self.buckets = {
-            name: int(settings.get(f"stage3_{name}", settings.get(name, size))) for name, size in BUCKETS.items()
-        }
-        overlaps = settings.get("overlap_comm")
-        self.reduced_in = 2 if overlaps and self.stage in (1, 2) else 1  # buckets
-        self.states = self._states(planned, training)
-
-    def _states(self, planned: Planned, training: TrainingConfig) -> Memory:
+    def _states(self, training: TrainingConfig, precision: str, ranks: int, accumulated: bool) -> Memory:
         """What is there all the time."""
-        mine = self.trained if self.stage == 0 else self.share
-        weights = self.width * (self.all if self.stage < 3 else -(-self.all // self.ranks))
-        masters = 0 if self.stage == 0 else 4 * mine
+        model, stage = self._planned.task.model, training.zero_stage
+        everything = sum(p.numel() for p in model.parameters())
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        share = -(-sum(trained) // ranks)
+        mine = sum(trained) if stage == 0 else share
+        width = 4 if stage == 0 else BYTES[precision]
+        weights = width * (everything if stage < 3 else -(-everything // ranks))
+        masters = 0 if stage == 0 else 4 * mine
         moments = 0 if training.optimizer.kind == "sgd" else 8 * mine
-        averages = 4 * self.share if training.ema_decay is not None else 0
-        host = 0
+        averages = 4 * share if training.ema_decay is not None else 0
+        buffers = sum(buffer.nbytes for buffer in model.buffers())
+        host = buckets = 0
         if training.checkpoint.background:
-            host += 4 * self.share + moments * self.share // mine + averages
-        if self.offloaded:
-            host += masters + moments + averages + 4 * self.share  # and gradients
-            if self.accumulated and self.stage in (1, 2):
-                host += 4 * self.share  # of earlier micro-batches
+            host += 4 * share + moments * share // mine + averages
+        if training.offload.optimizer == "cpu":
+            host += masters + moments + averages + 4 * share  # and gradients
+            if stage == 3:
+                host += BYTES[training.accumulation_dtype] * share  # of the micro-batches so far
+            else:
+                # The updated weights, and a tensor's gradient on its way, which has a place on both sides.
+                host, buckets = host + width * (share + max(trained)), width * max(trained)
+                if accumulated and (precision == "fp32" or training.accumulation_dtype != "fp32"):
+                    host += width * share
             masters = moments = averages = 0
         if training.offload.parameters == "cpu":
             host, weights = host + weights, 0
-        buffers = sum(buffer.nbytes for buffer in planned.task.model.buffers())
-        return Memory("", weights, masters, moments, 0, averages, buffers, 0, 0, 0, host=host)
+        return Memory("", weights, masters, moments, 0, averages, buffers, buckets, 0, 0, host=host)
 
-    def before_forward(self) -> Memory:
-        """Of a step's last micro-batch."""
-        gradients = {0: 4 * self.trained, 1: self.added * self.trained, 2: self.added * self.share}.get(self.stage, 0)
-        gradients = gradients if self.accumulated else 0
-        if self.is_bf16_optimizer:
-            gradients = (self.added + self.width * self.accumulated) * self.trained
-        buckets = 0
-        if self.stage == 3:
-            gradients, buckets = self.added * self.share, self.added * self.buckets["reduce_bucket_size"]
-        return replace(self.states, moment="tokenizing", gradients=gradients, buckets=buckets)
+    def _gathered(self, training: TrainingConfig, precision: str, ranks: int) -> int:
+        if training.zero_stage < 3 or ranks == 1:
+            return 0
+        policy, task = training.activation_checkpointing, self._planned.task
+        recomputed = [] if policy.policy == "none" else task.layers()[:: policy.every]
+        return BYTES[precision] * gathered(task.model, recomputed, thresholds(training)).live
 
-    def in_backward(self, activations: Activations, micro_batch: int) -> Memory:
-        alive = activations.bytes(micro_batch)
-        finished = np.full_like(alive, self.trained) if self.accumulated else activations.finished
-        gradients, buckets, gathered = np.zeros_like(alive), 0, 0
-        bucket = self.reduced_in * self.added * self.buckets["reduce_bucket_size"]
-        if self.stage == 0:
-            gradients += 4 * finished
-        elif self.is_bf16_optimizer:  # has room for all, and keeps the computed ones between micro-batches
-            gradients += self.added * self.trained + self.width * finished
-        elif self.stage in (1, 2):
-            buckets = bucket
-            if self.stage == 1 and not self.offloaded:
-                gradients += self.added * finished
-            elif not self.offloaded:
-                # One tensor for all of its share, made when the first bucket is full.
-                made = self.accumulated | (activations.finished > self.buckets["reduce_bucket_size"])
-                gradients += self.added * self.share * made
-        else:
-            buckets = bucket
-            gradients += self.added * self.share
-            live = self.buckets["max_live_parameters"] + self.buckets["prefetch_bucket_size"]
-            gathered = self.width * min(self.all, live) if self.ranks > 1 else 0
-        at = int(np.argmax(alive + gradients))
-        now = {"gradients": int(gradients[at]), "activations": int(alive[at])}
-        return replace(self.states, moment="backward", buckets=buckets, gathered=gathered, **now)
 
-    def in_update(self, activations: Activations, micro_batch: int) -> Memory:
-        """When gradients are put together for the optimizer, or for the ranks' sum."""
-        flat = 4 * self.share
-        match self.stage:
-            case 0:
-                gradients = 4 * self.trained
-                gradients += 4 * min(self.trained, REDUCED_AT_ONCE) if self.ranks > 1 else 0
-            case 1 if self.is_bf16_optimizer:
-                gradients = self.added * self.trained
-            case 1:
-                gradients = 0 if self.offloaded else self.added * self.trained + flat
-            case 2:
-                gradients = 0 if self.offloaded else self.added * self.share + flat
-            case _:
-                gradients = self.added * self.share
-                gradients += 0 if self.offloaded else 4 * min(self.share, self.buckets["sub_group_size"])
-        # Of the forward and backward pass, only what a step is told is left.
-        rest = int(activations.bytes(micro_batch)[-1])
-        buckets = self.added * self.buckets["reduce_bucket_size"] if self.stage == 3 else 0
-        return replace(self.states, moment="update", gradients=gradients, buckets=buckets, activations=rest)
+def _most(states: Memory, moment: str, kept: Kept, alive: np.ndarray) -> Memory:
+    """Of those moments at which ``alive`` bytes of activations are there."""
+    gradients, buckets = (np.broadcast_to(np.asarray(part), alive.shape) for part in kept)
+    at = int(np.argmax(alive + gradients + buckets))
+    return replace(
+        states,
+        moment=moment,
+        gradients=int(gradients[at]),
+        buckets=states.buckets + int(buckets[at]),
+        activations=int(alive[at]),
+    )
