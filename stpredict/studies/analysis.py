@@ -54,6 +54,7 @@ class Law(Result):
       or "envelope" or "joint law" of N_opt(C) and D_opt(C); "" otherwise
     - ``form``: L = E + A N^-alpha; ``constants``: name → estimate, in that form's names
     - ``points``: what it was fitted to; ``source``: where those come from, in words
+    - ``others``: how many it was fitted to that are no losses (the best rates of sizes, minima of parabolas); else None
     - ``curve``: the law over its x (N, D or C), at 100 log-spaced places; of L(N, D) empty (its terms are in constants)
     - ``scatter``: the residuals' standard deviation (of ln L); None without degrees of freedom
     - ``interval``: how the intervals were made, or why there are none
@@ -65,6 +66,7 @@ class Law(Result):
     source: str
     constants: dict[str, Estimate]
     points: list[Point]
+    others: int | None = None
     curve: list[CurvePoint] = []
     scatter: float | None = None
     interval: str

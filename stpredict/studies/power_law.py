@@ -66,6 +66,7 @@ def fit_power_law(
         source=source,
         constants={"k": estimate("k", np.exp), POWERS[name]: estimate(POWERS[name])},
         points=[],
+        others=len(x),
         curve=[
             CurvePoint(
                 x=float(np.exp(place)),

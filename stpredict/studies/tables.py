@@ -133,7 +133,7 @@ def _fits(analysis: Analysis) -> Table:
     for group in analysis.groups:
         for law in group.laws:
             for constant, estimate in law.constants.items():
-                place = [group.title, law.name, law.of, law.form, len(law.points), law.scatter]
+                place = [group.title, law.name, law.of, law.form, law.others or len(law.points) or None, law.scatter]
                 rows.append([*place, constant, *_interval(estimate), law.interval, "; ".join(law.warnings), ""])
         for law in group.not_fitted:
             rows.append([group.title, law.name, law.of, *[None] * 9, law.why])

@@ -191,6 +191,7 @@ def test_the_best_learning_rate_is_the_vertex_of_the_parabola_and_its_law_is_fou
         assert not best.at_edge
         assert [one.seeds for one in best.tried] == [2] * 10
     (law,) = group.find("lr(N)")
+    assert law.others == 5, "a rate of each size"
     assert law.constants["p"].low < -0.5 < law.constants["p"].high
     assert law.constants["p"].value == pytest.approx(-0.5, abs=0.02)
 
