@@ -1,10 +1,14 @@
 """What ranks send each other, against the bytes of DeepSpeed's collectives."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from launcher.estimates import load_training
 from stpredict.estimates.communication import communication
-from stpredict.estimates.zero3_gathers import Thresholds, gathered
+from stpredict.estimates.planned import plan_training
+from stpredict.estimates.zero3_gathers import Thresholds, gathered, thresholds
 from stpredict.training.config import TrainingConfig
 from tests.distributed.toy import run_ranks
 from tests.stpredict.estimates import collective_bytes
@@ -35,10 +39,12 @@ TRIALS = {
     "1, fp32, reduce": trial(1, 2, "fp32", {"use_multi_rank_bucket_allreduce": False}),
     "1, reduce is not for bf16": trial(1, 2, "bf16", {"use_multi_rank_bucket_allreduce": False}),
     "1, gradients in bf16": trial(1, 2, accumulation_dtype="bf16"),
+    "1, offloaded": trial(1, 2, settings={"use_multi_rank_bucket_allreduce": False}, offload={"optimizer": "cpu"}),
     "2, accumulation": trial(2, 1),
     "2, reduce": trial(2, 1, settings={"use_multi_rank_bucket_allreduce": False}),
     "2, fp32, recomputed": trial(2, 2, "fp32", activation_checkpointing=LAYERS),
     "3, accumulation": trial(3, 1),
+    "3, offloaded": trial(3, 1, offload={"optimizer": "cpu", "parameters": "cpu"}),
     "3, fp32, all-reduce": trial(3, 2, "fp32", {"reduce_scatter": False}),
     "3, large": trial(3, 4, settings=TIGHT),
     "3, larger still": trial(3, 2, settings=TIGHTEST),
@@ -81,6 +87,17 @@ def test_a_ring_sends_a_tensor_once_and_an_all_reduce_twice():
     assert reduced.sent(8) == pytest.approx(2 * 4 * elements * 7 / 8)
     assert gathered_again.sent(8) == pytest.approx(2 * elements * 7 / 8)
     assert communication(task.model, [], training, "bf16", 1) == []
+
+
+@pytest.mark.parametrize(("size", "times"), [("xl", 1.14), ("xxl", 1.33), ("3b", 1.75)])
+def test_a_micro_batch_gathers_the_weights_of_nbp_as_often_as_docs_say(size, times):
+    config = load_training(Path(f"configs/priors/nbp_{size}_k600.yaml"))
+    task = plan_training(config).task
+    elements = sum(p.numel() for p in task.model.parameters())
+    for recomputed in ([], task.layers()):
+        found = gathered(task.model, recomputed, thresholds(config.training))
+        assert round(found.per_micro_batch / elements, 2) == times
+        assert found.per_step < 0.001 * elements
 
 
 def test_gathers_of_a_chain_by_hand():

@@ -1,6 +1,7 @@
 """What is recommended, against cases worked by hand: 16 bytes per parameter in the way that each ZeRO stage divides
 them, and as many bytes per sample as the policy keeps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,14 @@ import pytest
 from data_pipeline.errors import UsageError
 from launcher.estimates import load_training
 from stpredict.estimates import ways
-from stpredict.estimates.duration import Utilization
+from stpredict.estimates.duration import Sending, StepTime, Utilization
 from stpredict.estimates.estimate import Asked, estimate_training
 from stpredict.estimates.gpus import find_gpu
 from stpredict.estimates.machine import gpus_of_a_node, node_counts
 from stpredict.estimates.memory import Memory
 from stpredict.estimates.planned import plan_training
+from stpredict.estimates.recommendation import best, reasons
+from stpredict.training.computing import ActivationCheckpointingConfig
 
 PRIORS = Path("configs/priors")
 
@@ -38,7 +41,11 @@ class ByHand:
         share = {"none": 1, "selective": 0.5, "layers": 0.1}[training.activation_checkpointing.policy]
         activations = int(micro_batch * share * self.kept)
         names = ("weights", "masters", "moments", "gradients", "averages", "buffers", "buckets", "gathered")
-        return Memory("backward", **{**dict.fromkeys(names, 0), "weights": int(states)}, activations=activations)
+        host = 0
+        if training.offload.optimizer == "cpu":  # masters, moments and gradients
+            states, host = 2 * p, int(16 * p / n)
+        sizes = {**dict.fromkeys(names, 0), "weights": int(states)}
+        return Memory("backward", **sizes, activations=activations, host=host)
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +174,104 @@ def test_tokens_decide_the_steps():
     found = ask("nbp_xl_k600.yaml", "a100", tokens=300e9)
     assert found.budget.steps == round(300e9 / (64 * 1280))
     assert found.budget.tokens == pytest.approx(300e9, rel=1e-4)
+
+
+def test_offloading_is_proposed_where_it_helps_with_what_it_costs():
+    found = ask("nbp_3b_k600.yaml", "a100-40g", nodes=1, gpus_per_node=1)
+    (said,) = (why for why in found.why if "offload" in why)
+    assert said.startswith("or training.offload.optimizer=cpu at ZeRO-2, policy layers: a step of 1.1 times as long")
+    assert said.endswith(", 64 GB of each node's own memory")
+    assert not any("offload" in why for why in ask("nbp_3b_k600.yaml", "t4", "training.precision=fp16", nodes=1).why)
+    sgd = "training.optimizer.kind=sgd"
+    assert not any("offload" in why for why in ask("nbp_3b_k600.yaml", "a100-40g", sgd, nodes=1, gpus_per_node=1).why)
+    nothing_fits = ask("nbp_3b_k600.yaml", "a100-40g", sgd, nodes=1, gpus_per_node=1)
+    assert nothing_fits.recommended is None
+
+
+def test_an_offloaded_way_takes_its_transfers_and_its_update():
+    kept, offloaded = (
+        ask("nbp_3b_k600.yaml", "a100", *more, nodes=2).ways for more in ([], ["training.offload.optimizer=cpu"])
+    )
+    assert [way.training.zero_stage for way in offloaded] == [1, 2, 3]
+    one, other = kept[2], offloaded[1]
+    assert (one.training.zero_stage, other.training.zero_stage) == (2, 2)
+    weights = 4_017_294_336
+    moved = (4 + 2) * weights / 16 / 32e9  # gradients and weights of a sixteenth over PCIe gen 4
+    extra = other.time.step_s - one.time.step_s
+    assert extra == pytest.approx(moved + weights / 2 / 3e9, rel=1e-3)
+    assert other.host_bytes == 8 * other.memory.host == pytest.approx(8 * 16 * weights / 16)
+
+
+def with_times(way, computation_s, **sending):
+    """Of one forward and two backward."""
+    return replace(way, time=StepTime(computation_s, computation_s / 3, Sending(**sending)))
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Each ZeRO stage by its number: at 2 and 3 it fits with a rank's eight samples, at 0 not at all."""
+    monkeypatch.setattr(ByHand, "kept", 7e9)
+    machine, found = (lambda f: (f.machine, f.ways))(ask("nbp_3b_k600.yaml", "a100-80g"))
+    return machine, {way.training.zero_stage: way for way in found}
+
+
+def test_a_way_that_is_said_to_be_faster_is_named_with_why_it_is_not_taken(three):
+    machine, ways = three
+    last = ways[3]
+    exposed, hidden = with_times(ways[2], 1.0, waited_for_s=0.06), with_times(last, 1.0, beside_backward_s=0.05)
+    assert best([exposed, hidden]) is exposed
+    said = reasons(exposed, [exposed, hidden], machine)
+    assert said[1] == (
+        "ZeRO-3 with a micro-batch of 8 is predicted 5.7 % faster where all that is sent beside the computation is "
+        "hidden, 0.9 % faster where nothing is: the lowest stage is taken of those within 5 %, and it goes without "
+        "torch.compile"
+    )
+    much = with_times(last, 1.0, beside_backward_s=0.2)
+    assert best([exposed, much]) is exposed
+    assert reasons(exposed, [exposed, much], machine)[1].endswith("is hidden, 13.2 % slower where nothing is")
+    slightly = with_times(last, 0.96, waited_for_s=0.06)
+    assert "is predicted 3.8 % faster: the lowest stage" in reasons(exposed, [exposed, slightly], machine)[1]
+    slower = with_times(last, 1.1)
+    assert not any("faster" in why for why in reasons(exposed, [exposed, slower], machine))
+
+
+def test_smaller_micro_batches_and_recomputation_are_named_as_what_is_avoided(three):
+    machine, ways = three
+    whole = with_times(ways[2], 1.0)
+    layers = {"activation_checkpointing": ActivationCheckpointingConfig(policy="layers"), "zero_stage": 1}
+    recomputes = with_times(replace(whole, training=whole.training.model_copy(update=layers)), 0.97)
+    assert best([whole, recomputes]) is whole
+    assert reasons(whole, [whole, recomputes], machine)[1].endswith("faster: it computes again what fits without")
+    halves = replace(whole, training=whole.training.model_copy(update={"zero_stage": 1, "micro_batch_size": 2}))
+    halves = with_times(halves, 0.97)
+    assert best([whole, halves]) is whole
+    said = reasons(whole, [halves, whole], machine)[1]
+    assert said.endswith("faster: its 4 micro-batches have smaller, slower kernels, which are not in the time")
+
+
+def test_ways_farther_apart_than_five_percent_are_not_alike(three):
+    _, ways = three
+    fast, slow = ways[3], ways[2]
+    assert best([with_times(fast, 1.0), near := with_times(slow, 1.04)]) is near
+    assert best([least := with_times(fast, 1.0), with_times(slow, 1.06)]) is least
+    too_much = replace(slow.memory, weights=10**11)
+    assert best([replace(with_times(slow, 1.0), memory=too_much)]) is None
+
+
+def test_zero_0_is_said_to_keep_fp32_weights_and_zero_3_to_go_without_compilation(monkeypatch):
+    in_bf16 = ask("nbp_xl_k600.yaml", "a100-80g").why
+    assert any("on every GPU, its weights in fp32, of which autocast makes copies" in why for why in in_bf16)
+    in_fp32 = ask("nbp_xl_k600.yaml", "a100-80g", "training.precision=fp32").why
+    assert any("on every GPU, so nothing" in why for why in in_fp32)
+    assert not any("torch.compile" in why for why in in_fp32)
+    monkeypatch.setattr(ByHand, "kept", 14e9)
+    at_3 = ask("nbp_3b_k600.yaml", "v100-16g", "training.precision=fp16", nodes=1)
+    assert not at_3.recommended.compiled
+    assert any("torch.compile is off at ZeRO-3" in why for why in at_3.why)
+
+
+def test_what_goes_without_compilation_is_not_proposed_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(ByHand, "kept", 40e9)
+    compiled = "training.compile=true"
+    policies = [{way.policy for way in ask("nbp_xl_k600.yaml", "a100", *more).ways} for more in ([], [compiled])]
+    assert policies == [{"none", "selective", "layers"}, {"none", "layers"}]
