@@ -8,6 +8,8 @@ import pytest
 from data_pipeline.errors import UserError
 from stpredict.estimates.communication import Collective
 from stpredict.estimates.duration import (
+    ASSUMED_MFU,
+    NETWORK_GB_S,
     Sending,
     StepTime,
     bandwidth,
@@ -43,6 +45,10 @@ def test_computation_is_flops_over_what_the_gpus_do():
     assert again.forward_s == pytest.approx(5 / 3)
     assert work(ActivationCheckpointingConfig(policy="layers", every=2)) == pytest.approx(7 / 6)
     assert work(ActivationCheckpointingConfig(policy="selective")) == 1
+
+
+def test_defaults_are_those_that_docs_name():
+    assert (ASSUMED_MFU, NETWORK_GB_S) == (0.4, 25)
 
 
 def test_links_of_a_node_and_between_nodes():
@@ -126,8 +132,12 @@ def test_what_a_run_sent_is_taken_out_of_its_mfu(tmp_path, sent, update_s, recom
 
 def test_a_run_whose_sending_fills_its_steps_tells_no_mfu(tmp_path):
     time = step_time(RATE, [Collective("a", "all-gather", 400e9, None)], (), 0, NODE, "bf16", 0.4, NOTHING)
-    with pytest.raises(UserError, match=r"its steps take 1 s, and what they send takes as long"):
+    said = r"its steps take 1 s, and what they send takes as long"
+    with pytest.raises(UserError, match=said):
         while_computing(0.4, time, Run(tmp_path))
+    for hidden in (Sending(0, 0.5, 0.6), Sending(0, 1.1, 0), Sending(0, 0, 1.1)):
+        with pytest.raises(UserError, match=said):
+            while_computing(0.4, StepTime(1, 1 / 3, hidden), Run(tmp_path))
 
 
 def test_trials_at_once():

@@ -12,7 +12,7 @@ from stpredict.estimates import ways
 from stpredict.estimates.duration import Sending, StepTime, Utilization
 from stpredict.estimates.estimate import Asked, estimate_training
 from stpredict.estimates.gpus import find_gpu
-from stpredict.estimates.machine import gpus_of_a_node, node_counts
+from stpredict.estimates.machine import Machine, gpus_of_a_node, node_counts
 from stpredict.estimates.memory import Memory
 from stpredict.estimates.planned import plan_training
 from stpredict.estimates.recommendation import best, reasons
@@ -158,6 +158,8 @@ def test_nodes_share_the_batch_evenly():
 def test_a_batch_that_does_not_divide_is_refused_with_what_would_do():
     with pytest.raises(UsageError, match=r"--gpus-per-node 6: training.batch_size 64 does not divide"):
         ask("nbp_xl_k600.yaml", "a100", gpus_per_node=6)
+    with pytest.raises(UsageError, match=r"--gpus-per-node 12: .* among them; 1, 2, 4, 8 or 16 would do"):
+        ask("nbp_xl_k600.yaml", "a100", gpus_per_node=12)
     with pytest.raises(UsageError, match=r"--nodes 3: .*does not divide among 3 nodes; 1, 2, 4, 8, 16, 32 or 64 would"):
         ask("nbp_xl_k600.yaml", "a100", nodes=3)
     with pytest.raises(UsageError, match=r"--gpus-per-node 8: .* on 16 nodes; 1, 2 or 4 would do"):
@@ -200,6 +202,19 @@ def test_an_offloaded_way_takes_its_transfers_and_its_update():
     extra = other.time.step_s - one.time.step_s
     assert extra == pytest.approx(moved + weights / 2 / 3e9, rel=1e-3)
     assert other.host_bytes == 8 * other.memory.host == pytest.approx(8 * 16 * weights / 16)
+
+
+def test_recomputation_of_layers_gathers_what_it_runs_again(monkeypatch):
+    """At ZeRO-3, of the layers that are recomputed alone."""
+    seen = []
+    monkeypatch.setattr(ways, "communication", lambda model, recomputed, *_: seen.append(len(recomputed)) or [])
+    for policy, every in (("none", 1), ("layers", 1), ("layers", 2)):
+        changes = [f"training.activation_checkpointing={{policy: {policy}, every: {every}}}", "training.zero_stage=3"]
+        planned = plan_training(load_training(PRIORS / "nbp_xl_k600.yaml", changes))
+        machine = Machine(find_gpu("a100"), 1, 8, 25)
+        ways.Ways(planned, 1e12, Utilization()).way(machine, planned.config.training)
+    layers = len(planned.task.layers())
+    assert seen == [0, layers, -(-layers // 2)]
 
 
 def with_times(way, computation_s, **sending):
