@@ -178,12 +178,17 @@ def test_tokens_decide_the_steps():
     assert found.budget.tokens == pytest.approx(300e9, rel=1e-4)
 
 
-def test_offloading_is_proposed_where_it_helps_with_what_it_costs():
+def test_offloading_is_proposed_where_it_helps_with_what_it_costs(monkeypatch):
     found = ask("nbp_3b_k600.yaml", "a100-40g", nodes=1, gpus_per_node=1)
     (said,) = (why for why in found.why if "offload" in why)
     assert said.startswith("or training.offload.optimizer=cpu at ZeRO-2, policy layers: a step of 1.1 times as long")
     assert said.endswith(", 64 GB of each node's own memory")
-    assert not any("offload" in why for why in ask("nbp_3b_k600.yaml", "t4", "training.precision=fp16", nodes=1).why)
+    too_small = ask("nbp_3b_k600.yaml", "rtx3080", nodes=1, gpus_per_node=1)  # 8 GB of weights, and activations
+    monkeypatch.setattr(ByHand, "kept", 100e9)
+    too_large = ask("nbp_3b_k600.yaml", "rtx3080", nodes=1, gpus_per_node=1)
+    assert any("offload" in why for why in too_small.why)
+    assert (too_large.recommended, any("offload" in why for why in too_large.why)) == (None, False)
+    monkeypatch.setattr(ByHand, "kept", 2e9)
     sgd = "training.optimizer.kind=sgd"
     assert not any("offload" in why for why in ask("nbp_3b_k600.yaml", "a100-40g", sgd, nodes=1, gpus_per_node=1).why)
     nothing_fits = ask("nbp_3b_k600.yaml", "a100-40g", sgd, nodes=1, gpus_per_node=1)
@@ -257,6 +262,8 @@ def test_smaller_micro_batches_and_recomputation_are_named_as_what_is_avoided(th
     recomputes = with_times(replace(whole, training=whole.training.model_copy(update=layers)), 0.97)
     assert best([whole, recomputes]) is whole
     assert reasons(whole, [whole, recomputes], machine)[1].endswith("faster: it computes again what fits without")
+    in_halves = replace(whole, training=whole.training.model_copy(update={"micro_batch_size": 4}))
+    assert best([recomputes, in_halves]) is in_halves  # of two micro-batches, which recompute nothing
     halves = replace(whole, training=whole.training.model_copy(update={"zero_stage": 1, "micro_batch_size": 2}))
     halves = with_times(halves, 0.97)
     assert best([whole, halves]) is whole
