@@ -62,6 +62,7 @@ PYTHON
 part "Tests" "$python" -m pytest -m "gpu and not slow" -q -rs
 # A GPU's steps are short beside a CPU's at the same size: a model for which launching kernels is not all there is.
 part "Training step of the large priors" "$python" -m benchmarks.training_step --seconds 40
+part "Attention" "$python" -m benchmarks.attention --widths 96
 part "Engine step beside bare DeepSpeed" "$python" -m benchmarks.engine steps --precision bf16 --layers 12 --width 1024 --batch 8
 part "Memory of each ZeRO stage" "$python" -m benchmarks.engine memory --ranks "$("$python" -c 'import torch; print(torch.cuda.device_count())')" --parameters 400e6
 part "Estimated memory beside what torch allocates" "$python" -m benchmarks.estimates

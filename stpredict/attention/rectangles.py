@@ -31,7 +31,8 @@ WRITTEN_OUT = ("above", "ragged")  # shapes that no kernel needs to know
 class Piece:
     """``rows`` of queries on ``keys``; or, on the diagonal, as many square ``tiles``, of which each attends to itself.
 
-    ``block`` is the size of the blocks in a staircase. ``more``: the rows have attended to something before.
+    ``block`` is the size of the blocks in a staircase. ``more``: by rows, these rows were in an earlier piece; by
+    columns, these keys.
     """
 
     rows: slice
@@ -75,7 +76,7 @@ def by_columns(n: int, mask: BlockCausal, kernel: Kernel) -> Iterator[Piece]:
     if kernel.staircases:
         size = kernel.chunk // mask.block * mask.block
         for start in range(prefix, n - size, size):
-            yield Piece(slice(start + size, n), slice(start, start + size))
+            yield Piece(slice(start + size, n), slice(start, start + size), more=True)
 
 
 def _diagonal(n: int, mask: BlockCausal, kernel: Kernel) -> Iterator[Piece]:
@@ -142,8 +143,9 @@ def _backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     by = KERNELS[kernel]
-    # Sums of many rectangles: in fp32, unless it is all in fp64.
-    sums = [torch.zeros_like(_like(x), dtype=lse.dtype) for x in (q, k, v)]
+    # Sums of many rectangles: in fp32, unless it is all in fp64. Every key is in a first piece.
+    sums = [_like(x, lse.dtype) for x in (q, k, v)]
+    sums[0].zero_()
     for piece in by_columns(q.shape[2], BlockCausal(block, prefix, prefix_lengths), by):
         places = (piece.rows, piece.keys, piece.keys)
         of_piece = [_cut(x, where, piece) for x, where in zip((q, k, v), places, strict=True)]
@@ -153,7 +155,11 @@ def _backward(
         else:
             parts = by.backward(*of_piece, *of_rows, piece.shape, piece.block)
         for total, part, where in zip(sums, parts, places, strict=True):
-            total[:, :, where] += _joined(part, piece)
+            here = total[:, :, where]
+            if total is sums[0] or piece.more:
+                here += _joined(part, piece)
+            else:
+                here.copy_(_joined(part, piece))
     return tuple(total.to(q.dtype) for total in sums)
 
 
@@ -175,10 +181,10 @@ def _joined(x: Tensor, piece: Piece) -> Tensor:
     return x if piece.tiles == 1 else x.unflatten(0, (-1, piece.tiles)).transpose(1, 2).flatten(2, 3)
 
 
-def _like(x: Tensor) -> Tensor:
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Of the shape of ``x``, with heads beside each other in memory: as the layers before and after have them."""
     b, h, n, d = x.shape
-    return x.new_empty(b, n, h, d).transpose(1, 2)
+    return x.new_empty(b, n, h, d, dtype=dtype).transpose(1, 2)
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ from data_pipeline.errors import UsageError
 from stpredict.layers.recomputing import Recomputation
 from stpredict.training.computing import ActivationCheckpointingConfig
 
-# What `selective` keeps, since it is dear to compute: by name, as not every build of torch has all of them. Ours are
-# those of stpredict/attention.
+# What `selective` keeps, since it is dear to compute: by name, as not every build of torch has all of them. The last
+# two are stpredict/attention's and flash-attn's.
 _KEPT = {
     *("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "mkldnn_convolution"),
     "_scaled_dot_product_flash_attention",
@@ -29,6 +29,7 @@ _KEPT = {
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_fused_attention_overrideable",
     "block_causal_attention",
+    "_flash_attn_forward",
 }
 
 
@@ -119,4 +120,4 @@ def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
 
 def _is_kept(operator) -> bool:
     name = operator.overloadpacket.__name__ if hasattr(operator, "overloadpacket") else ""
-    return name in _KEPT and operator.namespace in ("aten", "stpredict")
+    return name in _KEPT and operator.namespace in ("aten", "stpredict", "flash_attn")
