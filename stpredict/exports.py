@@ -49,6 +49,8 @@ class PriorExport(Config):
     codebook_size: int
     grid: tuple[int, int, int] = Field(description="token grid (T', H', W')")
     tokenizer_fingerprint: str = Field(description="of the tokenizer whose latents it models")
+    classes: list[str] = Field([], description="names, in the order of their numbers, where it is told the class")
+    text_tokenizer: str | None = Field(None, description="sha256 of model.conditioning.tokenizer, where there is one")
     model: NextBlockConfig
 
 
@@ -182,7 +184,7 @@ def load_prior(path: Path) -> tuple[NextBlockPrior, PriorExport]:
     config = load(AnyExport, folder / CONFIG)
     if not isinstance(config, PriorExport):
         raise UsageError(f"{folder}: holds a {config.kind}, a prior is needed here")
-    return _load(NextBlockPrior(config.model, config.codebook_size, config.grid), folder), config
+    return _load(NextBlockPrior(config.model, config.codebook_size, config.grid, len(config.classes)), folder), config
 
 
 @torch.no_grad()

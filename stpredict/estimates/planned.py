@@ -53,8 +53,10 @@ def plan_training(config: TrainConfig, tokenizer: tuple[CausalCnnConfig, ClipCon
                 sample = {"clip": torch.empty(clip.frames, *clip.size, clip.channels, dtype=torch.uint8)}
             case PriorJobConfig():
                 latent = _latent(config)
-                task = PriorTask(config.model, PlannedLatents(latent), None, 0)
+                task = PriorTask(config.model, PlannedLatents(latent), None, 0, config.loss_from)
                 sample = {"latent": torch.empty(latent.grid, dtype=torch.int64)}
+                if task.prefixes:
+                    sample["label"] = torch.empty((), dtype=torch.int64)
     return Planned(config, task, sample, tokenizing)
 
 

@@ -51,7 +51,7 @@ class Index(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     keys: list[str] = Field(min_length=1)
-    given_frames: int = Field(ge=1)
+    given_frames: int = Field(ge=0)
     codebook_size: int = Field(ge=1)
     prior_step: int | None = None
     speed: Speed | None = None
@@ -87,6 +87,8 @@ def read_index(run: Run) -> Index:
 def read_generated(run: Run) -> Generated:
     """UsageError where a file is missing or damaged, or the files do not fit each other."""
     index = read_index(run)
+    if not index.given_frames:
+        raise UsageError(f"{run.path}: its clips are made from nothing; there is no truth to compare them to")
     arrays = {name: _load(run.samples / f"{name}.npy") for name in (*CLIPS, "truth_tokens")}
     if problem := _problem(index, arrays):
         raise UsageError(f"{run.samples}: {problem}; run the generate job again")

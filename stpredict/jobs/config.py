@@ -219,7 +219,14 @@ class PriorJobConfig(TrainingJobConfig):
     kind: Literal["prior"] = "prior"
     data: PriorDataConfig
     tokenizer: Path = Field(description="run or export of the tokenizer that made the latents and will decode samples")
-    given_frames: int = Field(5, ge=1, description="frames given in the pictures of predictions")
+    given_frames: int = Field(5, ge=0, description="frames given in the pictures of predictions")
+    # Left out where it is 0: runs that are older than the key have loss on all that is predicted.
+    loss_from: int = Field(
+        0,
+        ge=0,
+        exclude_if=lambda value: value == 0,
+        description="first latent frame whose tokens carry loss; 0: all that are predicted, given frames among them",
+    )
     # Left out where there is none: runs that are older than the key are runs without.
     latent: LatentConfig | None = Field(
         None,
@@ -230,19 +237,38 @@ class PriorJobConfig(TrainingJobConfig):
 
 
 class GenerateConfig(JobConfig):
-    """Continues videos: the first ``given_frames`` of each clip are given, the rest is predicted."""
+    """Continues videos: the first ``given_frames`` of each clip are given, the rest is predicted. With ``given_frames``
+    0, makes videos from nothing: a prior must be trained for that, and may be told ``classes``."""
 
     kind: Literal["generate"] = "generate"
     prior: Path = Field(description="run or export of a prior")
     tokenizer: Path = Field(description="run or export of its tokenizer")
-    data: TokenizedClipDataConfig
-    given_frames: int = Field(5, ge=1)
-    clips: int = Field(32, ge=1, description="held-out clips to continue (all of them if there are fewer)")
+    # Left out where there is none, as in runs that are older than that.
+    data: TokenizedClipDataConfig | None = Field(
+        None, exclude_if=lambda value: value is None, description="the clips to continue, where frames are given"
+    )
+    given_frames: int = Field(5, ge=0)
+    classes: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda value: not value,
+        description="to make videos of from nothing; default: all of the prior",
+    )
+    clips: int = Field(32, ge=1, description="to make, or held-out ones to continue (all of them if there are fewer)")
     batch_size: int = Field(16, ge=1, description="clips per rank and forward")
     sampling: SamplingConfig = SamplingConfig()
     pictures: int = Field(8, ge=0, description="clips written as .mp4 and .gif beside the truth")
 
     harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)
+
+    @model_validator(mode="after")
+    def _given_or_not(self) -> Self:
+        if self.given_frames and self.data is None:
+            raise ValueError("data: the clips to continue are missing; for videos from nothing, set given_frames to 0")
+        if self.data and not self.given_frames:
+            raise ValueError("data: given_frames 0 makes videos from nothing; leave data out, or give some frames")
+        if self.given_frames and self.classes:
+            raise ValueError("classes: a clip that is continued has its own; they go with given_frames 0")
+        return self
 
 
 class EvaluateConfig(JobConfig):

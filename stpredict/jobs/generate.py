@@ -1,10 +1,11 @@
-"""Continues held-out videos: first frames given, the rest predicted; .mp4 and .gif beside the truth."""
+"""Continues held-out videos: first frames given, the rest predicted; .mp4 and .gif beside the truth. Without given
+frames, makes videos from nothing (``samples.py``)."""
 
-import hashlib
 import json
 import logging
 import math
 from itertools import compress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,11 +23,14 @@ from stpredict.evaluation.generated import Speed
 from stpredict.evaluation.pictures import side_by_side
 from stpredict.exports import PriorExport, load_prior, load_tokenizer
 from stpredict.jobs.config import GenerateConfig
+from stpredict.jobs.generated_parts import merge_parts, seed_of, write_part
+from stpredict.jobs.samples import class_numbers, make_samples
 from stpredict.priors.config import given_latent_frames
 from stpredict.priors.next_block import NextBlockPrior
+from stpredict.priors.prefixes import Prefixes, prefixes, text_tokenizer_hash
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.sampling.filters import draw_tokens, uniform_numbers
-from stpredict.sampling.next_block import continue_tokens
+from stpredict.sampling.next_block import continue_tokens, forward_steps
 from stpredict.sampling.recording import Recording
 from stpredict.sampling.stopwatch import Stopwatch
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
@@ -41,17 +45,24 @@ ARRAYS = ("truth", "prediction", "reconstruction", "truth_tokens")
 
 def run(config: GenerateConfig, run: Run) -> None:
     tokenizer, tokenizer_export, fingerprint = load_tokenizer(config.tokenizer)
-    data = clips_for(config.data, config.tokenizer, tokenizer_export)
     prior, prior_export = load_prior(config.prior)
-    _check(config, data.clip, tokenizer_export.model, prior_export, fingerprint)
-    check_space(run.path, 4 * config.clips * data.clip.frames * math.prod(data.clip.size) * data.clip.channels)
+    data = clips_for(config.data, config.tokenizer, tokenizer_export) if config.data else None
+    clip = data.clip if data else tokenizer_export.clip
+    _check(config, clip, tokenizer_export.model, prior_export, fingerprint)
+    told = prefixes_of(config, prior_export)
+    numbers = class_numbers(config, prior_export) if data is None else []
+    labels = _labels(config.prior, data, prior_export) if data and told else None
+    check_space(run.path, 4 * config.clips * clip.frames * math.prod(clip.size) * clip.channels)
     with join_ranks() as ranks:
         tokenizer.to(ranks.device)
         prior.to(ranks.device)
-        speed = _continue_clips(config, data, tokenizer, prior, run, ranks)
+        if data is None:
+            make_samples(config, numbers, tokenizer, prior, prior_export, told, run, ranks)
+            return
+        speed = _continue_clips(config, data, tokenizer, prior, told, labels, run, ranks)
         ranks.barrier()
         if ranks.is_main:
-            keys = _merge_parts(run, ranks)
+            keys = merge_parts(run, ranks.size, ARRAYS)
             facts = {
                 "keys": keys,
                 "given_frames": config.given_frames,
@@ -73,9 +84,33 @@ def _check(
             f"than {config.tokenizer} ({fingerprint[:12]}); give the one it was trained with"
         )
     grid = tokenizer.grid(clip.frames, *clip.size)
-    if grid != prior.grid:
+    if config.data and grid != prior.grid:
         raise UsageError(f"data.clip: makes a token grid of {grid}, {config.prior} was trained on {prior.grid}")
     given_latent_frames(config.given_frames, clip, tokenizer, prior.model)
+
+
+def prefixes_of(config: GenerateConfig, prior: PriorExport) -> Prefixes | None:
+    """What the prior is told, of each of its classes. UsageError where it cannot be, or not with guidance."""
+    if config.sampling.guidance != 1 and not (prior.model.labelled and prior.model.conditioning.dropout):
+        why = "was told the class of every sample: train it with model.conditioning.dropout"
+        raise UsageError(
+            f"sampling.guidance {config.sampling.guidance:g}: {config.prior} "
+            f"{why if prior.model.labelled else 'is told no class'}; leave guidance at 1"
+        )
+    text = getattr(prior.model.conditioning, "tokenizer", None)
+    if text and text_tokenizer_hash(text) != prior.text_tokenizer:
+        raise UsageError(f"{text}: is not the file that {config.prior} was trained with; put that one there again")
+    return prefixes(prior.model, prior.classes)
+
+
+def _labels(where: Path, data: ClipDataConfig, prior: PriorExport) -> Tensor:
+    """Of each class of the clips its number in the prior, and at the end, for those without one, -1. UsageError for a
+    class that the prior does not know."""
+    names = read_set(data.shards, "val").manifest.classes
+    for name in names:
+        if name not in prior.classes:
+            raise UsageError(f"{data.shards}: has the class {name!r}, which {where} does not know")
+    return torch.tensor([*map(prior.classes.index, names), -1])
 
 
 def _continue_clips(
@@ -83,11 +118,13 @@ def _continue_clips(
     data: ClipDataConfig,
     tokenizer: CausalCnnTokenizer,
     prior: NextBlockPrior,
+    prefixes: Prefixes | None,
+    numbers: Tensor | None,
     run: Run,
     ranks: Ranks,
 ) -> Speed | None:
     """Continues this rank's share of the clips and writes them to samples/part_RANK.npz. Returns how fast; None where
-    it has none."""
+    it has none. ``numbers``: the class of each label, in the prior."""
     clips_there = min(config.clips, read_set(data.shards, "val").manifest.samples * data.clip.per_video)
     progress = Progress(run, clips_there, "clip") if ranks.is_main else None
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "index", "keys")}
@@ -108,14 +145,18 @@ def _continue_clips(
         clips, keys = batch["clip"][real], list(compress(batch["key"], real))
         video = to_video(clips.to(ranks.device))
         tokens = tokenizer.encode(video)  # for the reconstruction: only the given frames go into the prompt
-        seeds = [_seed(config.seed, key) for key in keys]
+        seeds = [seed_of(config.seed, key) for key in keys]
         recorded = recording if len(keys) == config.batch_size else None
+        told = ()
+        if prefixes:
+            labels = numbers[batch["label"][real]].to(ranks.device)
+            told = prefixes.of(labels), prefixes.of(torch.full_like(labels, -1))
         if not batches_timed:
-            _warm_up(config, tokenizer, prior, video, tokens, recorded)
+            _warm_up(config, tokenizer, prior, video, tokens, told, recorded)
         with watch.timing("tokenizing"):
             given = tokenizer.encode(video[:, :, : config.given_frames])
         with watch.timing("sampling"):
-            predicted = continue_tokens(prior, given, config.sampling, seeds, recording=recorded)
+            predicted = continue_tokens(prior, given, config.sampling, seeds, *told, recording=recorded)
         with watch.timing("decoding"):
             decoded = tokenizer.decode(predicted)
         batches_timed, clips_timed = batches_timed + 1, clips_timed + len(keys)
@@ -127,9 +168,7 @@ def _continue_clips(
         done += len(keys) * ranks.size
         if progress:
             progress.update(min(clips_there, done), "continuing")
-    run.samples.mkdir(parents=True, exist_ok=True)
-    merged = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
-    np.savez(run.samples / f"part_{ranks.rank}.npz", **merged)
+    write_part(run, ranks.rank, parts)
     if not batches_timed:
         return None
     speed = Speed(
@@ -137,7 +176,7 @@ def _continue_clips(
         predicted_frames=clips_timed * (data.clip.frames - config.given_frames),
         batches=batches_timed,
         batch_size=config.batch_size,
-        forward_steps=len(prior.order.sizes) - prior.order.blocks_in(given[0].numel()),
+        forward_steps=forward_steps(prior, given.shape[1]),
         sampling_s=watch.seconds["sampling"],
         whole_s=sum(watch.seconds.values()),
         device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU",
@@ -153,43 +192,23 @@ def _warm_up(
     prior: NextBlockPrior,
     video: Tensor,
     tokens: Tensor,
+    told: tuple,
     recording: Recording | None,
 ) -> None:
     """The first forwards of a process are slow (kernels are loaded and chosen, memory is found, steps are recorded):
     they are done before the clock starts, with shapes as in what follows."""
     given = tokenizer.encode(video[:, :, : config.given_frames])
     for _ in range(2 if recording else 0):
-        continue_tokens(prior, given, config.sampling, range(len(given)), recording=recording)
-    sequence, caches = prior.order.to_sequence(tokens), prior.make_caches(len(tokens))
+        continue_tokens(prior, given, config.sampling, range(len(given)), *told, recording=recording)
+    # Of guidance, whose batches are twice as large, this is the half.
+    (ids, lengths), sequence = told[0] if told else (None, None), prior.order.to_sequence(tokens)
+    caches = prior.make_caches(len(tokens))
     start = given[0].numel()
-    prompt, *blocks = (
-        sequence[:, :start],
-        *sequence[:, start:].split(prior.order.sizes[prior.order.blocks_in(start) :], 1),
-    )
-    for block in (prompt, *blocks[:-1][:1]):
-        logits = prior(block, caches=caches)
+    following = sequence[:, start:].split(prior.order.sizes[prior.order.blocks_in(start) :], dim=1)
+    for block in (sequence[:, :start], *following[:-1][:1]):
+        logits = prior(block, ids, lengths, caches=caches)
         draw_tokens(logits, config.sampling, uniform_numbers(range(len(tokens)), logits.shape[1], logits.device))
     tokenizer.decode(tokens)
-
-
-def _seed(seed: int, key: str) -> int:
-    """A sample's own seed, so that its video does not depend on the batch or the rank that it fell into."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
-
-
-def _merge_parts(run: Run, ranks: Ranks) -> list[str]:
-    """Puts the ranks' clips in the order of the shard set; returns their keys."""
-    paths = [run.samples / f"part_{rank}.npz" for rank in range(ranks.size)]
-    parts = [part for part in map(np.load, paths) if "keys" in part]
-    if not parts:
-        raise UsageError(f"{run.path}: not one held-out clip could be read; look at the log for their names")
-    order = np.argsort(np.concatenate([part["index"] for part in parts]))
-    for name in ARRAYS:
-        np.save(run.samples / f"{name}.npy", np.concatenate([part[name] for part in parts])[order])
-    keys = np.concatenate([part["keys"] for part in parts])[order].tolist()
-    for path in paths:
-        path.unlink()
-    return keys
 
 
 def _write_pictures(run: Run, keys: list[str]) -> None:

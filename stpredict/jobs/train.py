@@ -50,6 +50,7 @@ def build_task(config: TrainConfig) -> Task:
         case PriorJobConfig():
             tokenizer = TrainedTokenizer(config.tokenizer, *load_tokenizer(config.tokenizer))
             data = open_data(config.data, tokenizer, config.seed)
-            check_latent(config.latent, data)
             given = given_latent_frames(config.given_frames, data.clip, tokenizer.export.model, config.model)
-            return PriorTask(config.model, data, tokenizer, given)
+            task = PriorTask(config.model, data, tokenizer, given, config.loss_from, config.seed)
+            check_latent(config.latent, data, task.prefixes)
+            return task

@@ -1,5 +1,6 @@
 """Configs of the priors."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
@@ -46,6 +47,49 @@ PriorDataConfig = Annotated[
 ]
 
 
+class GivenFrames(Config):
+    """The first frames of a video are always given: its first block is not predicted."""
+
+    kind: Literal["frames"] = "frames"
+
+
+class _Started(Config):
+    """The first block is predicted too. ``start`` says from what: ``block`` from a learned block before it; ``hybrid``
+    token by token, each from those before it, as in the published code (and then block by block, from that block)."""
+
+    start: Literal["block", "hybrid"] = "block"
+
+
+class Unconditional(_Started):
+    """Videos from nothing."""
+
+    kind: Literal["none"] = "none"
+
+
+class _Labelled(_Started):
+    """A prefix says what the video shows. For classifier-free guidance, training leaves out ``dropout`` of them."""
+
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of training samples whose prefix is the null prefix")
+
+
+class ClassLabels(_Labelled):
+    """One token that stands for the video's class."""
+
+    kind: Literal["class"] = "class"
+
+
+class TextTokens(_Labelled):
+    """The name of the video's class as text, in ``tokens`` tokens: longer texts are cut, padding is not seen."""
+
+    kind: Literal["text"] = "text"
+    tokenizer: Path = Field(description="a tokenizer.json of the tokenizers library; the prior needs it ever after")
+    vocabulary: int = Field(32_000, ge=1, description="ids that the tokenizer has at most")
+    tokens: int = Field(8, ge=1)
+
+
+Conditioning = Annotated[GivenFrames | Unconditional | ClassLabels | TextTokens, Field(discriminator="kind")]
+
+
 class NextBlockConfig(Config):
     """LLaMA-style transformer that predicts the next block of tokens (NBP). The defaults are NBP-XL (700 M).
 
@@ -62,6 +106,30 @@ class NextBlockConfig(Config):
     rope_axes: Literal[1, 3] = 3
     dropout: float = Field(0.1, ge=0, lt=1)
     attention: Backend = Field("auto", description="what computes attention; `stpredict doctor` says what there is")
+    # Left out where it is the default: runs that are older than the key are such runs.
+    conditioning: Conditioning = Field(
+        GivenFrames(),
+        exclude_if=lambda value: value == GivenFrames(),
+        description="what is known of a video before its first predicted block",
+    )
+
+    @property
+    def prefix(self) -> int:
+        """Inputs before the video's."""
+        match self.conditioning:
+            case ClassLabels():
+                return 1
+            case TextTokens(tokens=tokens):
+                return tokens
+        return 0
+
+    @property
+    def predicts_first_block(self) -> bool:
+        return not isinstance(self.conditioning, GivenFrames)
+
+    @property
+    def labelled(self) -> bool:
+        return isinstance(self.conditioning, _Labelled)
 
     @model_validator(mode="after")
     def _heads_divide(self):
@@ -75,11 +143,21 @@ class LatentConfig(Config):
 
     grid: tuple[PositiveInt, PositiveInt, PositiveInt]
     codebook_size: int = Field(ge=2)
+    classes: int | None = Field(
+        None, ge=1, exclude_if=lambda value: value is None, description="of the videos, for a prior of class labels"
+    )
 
 
 def given_latent_frames(given: int, clip: ClipConfig, tokenizer: CausalCnnConfig, prior: NextBlockConfig) -> int:
     """Latent frames that ``given`` frames of a clip make. UsageError where they do not, or are not whole blocks, or
     leave nothing to predict."""
+    if given == 0:
+        if not prior.predicts_first_block:
+            raise UsageError(
+                "given_frames 0: this prior continues frames (model.conditioning.kind frames); give some, or train one "
+                "of another kind"
+            )
+        return 0
     try:
         latent = tokenizer.grid(given, *clip.size)[0]
     except ValueError as error:

@@ -8,10 +8,18 @@ from torch import Tensor
 
 from data_pipeline.config import ClipConfig, ClipSetConfig
 from data_pipeline.errors import UsageError
+from data_pipeline.manifest import Manifest
 from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_batches, clip_evaluation_batches, latent_batches, latent_evaluation_batches
 from stpredict.exports import TokenizerExport
-from stpredict.priors.config import CachedLatentsConfig, LatentConfig, PriorDataConfig, TokenizedClipsConfig
+from stpredict.priors.config import (
+    CachedLatentsConfig,
+    LatentConfig,
+    NextBlockConfig,
+    PriorDataConfig,
+    TokenizedClipsConfig,
+)
+from stpredict.priors.prefixes import Prefixes, planned_prefixes, prefixes
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.clips import clip_for, clip_tokens, clips_for
 from stpredict.training.task import Batch, Share, TrainingBatches
@@ -44,6 +52,10 @@ class PriorData(Protocol):
     def tokens(self, batch: Batch) -> Tensor:
         """Token ids int64 ``(b, T', H', W')`` of a batch, on the device where the batch is."""
 
+    def prefixes(self, model: NextBlockConfig) -> Prefixes | None:
+        """Of the classes that a batch's ``label`` (b) int64 numbers (-1: none), where the model takes such; UsageError
+        where the videos have no classes or sets that are mixed have others."""
+
 
 class CachedLatents:
     """Latents that an encode job made. UsageError where they are not token ids of ``tokenizer``."""
@@ -69,6 +81,7 @@ class CachedLatents:
                     "learns one grid, so encode both from clips of the same frames and size"
                 )
         self.grid, self.codebook_size, self.clip = train.grid, train.codebook_size, train.clip or tokenizer.export.clip
+        self.sets = {str(config.latents): train, f"{config.latents}/val": val, **{str(w): m for w, m in others}}
 
     def training_batches(
         self, share: Share, consumed: Mapping[str, int], quarantined: dict[str, str]
@@ -82,6 +95,9 @@ class CachedLatents:
 
     def tokens(self, batch: Batch) -> Tensor:
         return batch["latent"]
+
+    def prefixes(self, model: NextBlockConfig) -> Prefixes | None:
+        return prefixes(model, _classes(self.sets)) if model.labelled else None
 
 
 class TokenizedClips:
@@ -104,7 +120,9 @@ class TokenizedClips:
                     f"data.mix.{name}.clip: makes a token grid of {_grid(other.clip, export)}, data.clip one of "
                     f"{self.grid}; one prior learns one grid"
                 )
-        read_set(config.shards, "val")  # a missing one is said now, not at the first validation
+        val = read_set(config.shards, "val").manifest  # a missing one is said now, not at the first validation
+        self.sets = {config.shards: read_set(config.shards, "train").manifest, f"{config.shards}/val": val}
+        self.sets |= {other.shards: read_set(other.shards, "train").manifest for other in config.mix.values()}
 
     def training_batches(
         self, share: Share, consumed: Mapping[str, int], quarantined: dict[str, str]
@@ -120,24 +138,50 @@ class TokenizedClips:
     def tokens(self, batch: Batch) -> Tensor:
         return clip_tokens(self._tokenizer, batch["clip"], self._batch_size)
 
+    def prefixes(self, model: NextBlockConfig) -> Prefixes | None:
+        return prefixes(model, _classes(self.sets)) if model.labelled else None
+
 
 class PlannedLatents:
     """Latents that are not there yet: enough for what needs shapes alone."""
 
     def __init__(self, config: LatentConfig):
-        self.grid, self.codebook_size = config.grid, config.codebook_size
+        self.grid, self.codebook_size, self._classes = config.grid, config.codebook_size, config.classes
 
     def tokens(self, batch: Batch) -> Tensor:
         return batch["latent"]
 
+    def prefixes(self, model: NextBlockConfig) -> Prefixes | None:
+        return planned_prefixes(model, self._classes)
 
-def check_latent(expected: LatentConfig | None, data: PriorData) -> None:
+
+def check_latent(expected: LatentConfig | None, data: PriorData, prefixes: Prefixes | None) -> None:
     """UsageError where ``data`` are not what the config has ``expected``."""
     if expected and (expected.grid, expected.codebook_size) != (tuple(data.grid), data.codebook_size):
         raise UsageError(
             f"latent: {expected.grid} of {expected.codebook_size} codes is expected, and the tokenizer makes "
             f"{tuple(data.grid)} of {data.codebook_size}"
         )
+    if expected and expected.classes and prefixes and expected.classes != len(prefixes.classes):
+        raise UsageError(f"latent.classes: {expected.classes} are expected, and the data have {len(prefixes.classes)}")
+
+
+def _classes(sets: Mapping[str, Manifest]) -> list[str]:
+    """Of all ``sets``, but for those that have none; the first is the main one."""
+    main = next(iter(sets))
+    classes = sets[main].classes
+    if not classes:
+        raise UsageError(
+            f"{main}: its videos have no classes, which model.conditioning asks for; shard videos in folders of their "
+            "classes, or set model.conditioning.kind to frames or none"
+        )
+    for where, manifest in sets.items():
+        if manifest.classes and manifest.classes != classes:
+            raise UsageError(
+                f"{where}: its {len(manifest.classes)} classes are not the {len(classes)} of {main}, which the labels "
+                "number; shard both with the same classes"
+            )
+    return classes
 
 
 def _grid(clip: ClipConfig, export: TokenizerExport) -> tuple[int, int, int]:

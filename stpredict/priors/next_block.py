@@ -2,9 +2,12 @@
 
 Token j of block i predicts token j of block i + 1. Attention is bidirectional inside a block and causal
 between blocks (Ren et al. 2025, arXiv:2502.07737, fig. 3), so block (1, 1, 1) is next-token prediction.
-Blocks of the last latent frames may be smaller than the others (``BlockOrder``).
+Blocks of the last latent frames may be smaller than the others (``BlockOrder``). What a video shows stands before it as
+a prefix, whose tokens see each other and are seen by all.
 Shapes: b batch, n tokens of the sequence, d width, v codebook size.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +15,20 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stpredict.layers.rotary import rotate, rotation
+from stpredict.losses.cross_entropy import Head
 from stpredict.priors.block_order import BlockOrder
-from stpredict.priors.config import NextBlockConfig
+from stpredict.priors.config import ClassLabels, NextBlockConfig, TextTokens
 from stpredict.priors.sight import Sight
 
-Rotation = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every layer knows of its inputs: how positions rotate them, who sees whom, and how much of each sample's
+    prefix is real, where that differs."""
+
+    rotary: tuple[Tensor, Tensor]
+    sight: Sight
+    prefix_lengths: Tensor | None
 
 
 class KeyValueCache:
@@ -42,12 +54,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotation, sight: Sight, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, inputs: Inputs, cache: KeyValueCache | None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = rotate(q, *inputs.rotary), rotate(k, *inputs.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.out(rearrange(sight.attend(q, k, v), "b h n e -> b n (h e)"))
+        return self.out(rearrange(inputs.sight.attend(q, k, v, inputs.prefix_lengths), "b h n e -> b n (h e)"))
 
 
 class SwiGLU(nn.Module):
@@ -68,28 +80,52 @@ class Layer(nn.Module):
         self.mlp_norm, self.mlp = nn.RMSNorm(config.width, eps=1e-6), SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotation, sight: Sight, cache: KeyValueCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, sight, cache))
+    def forward(self, x: Tensor, inputs: Inputs, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), inputs, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class NextBlockPrior(nn.Module):
-    """Embedding, layers, head; one ``forward`` for training and for decoding block by block with caches."""
+    """Embedding, layers, head; one ``forward`` for training and for decoding block by block with caches.
 
-    def __init__(self, config: NextBlockConfig, codebook_size: int, grid: tuple[int, int, int]):
+    The inputs are ``prefix`` tokens, ``start`` inputs (as many as the first block has, where it is predicted), and the
+    blocks. ``classes``: of a prior of class labels.
+    """
+
+    def __init__(self, config: NextBlockConfig, codebook_size: int, grid: tuple[int, int, int], classes: int = 0):
         super().__init__()
-        self.config, self.codebook_size = config, codebook_size
+        self.config, self.codebook_size, self.classes = config, codebook_size, classes
         self.order = BlockOrder(grid, config.block)
-        self.sight = Sight.of_blocks(self.order.sizes, config.attention)
-        positions = self.order.coordinates if config.rope_axes == 3 else torch.arange(self.order.tokens)[:, None]
+        self.prefix, self.start = config.prefix, self.order.block_tokens if config.predicts_first_block else 0
+        self.hybrid = bool(self.start) and config.conditioning.start == "hybrid"
+        self.sight = Sight.of_blocks(self.order.sizes, self.prefix, self.start, self.hybrid, config.attention)
         # Integers, so that casting the model to bf16 leaves them exact; angles are computed in fp32 on use.
-        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("positions", self._positions(), persistent=False)
         self.embedding = nn.Embedding(codebook_size, config.width)
+        match config.conditioning:  # the last id is that of the null prefix
+            case ClassLabels():
+                self.prefix_embedding = nn.Embedding(classes + 1, config.width)
+            case TextTokens(vocabulary=vocabulary):
+                self.prefix_embedding = nn.Embedding(vocabulary + 1, config.width)
+        if self.start:
+            self.start_embedding = nn.Embedding(1 if self.hybrid else self.start, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.head = nn.Linear(config.width, codebook_size, bias=False)
+        self.head = Head(config.width, codebook_size, bias=False)
         self.apply(self._init)
+
+    def _positions(self) -> Tensor:
+        """Of every input: its number, or (t, h, w). The start stands where a block before the first one would, the
+        prefix before that, each of its tokens at a time of its own."""
+        n = self.prefix + self.start + self.order.tokens
+        if self.config.rope_axes == 1:
+            return torch.arange(n)[:, None]
+        before = torch.zeros(self.prefix, 3, dtype=torch.int64, device=self.order.coordinates.device)
+        block_before = torch.tensor([self.order.block[0], 0, 0], device=before.device)
+        before[:, 0] = torch.arange(-self.prefix, 0, device=before.device) - block_before[0]
+        coordinates = self.order.coordinates
+        return torch.cat([before, coordinates[: self.start] - block_before, coordinates])
 
     def _init(self, module: nn.Module) -> None:
         """Normal, 0.02 at the published width of 1536 and as 1 / sqrt(width) elsewhere, so that a narrow twin starts
@@ -101,58 +137,116 @@ class NextBlockPrior(nn.Module):
             last = module.out if isinstance(module, Attention) else module.down
             nn.init.normal_(last.weight, std=std / (2 * self.config.layers) ** 0.5)
 
-    def forward(self, ids: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
-        """Logits of the blocks that follow.
+    @property
+    def first_predicted(self) -> int:
+        """The first token of the sequence that is predicted: those of the first block are where there is a start."""
+        return 0 if self.start else self.order.sizes[0]
 
-        Training, without caches: whole sequences ``(b, n)`` in block order to logits ``(b, n - block, v)`` of the
-        tokens from the second block on. Decoding, with caches: the next whole block ``(b, block)``, or in the
-        first call the whole prompt, to logits ``(b, block, v)`` of the block after it.
+    def forward(
+        self,
+        ids: Tensor,
+        prefix: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        caches: list[KeyValueCache] | None = None,
+        score_from: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of the tokens that follow.
+
+        Training, without caches: whole sequences ``(b, n)`` in block order to logits ``(b, n - first_predicted, v)``
+        of the tokens from ``first_predicted`` on. With ``score_from``, instead of logits, of the tokens from number
+        ``score_from`` on: their cross-entropy in nats and whether the likeliest is right, fp32 ``(b, n - score_from)``.
+
+        Decoding, with caches: the next whole block ``(b, block)``, or in the first call the whole prompt (which may be
+        empty where there is a start), to logits ``(b, next block, v)`` of the block after it. With a hybrid start and
+        an empty prompt, the first block's tokens one by one, and then that block.
+
+        ``prefix`` (b, prefix) int64 goes with every sequence, in decoding with the first call; ``prefix_lengths`` (b)
+        with every call, where some of its tokens are padding.
         """
-        if caches is None:
-            inputs = self.order.tokens - self.order.sizes[-1]
-            x = self._hidden(ids[:, :inputs], 0, [None] * len(self.layers))
-            return self.head(self._predicting(x))
-        done, new = caches[0].length, ids.shape[1]
-        number = self.order.blocks_in(done + new)
-        whole = number and (not done or new == self.order.sizes[number - 1])
-        if not whole or number == len(self.order.sizes):
-            raise ValueError(
-                f"got {new} tokens after {done}: after the prompt give one block of {self.order.block_tokens} at a time"
-            )
-        x = self._hidden(ids, done, caches)
-        this, following = self.order.sizes[number - 1 : number + 1]
-        return self.head(x[:, -this:][:, :following])
+        if caches is not None:
+            return self._decode(ids, prefix, prefix_lengths, caches)
+        used = self.order.tokens - self.order.sizes[-1]
+        start = [] if not self.start else [self._started(ids)]
+        embedded = torch.cat([*self._prefixed(prefix), *start, self.embedding(ids[:, :used])], dim=1)
+        x = self._predicting(self._hidden(embedded, 0, prefix_lengths, [None] * len(self.layers)))
+        if score_from is None:
+            return self.head(x)
+        return self.head(x[:, score_from - self.first_predicted :], ids[:, score_from:])
 
-    def flops(self) -> int:
+    def flops(self, score_from: int | None = None) -> int:
         """FLOPs of a training forward of one sequence, a multiply-add counted as two: the matrix products of every
-        token, and attention over the pairs that see each other."""
-        config, inputs = self.config, self.order.tokens - self.order.sizes[-1]
+        input, and attention over the pairs that see each other. ``score_from``: as in ``forward``."""
+        config, inputs = self.config, self.prefix + self.start + self.order.tokens - self.order.sizes[-1]
         of_layer = config.width * (4 * config.width + 3 * config.mlp_width)
-        of_head = config.width * self.codebook_size * (self.order.tokens - self.order.sizes[0])
-        pairs = sum(self.sight.limits[:inputs])
-        return 2 * (config.layers * (inputs * of_layer + 2 * pairs * config.width) + of_head)
+        scored = self.order.tokens - (self.first_predicted if score_from is None else score_from)
+        pairs = self.sight.of(0, inputs).pairs
+        of_layers = config.layers * (inputs * of_layer + 2 * pairs * config.width)
+        return 2 * (of_layers + scored * config.width * self.codebook_size)
 
     def make_caches(self, batch: int) -> list[KeyValueCache]:
         """Empty caches for one decoding of ``batch`` sequences."""
-        head_width = self.config.width // self.config.heads
+        head_width, inputs = self.config.width // self.config.heads, self.prefix + self.start + self.order.tokens
         like = self.head.weight
-        return [KeyValueCache(batch, self.config.heads, self.order.tokens, head_width, like) for _ in self.layers]
+        return [KeyValueCache(batch, self.config.heads, inputs, head_width, like) for _ in self.layers]
+
+    def next_inputs(self, done: int) -> int:
+        """How many of the first ``done`` tokens are the next inputs in decoding: the last block, or, within the first
+        one, the last token."""
+        number = self.order.blocks_in(done)
+        return self.order.sizes[number - 1] if number else 1
+
+    def _decode(
+        self, ids: Tensor, prefix: Tensor | None, prefix_lengths: Tensor | None, caches: list[KeyValueCache]
+    ) -> Tensor:
+        done, order = caches[0].length, self.order
+        embedded = [self.embedding(ids)]
+        if not done:
+            embedded = [*self._prefixed(prefix), *([self._started(ids)] if self.start else []), *embedded]
+        x = torch.cat(embedded, dim=1)
+        tokens = done + x.shape[1] - self.prefix - self.start  # of the video, that are in the caches now
+        number = order.blocks_in(tokens)
+        if tokens > 0:
+            new = order.sizes[number - 1]
+            whole = number and number < len(order.sizes) and (not done or ids.shape[1] == new)
+        elif self.hybrid:
+            new, whole = 1, ids.shape[1] == (1 if done else 0)
+        else:
+            new, whole = self.start, self.start and tokens == 0
+        if not whole:
+            raise ValueError(
+                f"got {ids.shape[1]} tokens after {max(0, done - self.prefix - self.start)}: after the prompt give one "
+                f"block of {order.block_tokens} at a time"
+            )
+        following = 1 if self.hybrid and tokens <= 0 else order.sizes[number]
+        x = self._hidden(x, done, prefix_lengths, caches)
+        return self.head(x[:, -new:][:, :following])
+
+    def _prefixed(self, prefix: Tensor | None) -> list[Tensor]:
+        if (0 if prefix is None else prefix.shape[1]) != self.prefix:
+            raise ValueError(f"this prior takes a prefix of {self.prefix} tokens")
+        return [self.prefix_embedding(prefix)] if self.prefix else []
+
+    def _started(self, ids: Tensor) -> Tensor:
+        """The inputs that predict the first block: learned ones, or one and the block's own tokens but the last."""
+        learned = self.start_embedding(torch.arange(self.start_embedding.num_embeddings, device=ids.device))
+        learned = learned.expand(len(ids), -1, -1)
+        return torch.cat([learned, self.embedding(ids[:, : self.start - 1])], dim=1) if self.hybrid else learned
 
     def _predicting(self, x: Tensor) -> Tensor:
         """Of all inputs, those that predict a token: a block before a smaller one has some that do not."""
-        sizes = self.order.sizes
+        x, sizes = x[:, self.prefix :], self.order.sizes
         if sizes[-1] == sizes[0]:
             return x
-        whole = sum(size for size in sizes if size == sizes[0])
+        whole = self.start + sizes[0] * sizes.count(sizes[0])
         before = whole - sizes[0] + sizes[-1]  # the last whole block predicts the first smaller one
         return torch.cat([x[:, :before], x[:, whole:]], dim=1)
 
-    def _hidden(self, ids: Tensor, start: int, caches: list) -> Tensor:
-        """Of inputs ``ids`` (b, n), of which the first is number ``start`` of the sequence, before the head."""
-        rows = slice(start, start + ids.shape[1])
-        rotary = rotation(self.positions[rows], self.config.width // self.config.heads)
-        sight = self.sight.of(rows)
-        x = self.dropout(self.embedding(ids))
+    def _hidden(self, x: Tensor, start: int, prefix_lengths: Tensor | None, caches: list) -> Tensor:
+        """Of embedded inputs (b, n, d), of which the first is number ``start``, before the head."""
+        stop = start + x.shape[1]
+        rotary = rotation(self.positions[start:stop], self.config.width // self.config.heads)
+        inputs = Inputs(rotary, self.sight.of(start, stop), prefix_lengths)
+        x = self.dropout(x)
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotary, sight, cache)
+            x = layer(x, inputs, cache)
         return self.norm(x)

@@ -1,7 +1,11 @@
-"""Who sees whom among a prior's inputs: a token sees its whole block and everything before it."""
+"""Who sees whom among a prior's inputs: a prefix, a start, and blocks of tokens.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+A token sees the prefix, its whole block and everything before it. Masks say that of blocks of one size; a sequence that
+is not made of those alone is cut into parts that are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -9,38 +13,79 @@ from torch import Tensor
 
 from stpredict.attention.attention import attention
 from stpredict.attention.config import Backend
-from stpredict.attention.masks import BlockCausal
-from stpredict.attention.staircase import staircase_attention
+from stpredict.attention.masks import BlockCausal, pairs
+
+
+@dataclass(frozen=True)
+class Part:
+    """The inputs ``start`` to ``stop - 1``: blocks of ``block`` inputs, counted from behind the first ``prefix`` ones,
+    which all of them see."""
+
+    start: int
+    stop: int
+    block: int
+    prefix: int
 
 
 @dataclass(frozen=True)
 class Sight:
-    """Row i sees the inputs before ``limits[i]``. The first ``regular`` rows are blocks of ``block`` inputs, for which
-    there is a mask; blocks of the last latent frames may be smaller (``BlockOrder``)."""
+    """``backend`` computes the blocks; what else there is, what can."""
 
-    limits: tuple[int, ...]
-    block: int
-    regular: int
+    prefix: int
+    parts: tuple[Part, ...]
     backend: Backend = "auto"
 
     @classmethod
-    def of_blocks(cls, sizes: Sequence[int], backend: Backend = "auto") -> Self:
-        """Of blocks of ``sizes`` inputs, where smaller ones stand at the end; ``backend`` computes the mask."""
-        limits: list[int] = []
-        for size in sizes:
-            limits += [len(limits) + size] * size
-        return cls(tuple(limits), sizes[0], sizes[0] * sizes.count(sizes[0]), backend)
+    def of_blocks(
+        cls,
+        sizes: list[int],
+        prefix: int = 0,
+        start: int = 0,
+        one_by_one: bool = False,
+        backend: Backend = "auto",
+    ) -> Self:
+        """Of ``prefix`` inputs that see each other, ``start`` ones that are a block or follow each other
+        ``one_by_one``, and blocks of ``sizes``, where smaller ones stand at the end."""
+        regular = prefix + start + sizes[0] * sizes.count(sizes[0])
+        begun = prefix + start if one_by_one else 0
+        end = prefix + start + sum(sizes)
+        parts = (
+            Part(0, begun, 1, prefix),
+            Part(begun, regular, sizes[0], prefix),
+            Part(regular, end, sizes[-1], regular),
+        )
+        return cls(prefix, tuple(part for part in parts if part.stop > part.start), backend)
 
-    def of(self, rows: slice) -> Self:
-        """Of these rows alone. Those from the first on are a sequence of their own, others are to be one block."""
-        regular = min(self.regular, rows.stop) if rows.start == 0 else 0
-        return replace(self, limits=self.limits[rows], regular=regular)
+    def of(self, start: int, stop: int) -> Self:
+        """Of these inputs alone: the first ones of the sequence, or else one block, or one input."""
+        if start == 0:
+            parts = (Part(p.start, min(p.stop, stop), p.block, p.prefix) for p in self.parts if p.start < stop)
+        else:
+            parts = (Part(start, stop, stop - self.prefix, self.prefix),)
+        return Sight(self.prefix, tuple(parts), self.backend)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``q`` (b, heads, rows, d), ``k`` and ``v`` (b, heads, inputs up to the last row's limit, d)."""
-        out, n = [], self.regular
-        if n:
-            out.append(attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], BlockCausal(self.block), self.backend))
-        if n < q.shape[2]:
-            out.append(staircase_attention(q[:, :, n:], k, v, self.limits[n:]))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prefix_lengths: Tensor | None) -> Tensor:
+        """``q`` (b, heads, inputs of the parts, d), ``k`` and ``v`` (b, heads, all inputs so far, d).
+
+        ``prefix_lengths`` (b): the inputs of each sample's prefix that are real, where some are not."""
+        out, first = [], self.parts[0].start
+        for part in self.parts if prefix_lengths is None else self._before_ragged():
+            mask = BlockCausal(part.block, part.prefix, prefix_lengths)
+            rows = q[:, :, part.start - first : part.stop - first]
+            backend = "auto" if part.start or prefix_lengths is not None else self.backend
+            out.append(attention(rows, k[:, :, : part.stop], v[:, :, : part.stop], mask, backend))
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def _before_ragged(self) -> Iterator[Part]:
+        """The same parts, all behind the prefix: smaller blocks one by one, each as if all before it were its own."""
+        for part in self.parts:
+            if part.prefix == self.prefix:
+                yield part
+            else:
+                for stop in range(part.start + part.block, part.stop + 1, part.block):
+                    yield Part(stop - part.block, stop, stop - self.prefix, self.prefix)
+
+    @property
+    def pairs(self) -> int:
+        """How many inputs see each other, per sample; of a prefix all count."""
+        return sum(pairs(BlockCausal(p.block, p.prefix), p.stop - p.start, p.stop) for p in self.parts)

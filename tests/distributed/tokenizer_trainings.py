@@ -1,7 +1,7 @@
-"""Trains tokenizers as their configs say, several after one another in the same ranks.
+"""Trains tokenizers or priors as their configs say, several after one another in the same ranks.
 
 Run as ``python tokenizer_trainings.py OUT`` with a JSON list of trials on standard input, in every rank; a trial is a
-tokenizer's config, with ``until`` where a signal is to stop it after that step.
+config, a tokenizer's unless it says its ``kind``, with ``until`` where a signal is to stop it after that step.
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 
 from launcher.rank import leave
 from stpredict.config import flat, validate
-from stpredict.jobs.config import TokenizerJobConfig
+from stpredict.jobs.config import AnyJobConfig
 from stpredict.jobs.train import build_task
 from stpredict.run import Run
 from stpredict.training.engine import Trainer
@@ -25,11 +25,11 @@ def main(out: Path) -> None:
     with join_ranks() as ranks:
         for trial in json.load(sys.stdin):
             until = trial.pop("until", None)
-            config = validate(TokenizerJobConfig, {**trial, "run": out / trial["run"]}, "trial")
+            config = validate(AnyJobConfig, {"kind": "tokenizer", **trial, "run": out / trial["run"]}, "trial")
             torch.manual_seed(config.seed)
             run = Run(config.run)
             if ranks.is_main:
-                run.update_status(kind="tokenizer", state="running")
+                run.update_status(kind=config.kind, state="running")
             ranks.barrier()
             identity = config.decisive(flat(config.model_dump(mode="json")))
             trainer = Trainer(build_task(config), config.training, run, ranks, identity, config.seed)

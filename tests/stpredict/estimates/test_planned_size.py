@@ -8,7 +8,7 @@ from stpredict.attention.masks import BlockCausal
 from stpredict.attention.reference import dense_mask
 from stpredict.estimates.size import size_of
 from stpredict.priors.next_block import NextBlockPrior
-from stpredict.priors.sight import Sight
+from stpredict.priors.sight import Part, Sight
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from tests.stpredict.estimates.planned import SMALL_PRIOR, SMALL_TOKENIZER, planned_prior, planned_tokenizer
 
@@ -45,7 +45,7 @@ def test_a_priors_attention_counts_by_the_share_of_the_pairs_that_see_each_other
     planned = planned_prior(**{**SMALL_PRIOR, "block": block})
     model, of_block = planned.task.model.to("meta"), block[0] * block[1] * block[2]
     n = 256 - of_block
-    model.sight = Sight(limits=(n,) * n, block=1, regular=0)  # everybody sees all
+    model.sight = Sight(0, (Part(0, n, n, 0),))  # everybody sees all
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.empty(1, 256, dtype=torch.int64, device="meta"))

@@ -12,28 +12,80 @@ GRID = (3, 4, 4)
 SHAPES = [(1, 1, 1), (1, 1, 4), (1, 2, 2), (1, 4, 4), (3, 1, 2), (2, 1, 4), (2, 2, 2), (2, 1, 1), (2, 4, 4)]
 
 
-def prior(block=(1, 1, 4), rope_axes=3) -> NextBlockPrior:
+# Of what stands before the first block, every kind.
+NONE = {"kind": "none"}
+CLASS = {"kind": "class"}
+TEXT = {"kind": "text", "tokenizer": "tokenizer.json", "vocabulary": 20, "tokens": 5}
+HYBRID = {"start": "hybrid"}
+KINDS = [{"kind": "frames"}, NONE, NONE | HYBRID, CLASS, CLASS | HYBRID, TEXT, TEXT | HYBRID]
+
+
+def prior(block=(1, 1, 4), rope_axes=3, conditioning=KINDS[0]) -> NextBlockPrior:
     torch.manual_seed(0)
-    config = NextBlockConfig(layers=2, width=32, heads=2, mlp_width=48, block=block, rope_axes=rope_axes, dropout=0.0)
-    model = NextBlockPrior(config, 50, GRID).double().eval()
+    size = {"layers": 2, "width": 32, "heads": 2, "mlp_width": 48, "dropout": 0.0}
+    config = NextBlockConfig(**size, block=block, rope_axes=rope_axes, conditioning=conditioning)
+    model = NextBlockPrior(config, 50, GRID, classes=3).double().eval()
     for parameter in model.parameters():  # larger than the initial weights, so that a leak would be seen
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
+def prefix_of(model: NextBlockPrior, samples: int = 1) -> tuple:
+    """Prefix and lengths, of which the first is the whole prefix, and the others less."""
+    if not model.prefix:
+        return (None, None)
+    ids = torch.randint(3, (samples, model.prefix), generator=torch.Generator().manual_seed(2))
+    return ids, torch.tensor([5, 3, 1][:samples]) if model.prefix > 1 else None
+
+
+def seen(model: NextBlockPrior, number: int, token: int) -> bool:
+    """Whether the prediction of token ``number`` may depend on ``token``: block by block, or, within the first block
+    of a hybrid start, token by token."""
+    block_of = [block for block, size in enumerate(model.order.sizes) for _ in range(size)]
+    if model.hybrid and number < model.start:
+        return token < number
+    return block_of[token] < block_of[number]
+
+
+@pytest.mark.parametrize("conditioning", KINDS, ids=str)
 @pytest.mark.parametrize("block", SHAPES)
-def test_a_token_sees_its_whole_block_and_no_later_one(block):
-    model = prior(block)
-    sizes, ends = model.order.sizes, model.order.ends
+def test_a_prediction_sees_all_blocks_before_its_own_and_nothing_else(block, conditioning):
+    model = prior(block, conditioning=conditioning)
     sequence = torch.randint(50, (1, model.order.tokens), generator=torch.Generator().manual_seed(1))
-    logits = model(sequence)
-    predicted_by = [number for number, size in enumerate(sizes[1:]) for _ in range(size)]
-    for changed_block in {0, len(sizes) // 2, len(sizes) - 2} - {len(sizes) - 1}:
-        last = ends[changed_block] - 1  # the last token of a block
+    logits = model(sequence, *prefix_of(model))
+    predicted = range(model.first_predicted, model.order.tokens)
+    assert logits.shape == (1, len(predicted), 50)
+    for token in {0, model.order.sizes[0] - 1, 19, model.order.ends[len(model.order.ends) // 2] - 1, 46}:
         other = sequence.clone()
-        other[0, last] = (other[0, last] + 1) % 50
-        difference = (model(other) - logits).abs().amax(-1)[0]
-        assert [bool(d > 0) for d in difference] == [number >= changed_block for number in predicted_by]
+        other[0, token] = (other[0, token] + 1) % 50
+        difference = (model(other, *prefix_of(model)) - logits).abs().amax(-1)[0]
+        assert [bool(d > 0) for d in difference] == [seen(model, number, token) for number in predicted]
+
+
+@pytest.mark.parametrize("conditioning", [TEXT, TEXT | HYBRID], ids=str)
+@pytest.mark.parametrize("block", [(1, 1, 4), (2, 1, 4)])
+def test_every_prediction_sees_the_prefix_and_none_its_padding(block, conditioning):
+    model = prior(block, conditioning=conditioning)
+    sequence = torch.randint(50, (3, model.order.tokens))
+    ids, lengths = prefix_of(model, 3)
+    logits = model(sequence, ids, lengths)
+    for token in range(model.prefix):
+        other = ids.clone()
+        other[:, token] += 5
+        differ = (model(sequence, other, lengths) - logits).abs().amax(-1) > 0
+        for sample, length in enumerate(lengths.tolist()):
+            assert bool(differ[sample].all()) == bool(differ[sample].any()) == (token < length)
+
+
+@pytest.mark.parametrize("block", SHAPES)
+def test_a_ragged_prefix_is_one_of_its_own_length(block):
+    model, short = prior(block, 1, TEXT), prior(block, 1, TEXT | {"tokens": 3})
+    short.load_state_dict(model.state_dict())
+    # Positions count from the whole prefix: the same ones for what follows it.
+    short.positions = torch.cat([model.positions[:3], model.positions[5:]])
+    sequence, ids = torch.randint(50, (2, 48)), torch.randint(20, (2, 5))
+    found = model(sequence, ids, torch.tensor([5, 3]))
+    torch.testing.assert_close(found[1:], short(sequence[1:], ids[1:, :3]), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("block", [(2, 1, 4), (2, 2, 2), (2, 1, 1), (2, 4, 4)])
@@ -52,25 +104,49 @@ def test_padding_is_as_if_it_were_there_and_nobody_saw_it(block):
     number = torch.arange(n) // size
     allowed = (number[:, None] >= number) & real[:n]
     longer.sight = SimpleNamespace(
-        of=lambda rows: SimpleNamespace(attend=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, allowed))
+        of=lambda *_: SimpleNamespace(attend=lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, allowed))
     )
     expected = longer(longer.order.to_sequence(padded))[:, real[size:]]
     torch.testing.assert_close(model(sequence), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("conditioning", KINDS, ids=str)
 @pytest.mark.parametrize("block", SHAPES)
-@pytest.mark.parametrize("rope_axes", [1, 3])
-def test_cached_decoding_equals_the_training_pass(block, rope_axes):
-    model = prior(block, rope_axes)
-    sizes, ends = model.order.sizes, model.order.ends
+def test_cached_decoding_equals_the_training_pass(block, conditioning):
+    model = prior(block, len(conditioning) % 2 * 2 + 1, conditioning)
     sequence = torch.randint(50, (2, model.order.tokens))
-    full = model(sequence)
-    given = max(1, len(sizes) // 3)
-    caches = model.make_caches(2)
-    step = [model(sequence[:, : ends[given - 1]], caches=caches)]
-    blocks = sequence.split(sizes, dim=1)
-    step += [model(block, caches=caches) for block in blocks[given:-1]]
-    torch.testing.assert_close(torch.cat(step, dim=1), full[:, ends[given - 1] - sizes[0] :], rtol=0, atol=1e-10)
+    prefix, lengths = prefix_of(model, 2)
+    full = model(sequence, prefix, lengths)
+    sizes, ends = model.order.sizes, model.order.ends
+    for given in {0 if model.start else 1, max(1, len(sizes) // 3)}:
+        caches = model.make_caches(2)
+        done = ends[given - 1] if given else 0
+        found = [model(sequence[:, :done], prefix, lengths, caches=caches)]
+        while (end := done + sum(logits.shape[1] for logits in found)) < model.order.tokens:
+            new = sequence[:, end - model.next_inputs(end) : end]
+            found.append(model(new, prefix_lengths=lengths, caches=caches))
+        expected = full[:, done - model.first_predicted :]
+        torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("conditioning", [KINDS[0], TEXT], ids=str)
+@pytest.mark.parametrize("score_from", [None, 16, 32])
+def test_scores_are_those_of_the_logits(conditioning, score_from):
+    model = prior((2, 1, 4), conditioning=conditioning)
+    sequence, prefix = torch.randint(50, (2, 48)), prefix_of(model, 2)
+    first = model.first_predicted if score_from is None else score_from
+    logits, targets = model(sequence, *prefix)[:, first - model.first_predicted :], sequence[:, first:]
+    loss, right = model(sequence, *prefix, score_from=first)
+    expected = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(right > 0, logits.argmax(-1) == targets)
+
+
+def test_a_prefix_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="takes a prefix of 5 tokens"):
+        prior(conditioning=TEXT)(torch.zeros(1, 48, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="takes a prefix of 0 tokens"):
+        prior()(torch.zeros(1, 48, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_decoding_refuses_part_of_a_block_and_two_blocks_at_once():

@@ -1,7 +1,5 @@
 """FLOPs against numbers worked out by hand, and the prior's closed form against PyTorch's counter."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +7,7 @@ from torch import nn
 
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
+from stpredict.priors.sight import Sight
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.training.flops import ForwardFlops, ShapesOnly, count_flops, peak_tflops
@@ -76,20 +75,27 @@ def test_attention_counts_every_pair_although_this_runs_on_a_cpu():
     assert count_flops(ShapesOnly(Attend()), (q, k), {}) == 2 * 3 * (2 * 10 * 20 * 4) * 2
 
 
+@pytest.mark.parametrize("conditioning", [{"kind": "frames"}, {"kind": "class"}, {"kind": "class", "start": "hybrid"}])
 @pytest.mark.parametrize("block", [(1, 1, 1), (1, 1, 4), (1, 4, 4), (2, 4, 4), (3, 1, 2), (3, 4, 4)])
-def test_the_priors_closed_form(block):
-    config = NextBlockConfig(layers=3, width=32, heads=2, mlp_width=48, block=block)
-    model = NextBlockPrior(config, 100, (4, 4, 4))
+def test_the_priors_closed_form(block, conditioning, monkeypatch):
+    config = NextBlockConfig(layers=3, width=32, heads=2, mlp_width=48, block=block, conditioning=conditioning)
+    model = NextBlockPrior(config, 100, (4, 4, 4), classes=3)
     number = [block for block, size in enumerate(model.order.sizes[:-1]) for _ in range(size)]
+    if model.prefix:  # the class and the start come before the first block
+        start = list(range(-model.start, 0)) if model.hybrid else [-1] * model.start
+        number = [-1 - model.start, *start, *number]
     pairs = sum(1 for i in number for j in number if j <= i)
     of_attention = config.layers * 2 * 2 * pairs * config.width
-    ids, flops = torch.zeros(1, 64, dtype=torch.long), model.flops()
-    counted = count_flops(ShapesOnly(model), (ids,), {})
-    # Without attention: the matrix products.
-    model.sight = SimpleNamespace(of=lambda rows: SimpleNamespace(attend=lambda q, k, v: q))
-    assert flops == count_flops(ShapesOnly(model), (ids,), {}) + of_attention
-    if len(set(model.order.sizes)) == 1 and block != (1, 1, 1):  # an operator that knows its pairs
-        assert counted == flops
+    inputs = torch.zeros(1, 64, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long) if model.prefix else None
+    counted = count_flops(ShapesOnly(model), inputs, {})
+    monkeypatch.setattr(Sight, "attend", lambda self, q, k, v, _: q)
+    of_products = count_flops(ShapesOnly(model), inputs, {})
+    assert model.flops() == of_products + of_attention
+    # The counter itself is exact where the whole sequence is one call of our own operator.
+    if block not in ((1, 1, 1), (3, 1, 2), (3, 4, 4)) and not model.hybrid:
+        assert counted == model.flops()
+    scored = model.flops() - 2 * 32 * 100 * (48 - model.first_predicted)
+    assert model.flops(score_from=48) == scored
 
 
 def test_a_tokenizer_is_counted_by_its_convolutions():
