@@ -467,6 +467,30 @@ def export(
     print(out)
 
 
+@app.command("import")
+def import_(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="the authors' file, .pt or .safetensors")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of kind tokenizer: model, clips and run")],
+    overrides: Overrides = None,
+) -> None:
+    """Make an export of weights that a paper's authors published, in RUN/export, where encode and generate find it.
+
+    NBP's tokenizers so far. Nothing is trained; `training` of the config is not looked at.
+
+    \b
+    stpredict import nbp_k600.pt configs/tokenizers/nbp_k600.yaml run=runs/nbp_published
+    """
+    from launcher.jobs import load_job
+    from stpredict.jobs.config import TokenizerJobConfig
+
+    job = load_job(config, overrides or (), "train")
+    if not isinstance(job, TokenizerJobConfig):
+        raise UsageError(f"{config} has kind {job.kind}: weights of tokenizers are imported; give one's config")
+    from stpredict.jobs.import_weights import import_tokenizer
+
+    print(import_tokenizer(weights, job))
+
+
 @app.command()
 def doctor(
     cluster: Annotated[str | None, typer.Option(help="name in configs/clusters, or a YAML: look at its nodes")] = None,

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from stpredict.foreign_weights import place, read_weights
 from stpredict.losses.config import LpipsConfig, RandomFeaturesConfig
-from stpredict.losses.vgg import WIDTHS, place, read_weights, vgg16
+from stpredict.losses.vgg import WIDTHS, vgg16
 
 KEY = "loss.perceptual.network"
 #: Of LPIPS: the mean and standard deviation of ImageNet's colours, for pixels in [-1, 1].
@@ -22,7 +23,8 @@ class FeatureDistance(nn.Module):
     """Videos ``(b, c, t, h, w)`` in [-1, 1] to the distance of every frame, ``(b, t)`` in fp32.
 
     Squared differences of features that have length 1 at every place, weighted per channel, averaged over the places
-    and summed over the scales (Zhang et al. 2018, eq. 1). Gradients flow into ``made`` only.
+    and summed over the scales (Zhang et al. 2018, eq. 1). Gradients flow into ``made`` only. It moves to the device of
+    what it is given.
     """
 
     #: As it is called in the metrics.
@@ -37,6 +39,8 @@ class FeatureDistance(nn.Module):
         raise NotImplementedError
 
     def forward(self, made: Tensor, truth: Tensor) -> Tensor:
+        if next(self.buffers()).device != made.device:
+            self.to(made.device)
         images = [rearrange(video.float(), "b c t h w -> (b t) c h w") for video in (made, truth)]
         with torch.no_grad():
             of_truth = [_unit(x) for x in self.features(images[1])]

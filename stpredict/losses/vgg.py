@@ -1,16 +1,14 @@
 """The convolutions of VGG16 (Simonyan and Zisserman 2015), with torchvision's names, and no torchvision."""
 
 from pathlib import Path
-from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError
+from stpredict.foreign_weights import first_line, place, read_weights
 
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's IMAGENET1K_V1; its name has its hash
 #: Channels of the 3x3 convolutions between the poolings.
@@ -61,42 +59,11 @@ def vgg16(path: Path | None, key: str) -> Vgg16:
     return model.requires_grad_(False)
 
 
-def read_weights(path: Path, key: str) -> dict[str, Tensor]:
-    """Of a .pth or .safetensors file. UsageError, naming the config's ``key``, where it cannot be read."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"{key}: {path} is not there") from None
-    except (OSError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
-        raise UsageError(f"{key}: {path} cannot be read as weights: {_first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{key}: {path} holds a {type(found).__name__}, not weights by name")
-    return found
-
-
-def place(weights: dict[str, Tensor], model: nn.Module, where: str) -> None:
-    """Gives ``model``, which is on the meta device, those of ``weights`` that it has. UsageError where one is missing
-    or has another shape."""
-    wanted = model.state_dict()
-    for name, tensor in wanted.items():
-        found = weights.get(name)
-        if not torch.is_tensor(found) or found.shape != tensor.shape:
-            has = f"is {tuple(found.shape)}" if torch.is_tensor(found) else "is missing"
-            raise UsageError(f"{where}: {name} {has}, {tuple(tensor.shape)} is needed; give weights of that layout")
-    model.load_state_dict({name: weights[name].float() for name in wanted}, assign=True)
-
-
 def _download(key: str) -> dict[str, Tensor]:
     try:
         return torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
     except (URLError, OSError, RuntimeError) as error:
         raise UsageError(
-            f"{key}: VGG16's weights cannot be downloaded ({_first_line(error)}): fetch {URL} elsewhere and give its "
+            f"{key}: VGG16's weights cannot be downloaded ({first_line(error)}): fetch {URL} elsewhere and give its "
             "path here, or take loss.perceptual.network={kind: random_features}, which needs none"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
