@@ -29,6 +29,7 @@ from benchmarks.engine import machine
 from data_pipeline.config import ClipConfig, ClipDataConfig
 from launcher.rank import leave
 from stpredict.config import flat
+from stpredict.estimates.activations import beside
 from stpredict.estimates.disk import disk_of
 from stpredict.estimates.live_bytes import LiveBytes
 from stpredict.estimates.memory import Memory, MemoryEstimator
@@ -68,6 +69,9 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }
+MODELS["adversarial tokenizer"] = MODELS["tokenizer"] | {
+    "loss": {"perceptual": {"network": {"kind": "random_features"}}, "adversarial": {"r1": 1, "lecam": 0.001}}
+}
 # A GPU has room for models beside which its blocks of 512 bytes and the libraries' workspaces are small.
 LARGE: dict[str, dict[str, Any]] = {
     "prior": {
@@ -80,7 +84,8 @@ LARGE: dict[str, dict[str, Any]] = {
     },
     "tokenizer": {"size": (128, 128), "frames": 17, "model": {}},
 }
-MICRO_BATCH = {"prior": 4, "weights": 1, "tokenizer": 2}
+LARGE["adversarial tokenizer"] = LARGE["tokenizer"] | {"loss": MODELS["adversarial tokenizer"]["loss"]}
+MICRO_BATCH = {"prior": 4, "weights": 1, "tokenizer": 2, "adversarial tokenizer": 2}
 
 
 def bucket(elements: int, **more: Any) -> dict[str, Any]:
@@ -133,10 +138,12 @@ def planned_training(trial: Mapping[str, Any], ranks: int, cuda: bool) -> Planne
         case "prior" | "weights":
             data = {"latents": "(none)"}
             return plan_training(PriorJobConfig(**common, **sizes, data=data, tokenizer="(none)"))
-        case "tokenizer":
+        case _:
             clip = ClipConfig(frames=sizes["frames"], size=sizes["size"])
             data = ClipDataConfig(shards="(none)", clip=clip)
-            return plan_training(TokenizerJobConfig(**common, data=data, model=sizes["model"]))
+            return plan_training(
+                TokenizerJobConfig(**common, data=data, model=sizes["model"], loss=sizes.get("loss", {}))
+            )
 
 
 def main() -> None:
@@ -248,7 +255,8 @@ def measured(trial: Mapping[str, Any], ranks: Ranks) -> dict[str, int]:
     before = torch.cuda.memory_allocated() if cuda else 0
     with live:
         task = planned.task
-        task.model = _real(task.model)
+        for module in (task.model, *beside(task)):
+            _real(module)
         learner = Learner(task, training, ranks)
         for step in range(3):
             batches = [to_device(planned.batch(training.micro_batch_size, "cpu"), ranks.device)]

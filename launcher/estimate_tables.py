@@ -36,6 +36,8 @@ def show_training(name: str, found: Estimate, latents: dict[str, int] | None) ->
             f"clips are tokenized in every step: {amount(tokenizing.flops / 2, 'MAC')} per clip, forward alone, in "
             "fp32 (TF32 where the GPU has it)"
         )
+    if any(way.memory.beside for way in found.ways):
+        console.print("the discriminator and the perceptual loss are in memory, and in neither FLOPs nor time")
     console.print(_machine(machine, found.asked))
     console.print(_ways(found))
     if latents:

@@ -21,7 +21,7 @@ from stpredict.estimates.live_bytes import LiveBytes
 from stpredict.estimates.planned import Planned
 from stpredict.training.activation_checkpointing import recompute
 from stpredict.training.computing import ActivationCheckpointingConfig
-from stpredict.training.task import Task, weighted
+from stpredict.training.task import Batch, Task, weighted
 
 # Two sizes of micro-batch tell what grows with it. Not one sample: axes of one element take other ways through torch.
 MEASURED = (2, 3)
@@ -86,8 +86,13 @@ def _moments(
     for parameter in task.model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(finish)
+    for module in beside(task):
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_forget)
     live = LiveBytes(note)
-    live.ignore((*task.model.parameters(), *task.model.buffers()))
+    for module in (task.model, *beside(task)):
+        live.ignore((*module.parameters(), *module.buffers()))
     with ExitStack() as stack:
         for context in (
             mode,
@@ -97,10 +102,38 @@ def _moments(
         ):
             stack.enter_context(context)
         batch = planned.batch(micro_batch, device="cpu")
-        sums = task.training_step(_forward(task.model, numbers), batch)
-        weighted(sums, task.weights, task.counts(batch)).backward()
+        _learn(task, _forward(task.model, numbers), batch)
     note()
     return np.array(alive, dtype=np.float64), np.array(finished, dtype=np.float64)
+
+
+def _learn(task: Task, forward: Callable[..., Any], batch: Batch) -> None:
+    """What a step does with its last micro-batch, the discriminator's part with the terms that some updates leave out
+    among it."""
+    counts, judge = task.counts(batch), task.discriminator
+    loss = weighted(task.training_step(forward, batch), task.weights, counts)
+    if judge is not None:
+        trained = [parameter for parameter in judge.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        loss = loss + weighted(task.adversarial_step(judge, batch), task.adversarial_weights, counts)
+    loss.backward()
+    del loss
+    if judge is not None:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        batch |= {name: value.detach() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        weighted(task.discriminator_step(judge, batch, 0), task.discriminator_weights, counts).backward()
+
+
+def beside(task: Task) -> list[nn.Module]:
+    """What the task computes with besides its model: a discriminator, and networks that a loss looks with."""
+    of_model = set(task.model.modules())
+    return [value for value in vars(task).values() if isinstance(value, nn.Module) and value not in of_model]
+
+
+def _forget(parameter: nn.Parameter) -> None:
+    parameter.grad = None
 
 
 def _forward(model: nn.Module, numbers: Numbers) -> Callable[..., Any]:
@@ -116,14 +149,16 @@ def _forward(model: nn.Module, numbers: Numbers) -> Callable[..., Any]:
 
 
 def _with_shapes(task: Task, dtype: torch.dtype, mode: FakeTensorMode) -> Task:
-    """``task`` with a model that has no memory, and whose parameters are of ``dtype``."""
+    """``task`` with modules that have no memory, and the model's parameters of ``dtype``."""
+    shapes: dict[int, Any] = {}
     with mode:
-        shapes: dict[int, Any] = {id(b): torch.empty(b.shape, dtype=b.dtype) for b in task.model.buffers()}
-        for parameter in task.model.parameters():
-            empty = torch.empty(parameter.shape, dtype=dtype)
-            shapes[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    task = copy.copy(task)
-    task.model = copy.deepcopy(task.model, shapes).train()
+        for module in (task.model, *beside(task)):
+            shapes |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in module.buffers()}
+            for parameter in module.parameters():
+                empty = torch.empty(parameter.shape, dtype=dtype if module is task.model else parameter.dtype)
+                shapes[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    task = copy.deepcopy(task, shapes)
+    task.model.train()
     return task
 
 

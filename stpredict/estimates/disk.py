@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.latents import default_clips_per_member, latent_shards
 from stpredict.estimates.planned import Planned
-from stpredict.training.config import TrainingConfig
+from stpredict.training.config import OptimizerConfig, TrainingConfig
 from stpredict.training.saving import random_states
 
 # Of files of JSON, measured: tests/stpredict/estimates holds them against real ones.
@@ -70,23 +70,33 @@ def _in_tar(size: int) -> int:
 
 
 def _checkpoint(planned: Planned, training: TrainingConfig, ranks: int) -> int:
-    model = planned.task.model
-    states = 0 if training.optimizer.kind == "sgd" else 2
-    kinds = ["weight", *("exp_avg", "exp_avg_sq")[:states], *(["ema"] if training.ema_decay is not None else [])]
+    task, stage = planned.task, training.zero_stage
+    kinds = _kinds(training.optimizer) + (["ema"] if training.ema_decay is not None else [])
+    cut = (ranks - 1) * len(kinds) * 2 if stage in (1, 2) else 0  # pieces more, where ranks' ranges begin
+    total = _state("model", task.model, kinds, ranks if stage == 3 else 1, cut)
+    if task.discriminator is not None:
+        total += _state("discriminator", task.discriminator, _kinds(training.discriminator.optimizer), 1, 0)
+    return total + ranks * (_random() + ABOUT_RANK) + ABOUT_CHECKPOINT
+
+
+def _kinds(optimizer: OptimizerConfig) -> list[str]:
+    return ["weight"] if optimizer.kind == "sgd" else ["weight", "exp_avg", "exp_avg_sq"]
+
+
+def _state(key: str, module: torch.nn.Module, kinds: list[str], split: int, cut: int) -> int:
+    """Of a module whose every tensor is in ``split`` pieces, and ``cut`` more of all."""
     total = tensors = named = 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in module.named_parameters():
         mine = kinds if parameter.requires_grad else ["weight"]
         total += 4 * len(mine) * parameter.numel()
         tensors += len(mine)
-        named += sum(len(f"model/{kind}/{name}") for kind in mine)
-    for name, buffer in _persistent(model):
+        named += sum(len(f"{key}/{kind}/{name}") for kind in mine)
+    for name, buffer in _persistent(module):
         total += buffer.nbytes
         tensors += 1
-        named += len(f"model/buffer/{name}")
-    split = ranks if training.zero_stage == 3 else 1
-    pieces = tensors * split + (ranks - 1) * len(kinds) * 2 * (training.zero_stage in (1, 2))
-    total += named * (split + 1) + pieces * (ABOUT_PIECE + ABOUT_RANGE) + tensors * ABOUT_TENSOR
-    return total + ranks * (_random() + ABOUT_RANK) + ABOUT_CHECKPOINT
+        named += len(f"{key}/buffer/{name}")
+    pieces = tensors * split + cut
+    return total + named * (split + 1) + pieces * (ABOUT_PIECE + ABOUT_RANGE) + tensors * ABOUT_TENSOR
 
 
 def _export(planned: Planned) -> int:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from data_pipeline.errors import UsageError
-from stpredict.estimates.activations import Activations, Numbers, follow
+from stpredict.estimates.activations import Activations, Numbers, beside, follow
 from stpredict.estimates.gradients import BYTES, Gradients, Kept
 from stpredict.estimates.planned import Planned
 from stpredict.estimates.zero3_gathers import gathered, thresholds
@@ -27,9 +26,11 @@ class Memory:
     ``weights`` are those that are computed with, ``masters`` the fp32 ones that are updated. ``buffers`` are the
     model's; ``buckets`` those through which DeepSpeed exchanges gradients, and the copies that it makes of them;
     ``gathered`` is what ZeRO-3 has collected of the other ranks' weights. ``activations`` are a micro-batch's, with
-    gradients on their way, losses and inputs. ``tokenizer`` is one that runs in every step: its weights, the clips of
-    all micro-batches and, while it runs, what it makes of them. ``host`` is in the host's memory, for this rank, and no
-    part of ``total``: what is offloaded, and the copy from which checkpoints are written in the background.
+    gradients on their way, losses and inputs. ``beside`` is what the task has beside its model: a discriminator with
+    its gradients, DDP's copy of them and its moments, and networks that a loss looks with. ``tokenizer`` is one that
+    runs in every step: its weights, the clips of all micro-batches and, while it runs, what it makes of them. ``host``
+    is in the host's memory, for this rank, and no part of ``total``: what is offloaded, and the copy from which
+    checkpoints are written in the background.
     """
 
     moment: str
@@ -42,6 +43,7 @@ class Memory:
     buckets: int
     gathered: int
     activations: int
+    beside: int = 0
     tokenizer: int = 0
     host: int = 0
 
@@ -59,14 +61,9 @@ class MemoryEstimator:
     compute in other numbers or keep other activations takes seconds, the others nothing.
 
     ``device``, cuda or cpu: which kernels there are, and what precision ``auto`` is (bf16 on cuda, fp32 on cpu).
-    UsageError for a training with a discriminator.
     """
 
     def __init__(self, planned: Planned, device: str = "cuda"):
-        if planned.task.discriminator is not None:
-            raise UsageError(
-                "what a discriminator takes is not estimated yet; loss.adversarial=null estimates the training without"
-            )
         self.device, self._planned = device, planned
         self._activations: dict[tuple, Activations] = {}
 
@@ -131,7 +128,8 @@ class MemoryEstimator:
             masters = moments = averages = 0
         if training.offload.parameters == "cpu":
             host, weights = host + weights, 0
-        return Memory("", weights, masters, moments, 0, averages, buffers, buckets, 0, 0, host=host)
+        others = _beside(self._planned, training)
+        return Memory("", weights, masters, moments, 0, averages, buffers, buckets, 0, 0, others, host=host)
 
     def _gathered(self, training: TrainingConfig, precision: str, ranks: int) -> int:
         if training.zero_stage < 3 or ranks == 1:
@@ -152,3 +150,14 @@ def _most(states: Memory, moment: str, kept: Kept, alive: np.ndarray) -> Memory:
         buckets=states.buckets + int(buckets[at]),
         activations=int(alive[at]),
     )
+
+
+def _beside(planned: Planned, training: TrainingConfig) -> int:
+    """Bytes of the task's other modules, which are in fp32 on every rank."""
+    task, size = planned.task, 0
+    for module in beside(task):
+        size += sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    if task.discriminator is not None:
+        moments = 0 if training.discriminator.optimizer.kind == "sgd" else 2
+        size += sum((2 + moments) * p.nbytes for p in task.discriminator.parameters() if p.requires_grad)
+    return size

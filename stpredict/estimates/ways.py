@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data_pipeline.errors import UsageError
 from stpredict.estimates.communication import Collective, communication
 from stpredict.estimates.duration import StepTime, Utilization, step_time
 from stpredict.estimates.machine import Machine
@@ -68,13 +67,9 @@ class Way:
 
 
 class Ways:
-    """Of one training, whose samples take ``flops_forward`` each. UsageError where it trains a discriminator."""
+    """Of one training, whose samples take ``flops_forward`` each."""
 
     def __init__(self, planned: Planned, flops_forward: float, utilization: Utilization, with_memory: bool = True):
-        if planned.task.discriminator is not None:
-            raise UsageError(
-                "loss.adversarial: a discriminator's part is not estimated; loss.adversarial=null estimates the rest"
-            )
         self.task, self.tokenizing, self.training = planned.task, planned.tokenizing, planned.config.training
         self.memory = MemoryEstimator(planned) if with_memory else None
         self.utilization = utilization

@@ -79,7 +79,7 @@ class TokenizerTask(Task):
         error = reconstruction - video
         sums = {"l1": error.abs().sum(), "l2": error.square().sum(), "codebook": self._uses(ids)}
         if "perceptual" in self.weights:
-            sums["perceptual"] = self.perceptual.to(video.device)(reconstruction, video).sum()
+            sums["perceptual"] = self.perceptual(reconstruction, video).sum()
         return sums
 
     def adversarial_step(self, judge: Forward, batch: Batch) -> Sums:
@@ -105,7 +105,7 @@ class TokenizerTask(Task):
             pairs = zip(made.split(1), batch["clip"].split(1), strict=True)
             of_frames["ssim"] = torch.cat([frame_ssim(*pair) for pair in pairs])
         if self.perceptual:
-            of_frames[self.perceptual.name] = self.perceptual.to(video.device)(to_video(made), video)
+            of_frames[self.perceptual.name] = self.perceptual(to_video(made), video)
         sums = {name: (values.mean(1) * weight).sum() for name, values in of_frames.items()}
         return sums | {"clips": weight.sum(), "used": self._uses(ids[weight > 0])}
 

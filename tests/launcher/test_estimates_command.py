@@ -127,6 +127,25 @@ def test_a_prior_on_clips_pays_for_its_tokenizer_or_is_said_not_to(tmp_path, cap
     assert "is in neither time nor memory" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_a_tokenizers_losses_are_in_memory_and_disk_and_said_not_to_be_in_time(capsys):
+    path, found = Path("configs/tokenizers/demo.yaml"), []
+    for changes in ([], ["loss.adversarial={}", "loss.perceptual={}"]):  # of which no weights are needed
+        estimate(path, changes, Options(gpus_per_node=1), as_json=True)
+        found.append(json.loads(capsys.readouterr().out))
+    without, with_them = (one["recommended"]["memory"] for one in found)
+    vgg, heads, constants = 14_714_688, 64 + 128 + 256 + 512 + 512, 6
+    discriminator = 11_057_857 - 2 * 64 * 64  # of one channel
+    assert with_them["beside"] == 4 * (vgg + heads + constants) + 5 * 4 * discriminator
+    assert without["beside"] == 0
+    assert with_them["activations"] > without["activations"]
+    assert found[1]["disk"]["checkpoint"] - found[0]["disk"]["checkpoint"] == pytest.approx(
+        12 * discriminator, rel=1e-3
+    )
+    assert found[1]["flops_forward"] == found[0]["flops_forward"]
+    estimate(path, ["loss.adversarial={}"], Options(), as_json=False)
+    assert "in memory, and in neither FLOPs nor time" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -138,10 +157,6 @@ def test_a_prior_on_clips_pays_for_its_tokenizer_or_is_said_not_to(tmp_path, cap
         ((PRIOR, LATENT, Options(nodes=3)), "--nodes 3: .* does not divide among 3 nodes; 1, 2, 4 or 8 would do"),
         ((PRIOR, LATENT, Options(nodes=2, gpus_per_node=8)), "--gpus-per-node 8: .* on 2 nodes; 1, 2 or 4 would do"),
         (("configs/tokenizers/demo.yaml", [], Options(clips=9)), "--clips is for the cache of latents that a prior"),
-        (
-            ("configs/tokenizers/demo.yaml", ["loss.adversarial={}"], Options()),
-            "a discriminator's part is not estimated",
-        ),
         (("configs/studies/nbp_sizes.yaml", [], Options(clips=9)), "--clips: .*nbp_sizes.yaml is a study"),
         ((PRIOR, LATENT, Options(nodes=1, days=3)), "leave out --nodes"),
         (("configs/studies/nbp_sizes.yaml", [], Options(days=3)), "--days: .*nbp_sizes.yaml has several trainings"),

@@ -29,6 +29,8 @@ TRIALS = {
     "tokenizer, ZeRO-3, fp32, layers": trial("tokenizer", "fp32", 3, "layers"),
     "tokenizer, ZeRO-2, bf16": trial("tokenizer", "bf16", 2),
     "tokenizer, ZeRO-0, fp32": trial("tokenizer", "fp32", 0),
+    "tokenizer with all losses, ZeRO-2, fp32": trial("adversarial tokenizer", "fp32", 2),
+    "tokenizer with all losses, ZeRO-3, fp32": trial("adversarial tokenizer", "fp32", 3),
 }
 
 
