@@ -117,7 +117,14 @@ def merge(
 
 @app.command()
 def generate(config: Config, overrides: Overrides = None) -> None:
-    """Continue held-out videos: some frames given, the rest predicted. Writes .mp4, .gif and .npy."""
+    """Continue held-out videos: some frames given, the rest predicted. Writes .mp4, .gif and .npy.
+
+    A config of kind reconstruct writes what a tokenizer makes of them instead.
+
+    \b
+    stpredict generate configs/priors/generate.yaml prior=RUN tokenizer=RUN data.shards=RUN
+    stpredict generate configs/tokenizers/reconstruct.yaml tokenizer=RUN data.shards=RUN
+    """
     _run(config, overrides, "generate")
 
 

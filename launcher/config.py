@@ -25,7 +25,9 @@ def _a_name(name: str) -> str:
 
 
 JobName = Annotated[str, AfterValidator(_a_name)]
-JobKind = Literal["shard", "tokenizer", "encode", "prior", "generate", "evaluate", "report", "study_report", "merge"]
+JobKind = Literal[
+    "shard", "tokenizer", "encode", "prior", "generate", "reconstruct", "evaluate", "report", "study_report", "merge"
+]
 
 
 class PipelineJob(Config):

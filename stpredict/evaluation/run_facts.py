@@ -14,6 +14,7 @@ import yaml
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import Manifest, read_manifest
 from stpredict.evaluation.generated import Index, read_index
+from stpredict.evaluation.reconstructed import Reconstruction, read_metrics
 from stpredict.evaluation.results import Evaluation, read_evaluation
 from stpredict.run import Run, Status
 
@@ -35,7 +36,8 @@ class RunFacts:
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl of a training run
     manifests: dict[str, Manifest] = field(default_factory=dict)  # split → what a shard or encode run holds
     index: Index | None = None  # of a generate run
-    evaluation: Evaluation | None = None  # of an evaluate run
+    evaluation: Evaluation | None = None  # of an evaluate run, or
+    reconstruction: Reconstruction | None = None
 
     @property
     def wall_s(self) -> float | None:
@@ -98,7 +100,10 @@ def _read_work(facts: RunFacts) -> None:
         case "generate":
             facts.index = _attempt(facts, read_index, run)
         case "evaluate":
-            facts.evaluation = _attempt(facts, read_evaluation, run.path / "metrics.json")
+            path = run.path / "metrics.json"
+            facts.reconstruction = read_metrics(path)
+            if not facts.reconstruction:
+                facts.evaluation = _attempt(facts, read_evaluation, path)
 
 
 def _read_training(facts: RunFacts) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.config import ClipDataConfig, Config, Source
-from stpredict.losses.config import TokenizerLossConfig
+from stpredict.losses.config import LpipsConfig, TokenizerLossConfig
 from stpredict.priors.config import LatentConfig, NextBlockConfig, PriorDataConfig
 from stpredict.sampling.config import SamplingConfig
 from stpredict.studies.config import AnalysisConfig, Role, TrialConfig
@@ -271,11 +271,30 @@ class GenerateConfig(JobConfig):
         return self
 
 
+class ReconstructConfig(JobConfig):
+    """Held-out clips through a tokenizer and back: what its reconstruction is judged by."""
+
+    kind: Literal["reconstruct"] = "reconstruct"
+    tokenizer: Path = Field(description="run or export of a tokenizer")
+    data: TokenizedClipDataConfig
+    clips: int | None = Field(None, ge=1, description="held-out clips (default: all)")
+    batch_size: int = Field(TOKENIZED_TOGETHER, ge=1, description="clips per rank and forward")
+    tiling: TilingConfig = Field(WHOLE, description="for videos that do not fit in memory at once")
+    pictures: int = Field(8, ge=0, description="clips written as .mp4 and .gif beside the truth")
+
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)
+
+
 class EvaluateConfig(JobConfig):
-    """PSNR, SSIM and MSE of generated frames, beside repeating the last given frame and the reconstruction."""
+    """PSNR, SSIM and MSE of generated frames, beside repeating the last given frame and the reconstruction; or of a
+    tokenizer's reconstructions, with LPIPS and the use of the codebook."""
 
     kind: Literal["evaluate"] = "evaluate"
-    generated: Path = Field(description="run of a generate job")
+    generated: Path = Field(description="run of a generate or reconstruct job")
+    # Left out where there is none: runs that are older than the key are runs without.
+    lpips: LpipsConfig | None = Field(
+        None, exclude_if=lambda value: value is None, description="also LPIPS, of reconstructions; {} downloads VGG16"
+    )
 
 
 class ReportConfig(JobConfig):
@@ -308,6 +327,7 @@ AnyJobConfig = Annotated[
     | EncodeConfig
     | PriorJobConfig
     | GenerateConfig
+    | ReconstructConfig
     | EvaluateConfig
     | ReportConfig
     | StudyReportConfig,

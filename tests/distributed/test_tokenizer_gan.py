@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.jobs import load_job
 from stpredict.run import Run
 from tests.distributed import tokenizer_trainings
 from tests.distributed.test_engine import assert_same_bits, whole_state
@@ -19,6 +20,7 @@ GAN = {
     "r1_every": 2,
     "discriminator": {"channels": 8, "layers": 2, "groups": 4},
 }
+TWINS = ("nbp_k600_tiny", "nbp_ucf101_tiny")
 TERMS = {"l1", "perceptual", "adversarial", "real", "fake", "lecam_real", "lecam_fake", "logit_real", "logit_fake"}
 
 
@@ -69,6 +71,12 @@ def adaptive(**training) -> dict:
     return {"discriminator": {"start": START, "adaptive_weight": True}, **training}
 
 
+def twin(clips: Path, name: str) -> dict:
+    """Of a published config."""
+    config = load_job(Path("configs/tokenizers") / f"{name}.yaml", [f"data.shards={clips}", "data.workers=0"], "train")
+    return config.model_dump(mode="json", exclude_unset=True) | {"run": name}
+
+
 @pytest.fixture(scope="module")
 def runs(clips, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("gan")
@@ -76,8 +84,9 @@ def runs(clips, tmp_path_factory) -> Path:
     trials += [trial(clips, f"adaptive_{stage}", stage, **adaptive()) for stage in (1, 3)]
     trials += [trial(clips, "bf16", 2, precision="bf16")]
     trials += [{**trial(clips, "resumed", 3), "until": 4}, trial(clips, "resumed", 3)]
+    trials += [twin(clips, name) for name in TWINS]
     found = run_ranks(trials, out, 2, script=tokenizer_trainings.__file__)
-    assert [one["step"] for one in found] == [STEPS] * 7 + [4, STEPS]
+    assert [one["step"] for one in found] == [STEPS] * 7 + [4, STEPS] + [STEPS] * len(TWINS)
     return out
 
 
@@ -126,3 +135,12 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(runs):
     whole, resumed = (Run(runs / name) for name in ("stage_3", "resumed"))
     assert_same_bits(whole_state(whole), whole_state(resumed))
     assert [repeatable(row) for row in whole.metrics()] == [repeatable(row) for row in resumed.metrics()]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_published_configs_twins_train(runs, name):
+    train, validations = rows(runs / name), rows(runs / name, "val")
+    assert [row["step"] for row in train] == list(range(1, STEPS + 1))
+    assert all(row.keys() >= {"perceptual", "adversarial", "real", "fake", "discriminator_lr"} for row in train)
+    assert train[-1]["l1"] < train[0]["l1"]
+    assert {"psnr", "ssim", "random_features"} <= validations[-1].keys()

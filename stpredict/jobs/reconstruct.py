@@ -1,0 +1,111 @@
+"""What a tokenizer makes of held-out videos: their clips, reconstructions and tokens as arrays, and pictures.
+
+The arrays are written clip by clip, so that fifty thousand clips, as a published rFVD takes, need no memory.
+"""
+
+import logging
+import math
+from itertools import compress
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+
+from data_pipeline.disk import check_space
+from data_pipeline.errors import UsageError
+from data_pipeline.order import Share
+from data_pipeline.shard_set import read_set
+from data_pipeline.stream import clip_evaluation_batches
+from data_pipeline.transforms import to_clip, to_video
+from data_pipeline.video_files import write_gif, write_mp4
+from stpredict.evaluation.pictures import side_by_side
+from stpredict.evaluation.reconstructed import ARRAYS, ReconstructedIndex
+from stpredict.exports import load_tokenizer
+from stpredict.jobs.config import ReconstructConfig
+from stpredict.run import Progress, Run, write_atomically
+from stpredict.tokenizers.clips import clips_for
+from stpredict.training.ranks import join_ranks
+
+log = logging.getLogger(__name__)
+FPS = 8  # of the pictures
+
+
+def run(config: ReconstructConfig, run: Run) -> None:
+    tokenizer, export, _ = load_tokenizer(config.tokenizer)
+    data = clips_for(config.data, config.tokenizer, export)
+    data = data.model_copy(update={"clip": data.clip.unaugmented})
+    config.tiling.check(export.model, "tiling")
+    there = read_set(data.shards, "val").manifest.samples * data.clip.per_video
+    count = min(config.clips or there, there)
+    clip, grid = (
+        (data.clip.frames, *data.clip.size, data.clip.channels),
+        export.model.grid(data.clip.frames, *data.clip.size),
+    )
+    shapes = {"truth": clip, "reconstruction": clip, "truth_tokens": grid}
+    types = {"truth_tokens": np.min_scalar_type(export.model.codebook_size - 1)}
+    check_space(
+        run.path, count * sum(math.prod(s) * np.dtype(types.get(n, np.uint8)).itemsize for n, s in shapes.items())
+    )
+    with join_ranks() as ranks:
+        paths = {name: run.samples / f"{name}.npy" for name in ARRAYS}
+        if ranks.is_main:
+            run.samples.mkdir(parents=True, exist_ok=True)
+            for name, path in paths.items():
+                open_memmap(path, "w+", types.get(name, np.uint8), (count, *shapes[name]))
+        ranks.barrier()
+        arrays = {name: open_memmap(path, "r+") for name, path in paths.items()}
+        tokenizer.to(ranks.device)
+        batches = clip_evaluation_batches(
+            data,
+            "val",
+            seed=config.seed,
+            share=Share(ranks.rank, ranks.size, config.batch_size),
+            samples=range(count),
+        )
+        progress = Progress(run, count, "clip") if ranks.is_main else None
+        keys: dict[int, str] = {}
+        for batch in batches:
+            real = batch["weight"] > 0
+            rows = batch["index"][real].tolist()
+            if not rows:
+                continue
+            tokens = tokenizer.encode(to_video(batch["clip"][real].to(ranks.device)), config.tiling)
+            made = to_clip(tokenizer.decode(tokens, config.tiling))
+            for name, values in zip(ARRAYS, (batch["clip"][real], made, tokens), strict=True):
+                arrays[name][rows] = values.cpu().numpy()
+            keys |= dict(zip(rows, compress(batch["key"], real), strict=True))
+            if progress:
+                progress.update(min(count, len(keys) * ranks.size), "reconstructing")
+        for array in arrays.values():
+            array.flush()
+        keys = {row: key for part in ranks.gather(keys) for row, key in part.items()}
+        if ranks.is_main:
+            _finish(config, run, arrays, dict(sorted(keys.items())), export.model.codebook_size, export.step)
+        ranks.barrier()
+
+
+@torch.no_grad()
+def _finish(
+    config: ReconstructConfig,
+    run: Run,
+    arrays: dict[str, np.ndarray],
+    keys: dict[int, str],
+    codebook_size: int,
+    step: int,
+) -> None:
+    if not keys:
+        raise UsageError(f"{run.path}: not one held-out clip could be read; look at the log for their names")
+    rows = list(keys)
+    if len(rows) < len(arrays["truth"]):  # some could not be read
+        log.warning("%d of %d clips could not be read and are left out", len(arrays["truth"]) - len(rows), len(rows))
+        for name in ARRAYS:
+            read = arrays[name][rows]
+            np.save(run.samples / f"{name}.npy", read)
+            arrays[name] = read
+    index = ReconstructedIndex(keys=list(keys.values()), codebook_size=codebook_size, tokenizer_step=step)
+    write_atomically(run.samples / "index.json", index.model_dump_json(indent=1) + "\n")
+    for number, key in enumerate(index.keys[: config.pictures]):
+        frames = side_by_side({name: arrays[name][number] for name in ARRAYS[:2]}, scale=2)
+        write_mp4(run.samples / f"{number:03d}_{key}.mp4", frames, FPS)
+        write_gif(run.samples / f"{number:03d}_{key}.gif", frames, FPS)
+    log.info("%d clips and their reconstructions in %s", len(rows), run.samples)
