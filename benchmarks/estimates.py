@@ -29,11 +29,11 @@ from benchmarks.engine import machine
 from data_pipeline.config import ClipConfig, ClipDataConfig
 from launcher.rank import leave
 from stpredict.config import flat
-from stpredict.estimates.activations import beside
 from stpredict.estimates.disk import disk_of
 from stpredict.estimates.live_bytes import LiveBytes
 from stpredict.estimates.memory import Memory, MemoryEstimator
 from stpredict.estimates.planned import Planned, plan_training
+from stpredict.estimates.shapes import modules
 from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
 from stpredict.training.checkpoint import CheckpointState, bytes_of, folder_of
 from stpredict.training.config import TrainingConfig
@@ -69,6 +69,23 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }
+JUDGED = {
+    "perceptual": {"network": {"kind": "random_features"}},
+    "adversarial": {"lecam": 0.001, "discriminator": {"channels": 32, "layers": 2, "groups": 8}},
+}
+R1 = {"adversarial": {**JUDGED["adversarial"], "r1": 10.0, "r1_every": 2}}
+MODELS["tokenizer_gan"] = {
+    "size": (32, 32),
+    "frames": 9,
+    "model": {
+        "channels": (16, 32, 32),
+        "blocks": (1, 1, 1),
+        "middle_blocks": 1,
+        "strides": ((1, 2, 2), (2, 2, 2)),
+        "groups": 8,
+    },
+    "loss": JUDGED,
+}
 MODELS["adversarial tokenizer"] = MODELS["tokenizer"] | {
     "loss": {"perceptual": {"network": {"kind": "random_features"}}, "adversarial": {"r1": 1, "lecam": 0.001}}
 }
@@ -85,7 +102,8 @@ LARGE: dict[str, dict[str, Any]] = {
     "tokenizer": {"size": (128, 128), "frames": 17, "model": {}},
 }
 LARGE["adversarial tokenizer"] = LARGE["tokenizer"] | {"loss": MODELS["adversarial tokenizer"]["loss"]}
-MICRO_BATCH = {"prior": 4, "weights": 1, "tokenizer": 2, "adversarial tokenizer": 2}
+LARGE["tokenizer_gan"] = {**LARGE["tokenizer"], "loss": {**JUDGED, "adversarial": {}}}
+MICRO_BATCH = {"prior": 4, "weights": 1, "tokenizer": 2, "tokenizer_gan": 2, "adversarial tokenizer": 2}
 
 
 def bucket(elements: int, **more: Any) -> dict[str, Any]:
@@ -97,7 +115,7 @@ def fixed(precision: str, stage: int) -> dict[str, Any]:
 
 
 def trials(models: list[str], stages: list[int]) -> Iterator[dict[str, Any]]:
-    """Settings of each training: ``model``, and what is other than the defaults under ``training``."""
+    """Settings of each training: ``model``, and what is other than the defaults under ``training`` and ``loss``."""
     for model in models:
         for precision in PRECISIONS:
             for stage in stages:
@@ -111,6 +129,10 @@ def trials(models: list[str], stages: list[int]) -> Iterator[dict[str, Any]]:
                     yield {"model": model, "training": training}
                 extra = {"precision": precision, "zero_stage": stage, "ema_decay": 0.99}
                 yield {"model": model, "accumulation": 2, "training": extra}
+                if model == "tokenizer_gan":
+                    adaptive = {"discriminator": {"adaptive_weight": True}}
+                    yield {"model": model, "training": {**fixed(precision, stage), **adaptive}}
+                    yield {"model": model, "loss": R1, "training": fixed(precision, stage)}
                 if model == "weights" and stage > 0:
                     yield {"model": model, "training": {**fixed(precision, stage), "deepspeed": bucket(WHOLE)}}
                 if model == "weights":
@@ -141,9 +163,8 @@ def planned_training(trial: Mapping[str, Any], ranks: int, cuda: bool) -> Planne
         case _:
             clip = ClipConfig(frames=sizes["frames"], size=sizes["size"])
             data = ClipDataConfig(shards="(none)", clip=clip)
-            return plan_training(
-                TokenizerJobConfig(**common, data=data, model=sizes["model"], loss=sizes.get("loss", {}))
-            )
+            loss = sizes.get("loss", {}) | trial.get("loss", {})
+            return plan_training(TokenizerJobConfig(**common, data=data, model=sizes["model"], loss=loss))
 
 
 def main() -> None:
@@ -192,7 +213,14 @@ def told(trial: Mapping[str, Any]) -> str:
     training = trial["training"]
     found = [training.get("activation_checkpointing", {}).get("policy", "none")]
     found += [f"{trial['accumulation']} micro-batches"] if "accumulation" in trial else []
-    names = {"ema_decay": "averages", "deepspeed": "one bucket", "optimizer": "SGD", "offload": "offloaded"}
+    found += ["R1"] if trial.get("loss") == R1 else []
+    names = {
+        "discriminator": "adaptive weight",
+        "ema_decay": "averages",
+        "deepspeed": "one bucket",
+        "optimizer": "SGD",
+        "offload": "offloaded",
+    }
     return ", ".join([*found, *(name for key, name in names.items() if key in training)])
 
 
@@ -205,8 +233,8 @@ _estimators: dict[tuple, MemoryEstimator] = {}
 
 
 def estimated(trial: Mapping[str, Any], ranks: int, cuda: bool = False) -> Memory:
-    key = (trial["model"], cuda)
     planned = planned_training(trial, ranks, cuda)
+    key = (trial["model"], cuda, str(trial.get("loss")), str(planned.config.training.discriminator))
     estimator = _estimators.setdefault(key, MemoryEstimator(planned, "cuda" if cuda else "cpu"))
     training = planned.config.training
     return estimator.of(training, ranks, training.micro_batch_size)
@@ -255,12 +283,14 @@ def measured(trial: Mapping[str, Any], ranks: Ranks) -> dict[str, int]:
     before = torch.cuda.memory_allocated() if cuda else 0
     with live:
         task = planned.task
-        for module in (task.model, *beside(task)):
-            _real(module)
+        for module in modules(task):
+            made_real(module)
         learner = Learner(task, training, ranks)
         for step in range(3):
-            batches = [to_device(planned.batch(training.micro_batch_size, "cpu"), ranks.device)]
-            batches *= trial.get("accumulation", 1)
+            batches = [
+                to_device(planned.batch(training.micro_batch_size, "cpu"), ranks.device)
+                for _ in range(trial.get("accumulation", 1))
+            ]
             for batch in batches:
                 for value in batch.values():
                     if torch.is_tensor(value):
@@ -291,7 +321,7 @@ def _checkpoint(learner: Learner, ranks: Ranks) -> int:
             world_size=ranks.size,
             zero_stage=learner.training.zero_stage,
             precision=learner.precision,
-            optimizer_steps={"model": 3},
+            optimizer_steps=learner.optimizer_steps(),
             config=flat(learner.training.model_dump(mode="json")),
             export={},
         )
@@ -305,10 +335,10 @@ def _checkpoint(learner: Learner, ranks: Ranks) -> int:
     return size
 
 
-def _real(model: torch.nn.Module) -> torch.nn.Module:
+def made_real(model: torch.nn.Module) -> None:
     """On the CPU, with some finite values."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
-    model = model.to_empty(device="cpu")
+    model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
@@ -317,7 +347,6 @@ def _real(model: torch.nn.Module) -> torch.nn.Module:
                 buffer.copy_(buffers[name])
             else:
                 buffer.zero_()
-    return model
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from stpredict.estimates.duration import work
 from stpredict.estimates.estimate import Asked, Estimate
+from stpredict.estimates.judging import Judging
 from stpredict.estimates.machine import MARGIN, Machine
 from stpredict.estimates.offloading import UPDATED_PER_S
 from stpredict.estimates.recommendation import gigabytes
@@ -36,8 +37,8 @@ def show_training(name: str, found: Estimate, latents: dict[str, int] | None) ->
             f"clips are tokenized in every step: {amount(tokenizing.flops / 2, 'MAC')} per clip, forward alone, in "
             "fp32 (TF32 where the GPU has it)"
         )
-    if any(way.memory.beside for way in found.ways):
-        console.print("the discriminator and the perceptual loss are in memory, and in neither FLOPs nor time")
+    if judging := found.planned.judging:
+        console.print(_judging(judging, training.batch_size))
     console.print(_machine(machine, found.asked))
     console.print(_ways(found))
     if latents:
@@ -56,6 +57,19 @@ def show_training(name: str, found: Estimate, latents: dict[str, int] | None) ->
     _assumptions(console, found.machine, found.asked, found.ways, shortest)
     if found.without_tokenizer:
         _left_out(console, f"none is there (tokenizer: {found.planned.config.tokenizer})")
+
+
+def _judging(judging: Judging, batch_size: int) -> str:
+    """What is computed beside the model."""
+    model = f"{amount(batch_size * judging.model_flops, 'FLOP')} in the model's step"
+    if not judging.parameters:
+        return f"the networks of its losses take {model} besides, in fp32 (TF32 where the GPU has it)"
+    r1 = judging.r1_flops and f", {amount(batch_size * judging.r1_flops, 'FLOP')} more with R1"
+    return (
+        f"a discriminator of {judging.parameters:,} parameters and the networks of losses take {model} besides, "
+        f"{amount(batch_size * judging.discriminator_flops, 'FLOP')} in the discriminator's{r1 or ''}; in fp32 (TF32 "
+        "where the GPU has it)"
+    )
 
 
 def _ways(found: Estimate) -> Table:
@@ -105,9 +119,10 @@ def _recommended(console: Console, found: Estimate, way: Way) -> None:
             f"({_beside(transfer.beside)})"
         )
     tokenizing = f"{seconds(time.tokenizing_s)} of tokenizing, " if time.tokenizing_s else ""
+    judging = f"{seconds(time.judging_s)} of judging, " if time.judging_s else ""
     offloading = time.with_host.total_s + time.update_s
     console.print(
-        f"a step: {tokenizing}{seconds(time.computation_s)} of computation, "
+        f"a step: {tokenizing}{seconds(time.computation_s)} of computation, {judging}"
         f"{seconds(time.between_gpus.total_s)} of communication"
         + (f", {seconds(offloading)} of offloading ({seconds(time.update_s)} the CPUs' update)" if offloading else "")
     )

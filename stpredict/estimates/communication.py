@@ -9,7 +9,8 @@
 
 At ZeRO 1 and 2 it is an all-reduce, twice the traffic of a reduce-scatter, unless
 ``deepspeed.zero_optimization.use_multi_rank_bucket_allreduce`` is false. Left out: the engine's own all-reduces of a
-few numbers (counts, loss, gradient norm), batch statistics, a discriminator, and validation.
+few numbers (counts, loss, gradient norm), batch statistics, and validation. A discriminator's gradients are all-reduced
+once in a step in which it learns, at every stage (``of_discriminator``).
 """
 
 from collections.abc import Collection
@@ -87,3 +88,13 @@ def communication(
             "computation" if overlaps else None,
         ),
     ]
+
+
+def of_discriminator(discriminator: nn.Module | None, training: TrainingConfig, ranks: int) -> list[Collective]:
+    """Of a step, on average. DDP sends them beside the last of the discriminator's backward passes, which are too short
+    to count on."""
+    if discriminator is None or ranks == 1:
+        return []
+    trained = sum(p.numel() for p in discriminator.parameters() if p.requires_grad)
+    every = training.discriminator.every
+    return [Collective("the discriminator's gradients", "all-reduce", 4 * trained / every, None)]

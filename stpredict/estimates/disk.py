@@ -70,33 +70,34 @@ def _in_tar(size: int) -> int:
 
 
 def _checkpoint(planned: Planned, training: TrainingConfig, ranks: int) -> int:
-    task, stage = planned.task, training.zero_stage
-    kinds = _kinds(training.optimizer) + (["ema"] if training.ema_decay is not None else [])
-    cut = (ranks - 1) * len(kinds) * 2 if stage in (1, 2) else 0  # pieces more, where ranks' ranges begin
-    total = _state("model", task.model, kinds, ranks if stage == 3 else 1, cut)
-    if task.discriminator is not None:
-        total += _state("discriminator", task.discriminator, _kinds(training.discriminator.optimizer), 1, 0)
+    averages = ["ema"] if training.ema_decay is not None else []
+    kinds = [*_of_optimizer(training.optimizer), *averages]
+    split = ranks if training.zero_stage == 3 else 1
+    cut = (ranks - 1) * len(kinds) * 2 * (training.zero_stage in (1, 2))
+    total = _module("model", planned.task.model, kinds, split) + cut * (ABOUT_PIECE + ABOUT_RANGE)
+    if planned.task.discriminator is not None:  # whole on every rank, each tensor saved by one
+        total += _module("discriminator", planned.task.discriminator, _of_optimizer(training.discriminator.optimizer))
     return total + ranks * (_random() + ABOUT_RANK) + ABOUT_CHECKPOINT
 
 
-def _kinds(optimizer: OptimizerConfig) -> list[str]:
-    return ["weight"] if optimizer.kind == "sgd" else ["weight", "exp_avg", "exp_avg_sq"]
-
-
-def _state(key: str, module: torch.nn.Module, kinds: list[str], split: int, cut: int) -> int:
-    """Of a module whose every tensor is in ``split`` pieces, and ``cut`` more of all."""
+def _module(module: str, model: torch.nn.Module, kinds: list[str], split: int = 1) -> int:
+    """Of its state, each tensor of which is saved in ``split`` pieces."""
     total = tensors = named = 0
-    for name, parameter in module.named_parameters():
+    for name, parameter in model.named_parameters():
         mine = kinds if parameter.requires_grad else ["weight"]
         total += 4 * len(mine) * parameter.numel()
         tensors += len(mine)
-        named += sum(len(f"{key}/{kind}/{name}") for kind in mine)
-    for name, buffer in _persistent(module):
+        named += sum(len(f"{module}/{kind}/{name}") for kind in mine)
+    for name, buffer in _persistent(model):
         total += buffer.nbytes
         tensors += 1
-        named += len(f"{key}/buffer/{name}")
-    pieces = tensors * split + cut
-    return total + named * (split + 1) + pieces * (ABOUT_PIECE + ABOUT_RANGE) + tensors * ABOUT_TENSOR
+        named += len(f"{module}/buffer/{name}")
+    return total + named * (split + 1) + tensors * (split * (ABOUT_PIECE + ABOUT_RANGE) + ABOUT_TENSOR)
+
+
+def _of_optimizer(optimizer: OptimizerConfig) -> list[str]:
+    """Kinds of what is kept of each of its weights."""
+    return ["weight"] if optimizer.kind == "sgd" else ["weight", "exp_avg", "exp_avg_sq"]
 
 
 def _export(planned: Planned) -> int:

@@ -53,7 +53,7 @@ class Sending:
 class StepTime:
     """Seconds of one step: ``forward_s`` is a part of ``computation_s``; ``between_gpus`` and ``with_host`` are what
     sending takes if nothing else goes on; ``update_s`` is the CPU's, of what is offloaded to it. ``tokenizing_s`` is
-    before each micro-batch."""
+    before each micro-batch, ``judging_s`` what a discriminator and the networks of losses take, on average."""
 
     computation_s: float
     forward_s: float
@@ -61,6 +61,7 @@ class StepTime:
     with_host: Sending = Sending()
     update_s: float = 0.0
     tokenizing_s: float = 0.0
+    judging_s: float = 0.0
 
     @property
     def step_s(self) -> float:
@@ -69,12 +70,12 @@ class StepTime:
         both = self.between_gpus, self.with_host
         gradients, weights = sum(s.beside_backward_s for s in both), sum(s.beside_computation_s for s in both)
         busy = max(self.computation_s, self.forward_s + gradients, gradients + weights)
-        return self.tokenizing_s + busy + sum(s.waited_for_s for s in both) + self.update_s
+        return self.tokenizing_s + self.judging_s + busy + sum(s.waited_for_s for s in both) + self.update_s
 
     @property
     def without_overlap_s(self) -> float:
         sending = self.between_gpus.total_s + self.with_host.total_s
-        return self.tokenizing_s + self.computation_s + sending + self.update_s
+        return self.tokenizing_s + self.judging_s + self.computation_s + sending + self.update_s
 
 
 def bandwidth(gpu: Gpu, nodes: int, gpus_per_node: int, network_gb_s: float) -> float:
@@ -147,6 +148,6 @@ def while_computing(mfu: float, time: StepTime, run: Run) -> float:
             f"--mfu-from {run.path}: its steps take {whole:.2g} s, and what they send takes as long at the links' "
             "assumed speed: give --mfu"
         )
-    computed, tokenized = time.computation_s / whole, time.tokenizing_s / whole  # for each FLOP that counts
+    computed, beside = time.computation_s / whole, (time.tokenizing_s + time.judging_s) / whole  # per FLOP that counts
     forward = 1 / FORWARDS_PER_STEP
-    return mfu * whole / min(busy / (computed + tokenized), (busy - gradients) / (forward + tokenized))
+    return mfu * whole / min(busy / (computed + beside), (busy - gradients) / (forward + beside))

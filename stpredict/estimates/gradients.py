@@ -126,22 +126,31 @@ class Gradients:
             Kept(kept + share, self._buffers(self.low)),
         ]
 
+    def between(self) -> Kept:
+        """When they have been exchanged, and before the update."""
+        if self.stage == 0:
+            return Kept(4 * self.all, 0)
+        if self.is_bf16_optimizer:
+            return Kept((self.sums + self.low) * self.all, 0)
+        kept, bucket = self.sums * self.share, self.sums * self.bucket * (self.stage == 3)
+        if self.stage == 1 and self.in_one:
+            bucket = self._buffers(self.sums)  # the other ranks' gradients are views of it
+        if self.offloaded and not (self.in_one and self.stage < 3):
+            kept = 0
+        return Kept(kept, bucket)
+
     def in_update(self) -> list[Kept]:
         """When their norm is taken, and when the weights are updated."""
+        kept, bucket = self.between()
         # torch's SGD adds the decay to a copy.
         decays = self.optimizer.kind == "sgd" and self.optimizer.weight_decay > 0
         if self.stage == 0:
             copied = self.decayed if self.device == "cuda" else self.largest
-            return [Kept(4 * (self.all + copied * decays), 0)]
+            return [Kept(kept + 4 * copied * decays, 0)]
         if self.is_bf16_optimizer:
-            kept = (self.sums + self.low) * self.all
             return [Kept(kept + 4 * self._of_share(self.decayed) * decays, 0)]
-        kept, bucket = self.sums * self.share, self.sums * self.bucket * (self.stage == 3)
-        if self.stage == 1 and self.in_one:
-            bucket = self._buffers(self.sums)  # the other ranks' gradients are views of it
         if self.offloaded:
-            on_device = kept if self.in_one and self.stage < 3 else 0
-            return [Kept(on_device, bucket)]
+            return [Kept(kept, bucket)]
         group = self._of_share(self.decayed)
         if self.stage == 3:
             group = min(group, self.sub_group)

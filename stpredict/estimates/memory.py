@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from torch import nn
 
-from stpredict.estimates.activations import Activations, Numbers, beside, follow
+from stpredict.estimates.activations import Activations, Numbers, follow
 from stpredict.estimates.gradients import BYTES, Gradients, Kept
 from stpredict.estimates.planned import Planned
 from stpredict.estimates.zero3_gathers import gathered, thresholds
@@ -21,16 +22,17 @@ from stpredict.training.precision import TYPES
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that has most, at ``moment``: "tokenizing", "backward", "exchange" or "update".
+    """Bytes on the rank that has most, at ``moment``: "tokenizing", "backward", "exchange", "discriminator" (its step)
+    or "update".
 
     ``weights`` are those that are computed with, ``masters`` the fp32 ones that are updated. ``buffers`` are the
     model's; ``buckets`` those through which DeepSpeed exchanges gradients, and the copies that it makes of them;
     ``gathered`` is what ZeRO-3 has collected of the other ranks' weights. ``activations`` are a micro-batch's, with
-    gradients on their way, losses and inputs. ``beside`` is what the task has beside its model: a discriminator with
-    its gradients, DDP's copy of them and its moments, and networks that a loss looks with. ``tokenizer`` is one that
-    runs in every step: its weights, the clips of all micro-batches and, while it runs, what it makes of them. ``host``
-    is in the host's memory, for this rank, and no part of ``total``: what is offloaded, and the copy from which
-    checkpoints are written in the background.
+    gradients on their way, losses and inputs. ``tokenizer`` is one that runs in every step: its weights, the clips of
+    all micro-batches and, while it runs, what it makes of them. ``discriminator`` is
+    one that learns, whole on every rank: weights, moments, gradients and their buckets; ``networks`` are weights that
+    losses are computed with. ``host`` is in the host's memory, for this rank, and no
+    part of ``total``: what is offloaded, and the copy from which checkpoints are written in the background.
     """
 
     moment: str
@@ -43,8 +45,9 @@ class Memory:
     buckets: int
     gathered: int
     activations: int
-    beside: int = 0
     tokenizer: int = 0
+    discriminator: int = 0
+    networks: int = 0
     host: int = 0
 
     @property
@@ -74,15 +77,22 @@ class MemoryEstimator:
         if precision == "auto":
             precision = "bf16" if self.device == "cuda" else "fp32"
         activations = self._follow(training, precision)
-        alive, finished = activations.bytes(micro_batch), activations.finished
+        # Micro-batches before the last keep what the discriminator has yet to see.
+        judged = (training.batch_size // ranks - micro_batch) * activations.judged
+        alive, finished = activations.bytes(micro_batch) + judged, activations.finished
         accumulated = training.batch_size > ranks * micro_batch
-        states = self._states(training, precision, ranks, accumulated)
+        always = self._states(training, precision, ranks, accumulated)
+        judge = _elements(self._planned.task.discriminator)
+        states = replace(always, discriminator=always.discriminator + 4 * judge)  # gradients, until it learns again
         gradients = Gradients(self._planned, training, precision, ranks, accumulated, self.device)
         backward = _most(states, "backward", gradients.in_backward(finished), alive)
         moments = [replace(backward, gathered=self._gathered(training, precision, ranks))]
         # Of the forward and backward pass, only what a step is told is left.
         moments += [_most(states, "exchange", kept, alive[-1:]) for kept in gradients.exchanged(finished)]
         moments += [_most(states, "update", kept, alive[-1:]) for kept in gradients.in_update()]
+        if learning := activations.discriminator:
+            made = 4 * (np.full_like(learning.finished, judge) if accumulated else learning.finished)
+            moments.append(_judges(always, gradients.between(), learning.bytes(micro_batch) + judged, made))
         if tokenizing := self._planned.tokenizing:
             clips = tokenizing.weights + training.batch_size // ranks * tokenizing.clip
             moments.append(_most(states, "tokenizing", gradients.before_forward(), np.array([tokenizing.forward])))
@@ -102,7 +112,8 @@ class MemoryEstimator:
 
     def _states(self, training: TrainingConfig, precision: str, ranks: int, accumulated: bool) -> Memory:
         """What is there all the time."""
-        model, stage = self._planned.task.model, training.zero_stage
+        task, stage = self._planned.task, training.zero_stage
+        model = task.model
         everything = sum(p.numel() for p in model.parameters())
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
         share = -(-sum(trained) // ranks)
@@ -113,9 +124,13 @@ class MemoryEstimator:
         moments = 0 if training.optimizer.kind == "sgd" else 8 * mine
         averages = 4 * share if training.ema_decay is not None else 0
         buffers = sum(buffer.nbytes for buffer in model.buffers())
+        # The discriminator is in DDP, which has a place for each gradient beside it.
+        judge, sgd = _elements(task.discriminator), training.discriminator.optimizer.kind == "sgd"
+        discriminator = (4 + 4 + 8 * (not sgd)) * judge
+        networks = sum(tensor.nbytes for n in task.networks() for tensor in (*n.parameters(), *n.buffers()))
         host = buckets = 0
         if training.checkpoint.background:
-            host += 4 * share + moments * share // mine + averages
+            host += 4 * share + moments * share // mine + averages + (discriminator - 4 * judge) // ranks
         if training.offload.optimizer == "cpu":
             host += masters + moments + averages + 4 * share  # and gradients
             if stage == 3:
@@ -128,8 +143,8 @@ class MemoryEstimator:
             masters = moments = averages = 0
         if training.offload.parameters == "cpu":
             host, weights = host + weights, 0
-        others = _beside(self._planned, training)
-        return Memory("", weights, masters, moments, 0, averages, buffers, buckets, 0, 0, others, host=host)
+        beside = {"discriminator": discriminator, "networks": networks}
+        return Memory("", weights, masters, moments, 0, averages, buffers, buckets, 0, 0, **beside, host=host)
 
     def _gathered(self, training: TrainingConfig, precision: str, ranks: int) -> int:
         if training.zero_stage < 3 or ranks == 1:
@@ -152,12 +167,12 @@ def _most(states: Memory, moment: str, kept: Kept, alive: np.ndarray) -> Memory:
     )
 
 
-def _beside(planned: Planned, training: TrainingConfig) -> int:
-    """Bytes of the task's other modules, which are in fp32 on every rank."""
-    task, size = planned.task, 0
-    for module in beside(task):
-        size += sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    if task.discriminator is not None:
-        moments = 0 if training.discriminator.optimizer.kind == "sgd" else 2
-        size += sum((2 + moments) * p.nbytes for p in task.discriminator.parameters() if p.requires_grad)
-    return size
+def _judges(states: Memory, kept: Kept, alive: np.ndarray, made: np.ndarray) -> Memory:
+    """Of the discriminator's step, of whose own gradients ``made`` bytes are there."""
+    at = int(np.argmax(alive + made))
+    found = _most(states, "discriminator", kept, alive[at : at + 1])
+    return replace(found, discriminator=states.discriminator + int(made[at]))
+
+
+def _elements(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())

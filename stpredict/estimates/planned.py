@@ -2,11 +2,13 @@
 see."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from data_pipeline.config import ClipConfig
 from data_pipeline.errors import UsageError
+from stpredict.estimates.judging import Judging, plan_judging
 from stpredict.estimates.tokenizing import Tokenizing, plan_tokenizing
 from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
 from stpredict.priors.config import LatentConfig, TokenizedClipsConfig
@@ -23,12 +25,13 @@ TrainConfig = TokenizerJobConfig | PriorJobConfig
 class Planned:
     """``sample`` is one sample of a batch, on the meta device: a key and a tensor without its batch axis. A prior's is
     its tokens; where they are made in every step, ``tokenizing`` is what makes them, or None where that is not
-    known."""
+    known. ``judging`` is what the model's work is judged by, beside plain errors."""
 
     config: TrainConfig
     task: Task
     sample: dict[str, torch.Tensor]
     tokenizing: Tokenizing | None = None
+    judging: Judging | None = None
 
     @property
     def tokenizes(self) -> bool:
@@ -37,8 +40,7 @@ class Planned:
 
     def batch(self, size: int, device: str = "meta") -> Batch:
         """As the stream would give it to one rank."""
-        tensors = {name: one.new_empty(size, *one.shape, device=device) for name, one in self.sample.items()}
-        return {"key": [str(number) for number in range(size)], **tensors}
+        return _batch(self.sample, size, device)
 
 
 def plan_training(config: TrainConfig, tokenizer: tuple[CausalCnnConfig, ClipConfig] | None = None) -> Planned:
@@ -57,7 +59,15 @@ def plan_training(config: TrainConfig, tokenizer: tuple[CausalCnnConfig, ClipCon
                 sample = {"latent": torch.empty(latent.grid, dtype=torch.int64)}
                 if task.prefixes:
                     sample["label"] = torch.empty((), dtype=torch.int64)
-    return Planned(config, task, sample, tokenizing)
+    judging = None
+    if isinstance(config, TokenizerJobConfig):
+        judging = plan_judging(config, task, partial(_batch, sample))
+    return Planned(config, task, sample, tokenizing, judging)
+
+
+def _batch(sample: dict[str, torch.Tensor], size: int, device: str) -> Batch:
+    tensors = {name: one.new_empty(size, *one.shape, device=device) for name, one in sample.items()}
+    return {"key": [str(number) for number in range(size)], **tensors}
 
 
 def _latent(config: PriorJobConfig) -> LatentConfig:

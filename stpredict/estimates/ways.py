@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stpredict.estimates.communication import Collective, communication
+from stpredict.estimates.communication import Collective, communication, of_discriminator
 from stpredict.estimates.duration import StepTime, Utilization, step_time
+from stpredict.estimates.judging import model_learns
 from stpredict.estimates.machine import Machine
 from stpredict.estimates.memory import Memory, MemoryEstimator
 from stpredict.estimates.offloading import Transfer, transfers, update_s
@@ -70,10 +71,12 @@ class Ways:
     """Of one training, whose samples take ``flops_forward`` each."""
 
     def __init__(self, planned: Planned, flops_forward: float, utilization: Utilization, with_memory: bool = True):
-        self.task, self.tokenizing, self.training = planned.task, planned.tokenizing, planned.config.training
+        self.task, self.training = planned.task, planned.config.training
+        self.tokenizing, self.judging = planned.tokenizing, planned.judging
         self.memory = MemoryEstimator(planned) if with_memory else None
         self.utilization = utilization
-        self.flops = FORWARDS_PER_STEP * flops_forward * self.training.batch_size
+        backward = (FORWARDS_PER_STEP - 1) * model_learns(self.task, self.training.discriminator)
+        self.flops = (1 + backward) * flops_forward * self.training.batch_size
 
     def way(self, machine: Machine, training: TrainingConfig) -> Way:
         """``training`` as it stands. UsageError where its batch does not divide among the ranks."""
@@ -84,11 +87,14 @@ class Ways:
         model, layers = self.task.model, self.task.layers()
         recomputed = [] if recomputing.policy == "none" else layers[:: recomputing.every]
         collectives = communication(model, recomputed, training, precision, ranks)
+        collectives += of_discriminator(self.task.discriminator, training, ranks)
         moved = transfers(model, recomputed, training, precision, ranks)
         update, mfu = update_s(model, training, machine.nodes), self.utilization.mfu
         time = step_time(self.flops, collectives, moved, update, machine, precision, mfu, recomputing)
         if self.tokenizing:
             time = replace(time, tokenizing_s=self.tokenizing.seconds(training, ranks, machine.gpu, mfu))
+        if self.judging:
+            time = replace(time, judging_s=self.judging.seconds(training, ranks, machine.gpu, mfu))
         return Way(
             training,
             machine,

@@ -56,6 +56,9 @@ class TokenizerTask(Task):
         encoder, decoder = self.model.encoder, self.model.decoder
         return [*encoder.stages, *encoder.middle, *decoder.middle, *decoder.stages]
 
+    def networks(self) -> Sequence[nn.Module]:
+        return [self.perceptual] if self.perceptual else []
+
     def training_batches(self, share: Share, consumed: Mapping[str, int]) -> TrainingBatches:
         return clip_batches(
             self.data, "train", seed=self.seed, share=share, consumed=consumed, quarantined=self.quarantined

@@ -63,6 +63,10 @@ class Task(ABC):
         and compiled (``training.compile``) one by one. They hold most of what the backward pass needs."""
         return ()
 
+    def networks(self) -> Sequence[nn.Module]:
+        """Those beside the model that never learn and that it is trained through, such as a perceptual loss's."""
+        return ()
+
     @abstractmethod
     def training_batches(self, share: Share, consumed: Mapping[str, int]) -> TrainingBatches:
         """Endless micro-batches, from where ``consumed`` samples of each set (counted over all ranks) are gone."""

@@ -127,7 +127,7 @@ def test_a_prior_on_clips_pays_for_its_tokenizer_or_is_said_not_to(tmp_path, cap
     assert "is in neither time nor memory" in capsys.readouterr().out.replace("\n", "")
 
 
-def test_a_tokenizers_losses_are_in_memory_and_disk_and_said_not_to_be_in_time(capsys):
+def test_a_tokenizers_losses_are_in_memory_disk_and_time(capsys):
     path, found = Path("configs/tokenizers/demo.yaml"), []
     for changes in ([], ["loss.adversarial={}", "loss.perceptual={}"]):  # of which no weights are needed
         estimate(path, changes, Options(gpus_per_node=1), as_json=True)
@@ -135,15 +135,19 @@ def test_a_tokenizers_losses_are_in_memory_and_disk_and_said_not_to_be_in_time(c
     without, with_them = (one["recommended"]["memory"] for one in found)
     vgg, heads, constants = 14_714_688, 64 + 128 + 256 + 512 + 512, 6
     discriminator = 11_057_857 - 2 * 64 * 64  # of one channel
-    assert with_them["beside"] == 4 * (vgg + heads + constants) + 5 * 4 * discriminator
-    assert without["beside"] == 0
+    assert with_them["networks"] == 4 * (vgg + heads + constants)
+    assert with_them["discriminator"] == 5 * 4 * discriminator
+    assert without["networks"] == without["discriminator"] == 0
+    assert found[1]["judging"]["parameters"] == discriminator
+    assert found[0]["judging"] is None
+    assert found[1]["recommended"]["judging_s"] > found[0]["recommended"]["judging_s"] == 0
     assert with_them["activations"] > without["activations"]
     assert found[1]["disk"]["checkpoint"] - found[0]["disk"]["checkpoint"] == pytest.approx(
         12 * discriminator, rel=1e-3
     )
     assert found[1]["flops_forward"] == found[0]["flops_forward"]
     estimate(path, ["loss.adversarial={}"], Options(), as_json=False)
-    assert "in memory, and in neither FLOPs nor time" in " ".join(capsys.readouterr().out.split())
+    assert f"a discriminator of {discriminator:,} parameters" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,14 @@ def planned_prior(
 
 
 def planned_tokenizer(
-    frames: int = 9, size: tuple[int, int] = (32, 32), training: dict | None = None, **model
+    frames: int = 9, size: tuple[int, int] = (32, 32), training: dict | None = None, loss: dict | None = None, **model
 ) -> Planned:
     return plan_training(
         TokenizerJobConfig(
             run="(none)",
             data=ClipDataConfig(shards="(none)", clip=ClipConfig(frames=frames, size=size)),
             model=model,
+            loss=loss or {},
             training={**TRAINING, **(training or {})},
         )
     )
