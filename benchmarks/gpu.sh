@@ -61,6 +61,7 @@ PYTHON
 
 part "Tests" "$python" -m pytest -m "gpu and not slow" -q -rs
 # A GPU's steps are short beside a CPU's at the same size: a model for which launching kernels is not all there is.
+part "Decoding by block shape" "$python" -m benchmarks.decoding --rounds 3
 part "Training step of the large priors" "$python" -m benchmarks.training_step --seconds 40
 part "Attention" "$python" -m benchmarks.attention --widths 96
 part "Engine step beside bare DeepSpeed" "$python" -m benchmarks.engine steps --precision bf16 --layers 12 --width 1024 --batch 8
