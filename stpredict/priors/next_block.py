@@ -99,8 +99,9 @@ class NextBlockPrior(nn.Module):
         self.prefix, self.start = config.prefix, self.order.block_tokens if config.predicts_first_block else 0
         self.hybrid = bool(self.start) and config.conditioning.start == "hybrid"
         self.sight = Sight.of_blocks(self.order.sizes, self.prefix, self.start, self.hybrid, config.attention)
-        # Integers, so that casting the model to bf16 leaves them exact; angles are computed in fp32 on use.
+        # Integers, so that casting the model to bf16 leaves them exact; angles are computed in fp32.
         self.register_buffer("positions", self._positions(), persistent=False)
+        self._rotary: tuple[Tensor, Tensor] | None = None
         self.embedding = nn.Embedding(codebook_size, config.width)
         match config.conditioning:  # the last id is that of the null prefix
             case ClassLabels():
@@ -241,10 +242,16 @@ class NextBlockPrior(nn.Module):
         before = whole - sizes[0] + sizes[-1]  # the last whole block predicts the first smaller one
         return torch.cat([x[:, :before], x[:, whole:]], dim=1)
 
+    def _rotation(self) -> tuple[Tensor, Tensor]:
+        """Of all positions, computed once on each device."""
+        if self._rotary is None or self._rotary[0].device != self.positions.device:
+            self._rotary = rotation(self.positions, self.config.width // self.config.heads)
+        return self._rotary
+
     def _hidden(self, x: Tensor, start: int, prefix_lengths: Tensor | None, caches: list) -> Tensor:
         """Of embedded inputs (b, n, d), of which the first is number ``start``, before the head."""
         stop = start + x.shape[1]
-        rotary = rotation(self.positions[start:stop], self.config.width // self.config.heads)
+        rotary = tuple(table[start:stop] for table in self._rotation())
         inputs = Inputs(rotary, self.sight.of(start, stop), prefix_lengths)
         x = self.dropout(x)
         for layer, cache in zip(self.layers, caches, strict=True):

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from stpredict.priors.config import NextBlockConfig
+from stpredict.priors.config import NextBlockConfig, TextTokens
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.sampling import next_block
 from stpredict.sampling.config import SamplingConfig
@@ -55,9 +55,9 @@ class TapeRecording(Recording):
         return tape.replay, returned
 
 
-def prior_of(block: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> NextBlockPrior:
+def prior_of(block: tuple[int, int, int], dtype: torch.dtype = torch.float32, **conditioning) -> NextBlockPrior:
     torch.manual_seed(0)
-    config = NextBlockConfig(layers=2, width=32, heads=2, mlp_width=48, block=block, dropout=0.0)
+    config = NextBlockConfig(layers=2, width=32, heads=2, mlp_width=48, block=block, dropout=0.0, **conditioning)
     return NextBlockPrior(config, 50, (3, 4, 4)).to(dtype).eval()
 
 
@@ -76,6 +76,29 @@ def test_recorded_steps_give_the_tokens_of_steps_that_run(block, monkeypatch):
     assert torch.equal(torch.stack(found), torch.stack(expected))
     blocks = len(prior.order.sizes) - prior.order.blocks_in(block[0] * 16)
     assert recording.steps_recorded == blocks - 1
+
+
+def test_recorded_steps_read_the_prefixes_of_their_own_batch(monkeypatch):
+    """Texts of several lengths and guidance, from no frame."""
+    monkeypatch.setattr(
+        next_block, "draw_tokens", lambda logits, config, uniform: draw(probabilities(logits, config), uniform[..., 0])
+    )
+    prior, recording = (
+        prior_of((1, 1, 4), conditioning=TextTokens(tokenizer="unread", vocabulary=30, tokens=5)),
+        TapeRecording(),
+    )
+    given, sampling = torch.zeros(2, 0, 4, 4, dtype=torch.long), SamplingConfig(guidance=3.0)
+    found, expected = [], []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        told = [
+            (torch.randint(31, (2, 5), generator=generator), torch.randint(1, 6, (2,), generator=generator))
+            for _ in range(2)
+        ]
+        found.append(continue_tokens(prior, given, sampling, [0, 1], *told, recording=recording))
+        expected.append(continue_tokens(prior, given, sampling, [0, 1], *told))
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    assert len(torch.stack(found).flatten(1).unique(dim=0)) == 4
 
 
 def test_a_recording_of_other_shapes_is_refused():
