@@ -134,7 +134,12 @@ def find_manifest(location: Location | Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
-        raise UsageError(f"{path}: not a manifest of format {FORMAT}: {error.errors()[0]['msg']}") from None
+        first = error.errors()[0]
+        if first["loc"] == ("format",):
+            raise UsageError(
+                f"{path}: is of format {first['input']}, this version reads {FORMAT}; make it again (shard, encode)"
+            ) from None
+        raise UsageError(f"{path}: not a manifest of format {FORMAT}: {first['msg']}") from None
 
 
 def read_manifest(location: Location | Path) -> Manifest:

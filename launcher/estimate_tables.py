@@ -12,13 +12,12 @@ from stpredict.estimates.estimate import Asked, Estimate
 from stpredict.estimates.judging import Judging
 from stpredict.estimates.machine import MARGIN, Machine
 from stpredict.estimates.offloading import UPDATED_PER_S
-from stpredict.estimates.recommendation import gigabytes
+from stpredict.estimates.recommendation import SHORT_S, gigabytes
 from stpredict.estimates.several import Row
 from stpredict.estimates.ways import Way
 from stpredict.training.flops import FORWARDS_PER_STEP
 
 WIDTH = 80
-SHORT_S = 0.02  # a step below it says more about the assumed MFU than about the training
 
 
 def show_training(name: str, found: Estimate, latents: dict[str, int] | None) -> None:
@@ -74,12 +73,13 @@ def _judging(judging: Judging, batch_size: int) -> str:
 
 def _ways(found: Estimate) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("ZeRO", "recomputed", "micro-batch", "GB/GPU", "GB/host", "GB sent", "step", ""):
+    for heading in ("", "ZeRO", "recomputed", "micro-batch", "GB/GPU", "GB/host", "GB sent", "step"):
         table.add_column(heading, justify="left" if heading in ("recomputed", "") else "right", no_wrap=True)
     for way in found.ways:
         chosen = way is found.recommended
-        mark = "[green]✓ ←[/]" if chosen else "[green]✓[/]" if way.fits else "[red]✗[/]"
+        mark = "[green]→ ✓[/]" if chosen else "[green]  ✓[/]" if way.fits else "[red]  ✗[/]"
         table.add_row(
+            mark,
             str(way.training.zero_stage),
             {"none": "nothing"}.get(way.policy, way.policy),
             str(way.training.micro_batch_size),
@@ -87,7 +87,6 @@ def _ways(found: Estimate) -> Table:
             _or_none(way.host_bytes),
             _or_none(way.sent_bytes),
             seconds(way.time.step_s) if way.fits else "-",
-            mark,
             style="bold" if chosen else "",
         )
     return table
@@ -174,9 +173,9 @@ def _assumptions(console: Console, machine: Machine, asked: Asked, ways: Sequenc
     else:
         console.print(f"- MFU {use.mfu:g} of the model's own FLOPs while it computes{again} (--mfu, --mfu-from RUN)")
     if not all(way.compiled for way in ways):
+        where = "at ZeRO-3 and with policy selective" if any(way.compiled for way in ways) else "in all of these ways"
         console.print(
-            "- the same MFU without torch.compile, which is off at ZeRO-3 and with policy selective: what it gains has "
-            "not been measured"
+            f"- the same MFU without torch.compile, which is off {where}: what it gains has not been measured"
         )
     console.print(f"- {100 * MARGIN:.0f} % of a GPU's memory for CUDA, NCCL and fragments; the rest may be filled")
     if machine.ranks > 1:
@@ -275,4 +274,4 @@ def duration(days: float) -> str:
     for size, unit in ((1, "days"), (1 / 24, "hours"), (1 / 1440, "minutes")):
         if days >= 1.5 * size:
             return f"{round_to(days / size)} {unit}"
-    return f"{round_to(days * 86400)} seconds"
+    return f"{round_to(days * 86400)} seconds" if days * 86400 >= 1 else "under a second"

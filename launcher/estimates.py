@@ -5,6 +5,7 @@ can be wrong with the command line has been said.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.errors import UsageError
 from launcher.pipeline import Job, load_pipeline
-from launcher.planned_latents import tokenizer_in_steps, with_latent
+from launcher.planned_latents import OPEN, tokenizer_in_steps, with_latent
 from launcher.study import load_study
 from stpredict.config import apply_overrides, flat, read_yaml, resolve, validate
 from stpredict.estimates.machine import gpus_of_a_node
@@ -23,8 +24,6 @@ from stpredict.run import Run
 
 if TYPE_CHECKING:
     from stpredict.estimates.estimate import Asked
-
-OPEN = "(open)"  # stands for a value that a config leaves open (???): an estimate needs no data
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,8 @@ def _check(options: Options) -> None:
         raise UsageError("--days asks how many nodes are needed: leave out --nodes")
     for name in ("tokens", "days", "network"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name} {value:g}: give a number above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name} {value:g}: give a finite number above 0")
     if options.gpu is not None:
         from stpredict.estimates.gpus import find_gpu
 

@@ -2,6 +2,7 @@
 line that names the file and the axis."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
@@ -85,6 +86,8 @@ def values_of(axis: Axis, name: str, study: StudyConfig, path: Path) -> list[Val
             raise UsageError(
                 f"{where}.values: {label!r} is no label: letters, digits, _ and -, since folders are called so"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{where}.values: {value} is no finite number")
         first = seen.setdefault(_canonical(value), label)
         if first != label:
             raise UsageError(f"{where}.values: {first!r} and {label!r} are the same value; remove one")
@@ -98,7 +101,7 @@ def label_of(axis: str, value: Any) -> str:
     """What a value of an axis without labels is called: seed0, lr3e-3, block1x1x8."""
     if isinstance(value, list):
         text = "x".join(map(str, value))
-    elif isinstance(value, float):
+    elif isinstance(value, float) and math.isfinite(value):
         digits, exponent = f"{value:e}".split("e")
         text = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
     else:

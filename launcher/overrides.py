@@ -24,6 +24,8 @@ def refuse_new(node: DictConfig, overrides: Sequence[str], path: Path) -> None:
             case ["jobs" | "trial" as section, name, *_]:
                 how = f"{section}.JOB.set.KEY=value"
                 _refuse(override, path, "job", "jobs", name, _keys(node, section), how)
+            case ["grid"] | ["grid", _] | ["grid", _, "values"] if _is_empty(override):
+                raise UsageError(f"{override}: {path}: {key} would be empty; give it a value, or remove it in the file")
             case ["grid", _] | ["grid", _, "values", _]:
                 added.add(parts)
             case ["grid", axis, *rest] if parts[:2] not in added:
@@ -33,6 +35,10 @@ def refuse_new(node: DictConfig, overrides: Sequence[str], path: Path) -> None:
                 if labels and len(rest) > 2 and parts[:4] not in added:
                     how = f"to add one: 'grid.{axis}.values.{rest[1]}={{...}}'"
                     _refuse(override, path, "value", "values", rest[1], labels, how)
+
+
+def _is_empty(override: str) -> bool:
+    return override.partition("=")[2].replace(" ", "") in ("", "null", "{}", "[]")
 
 
 def _refuse(override: str, path: Path, one: str, all_of_them: str, name: str, known: Sequence[str], how: str) -> None:

@@ -13,6 +13,8 @@ from stpredict.priors.config import LatentConfig, TokenizedClipsConfig
 from stpredict.run import Run
 from stpredict.tokenizers.config import CausalCnnConfig
 
+OPEN = "(open)"  # stands for a value that a config leaves open (???): an estimate needs no data
+
 
 def with_latent(config: PriorJobConfig, jobs: Sequence[Job] = ()) -> PriorJobConfig:
     """``config`` with its ``latent`` filled in. UsageError where nothing says what it is."""
@@ -20,8 +22,9 @@ def with_latent(config: PriorJobConfig, jobs: Sequence[Job] = ()) -> PriorJobCon
         return config
     found = _tokenizer(config, jobs)
     if found is None:
+        where = "" if str(config.tokenizer) == OPEN else f" in {config.tokenizer}"
         raise UsageError(
-            f"the prior's latents are not known: there is no tokenizer in {config.tokenizer}; give "
+            f"the prior's latents are not known: there is no tokenizer{where}; give tokenizer=RUN, or "
             "latent.grid=[5,16,16] latent.codebook_size=64000 (those of yours)"
         )
     model, clip = found

@@ -14,6 +14,7 @@ from launcher.config import ClusterConfig, PipelineConfig, SlurmCluster, StudyCo
 from launcher.grid import labels_of, shape
 from launcher.launch import Launch, executor_of, prepare
 from launcher.pipeline import Job
+from launcher.slurm.queue import NoClusterError
 from launcher.slurm.script import shape_of
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -45,9 +46,16 @@ def preview(
     try:
         executor.check()
     except UsageError as error:
-        print(f"note: whether the cluster takes these jobs is not known: {error}", file=sys.stderr)
-    else:
+        _not_known(error)
+        return
+    try:
         executor.check_jobs(launch)
+    except NoClusterError as error:
+        _not_known(error)
+
+
+def _not_known(error: UsageError) -> None:
+    print(f"note: whether the cluster takes these jobs is not known: {error}", file=sys.stderr)
 
 
 def _show(

@@ -6,6 +6,7 @@ overrides come last. Errors name the file, the key and the nearest valid key.
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -35,7 +36,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     except IsADirectoryError:
         raise UsageError(f"{path}: is a folder; give a .yaml file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UsageError(f"{path}: not valid YAML: {_one_line(error)}") from None
+        said = _one_line(error)
+        if re.search(r"[{,\[][^#\n]*\?\?\?\s*[,}\]]", path.read_text(errors="replace")):
+            said += '; within {} and [] write "???" with quotes'
+        raise UsageError(f"{path}: not valid YAML: {said}") from None
     if not isinstance(node, DictConfig):
         raise UsageError(f"{path}: the top level must be a mapping of keys to values")
     bases = node.pop("base", None) or []
@@ -53,10 +57,15 @@ def apply_overrides(node: DictConfig, overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise UsageError(f"override {override!r}: write key=value, for example training.steps=100")
-    try:
-        return OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-        raise UsageError(f"overrides {' '.join(overrides)}: {_one_line(error)}") from None
+    for override in overrides:
+        try:
+            node = OmegaConf.merge(node, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, TypeError) as error:
+            said = "it puts a list where keys are, or keys or a value where a list is" if _misfit(error) else error
+            raise UsageError(f"override {override!r}: {_one_line(said)}") from None
+        except yaml.YAMLError as error:
+            raise UsageError(f"override {override!r}: {_one_line(error)}") from None
+    return node
 
 
 def resolve(node: DictConfig, where: str | Path, run_of: Callable[[str], Path] | None = None) -> dict[str, Any]:
@@ -165,6 +174,18 @@ def _in_words(item: dict[str, Any]) -> str | None:
             return f"is {short}; give a number"
         case "int_type" | "int_parsing" | "int_from_float":
             return f"is {short}; give a whole number"
+        case "greater_than":
+            return f"is {short}; give more than {item['ctx']['gt']:g}"
+        case "greater_than_equal":
+            return f"is {short}; give {item['ctx']['ge']:g} or more"
+        case "less_than":
+            return f"is {short}; give less than {item['ctx']['lt']:g}"
+        case "less_than_equal":
+            return f"is {short}; give {item['ctx']['le']:g} or less"
+        case "finite_number":
+            return f"is {short}; give a finite number"
+        case "literal_error":
+            return f"is {short}; give {item['ctx']['expected']}"
     return None
 
 
@@ -210,6 +231,10 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     return error
+
+
+def _misfit(error: Exception) -> bool:
+    return isinstance(error, TypeError) or "container types" in str(error)
 
 
 def _one_line(error: object) -> str:

@@ -12,7 +12,7 @@ from data_pipeline.errors import UsageError, UserError
 from launcher.record import Record
 
 TIMEOUT_S = 60.0
-NO_CLUSTER = "SLURM's commands are here, but no cluster's slurm.conf; where it lies elsewhere: SLURM_CONF"
+NO_CLUSTER = "SLURM's commands are here, but no cluster's slurm.conf; where it lies elsewhere, set SLURM_CONF to it"
 FORMAT = "%i|%T|%r|%N|%j"
 # Variables in which a person keeps options of these commands: SQUEUE_PARTITION would hide jobs of ours.
 HABITS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_", "SLURM_CLUSTERS")
@@ -99,6 +99,10 @@ def warn(job: str) -> None:
     ask("scancel", "--signal=USR2", job)
 
 
+class NoClusterError(UsageError):
+    """SLURM is installed here, and no cluster configured."""
+
+
 def partition(name: str) -> dict[str, str]:
     """What SLURM says of a partition: MaxTime, PreemptMode, GraceTime, ..."""
     return dict(re.findall(r"\b(\w+)=(\S+)", ask("scontrol", "--oneliner", "show", "partition", name)))
@@ -110,7 +114,7 @@ def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
         return run(*command, check=True, timeout_s=timeout_s).stdout
     except subprocess.CalledProcessError as error:
         if "configuration source" in error.stderr:
-            raise UsageError(NO_CLUSTER) from None
+            raise NoClusterError(NO_CLUSTER) from None
         raise UserError(f"{command[0]}: {' '.join(error.stderr.split()) or f'ended with {error.returncode}'}") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]}: no answer from SLURM's controller in {timeout_s:g} s; try again") from None

@@ -149,7 +149,8 @@ def estimate_training(planned: Planned, asked: Asked) -> Estimate:
         limit = f"; batch_size {training.batch_size} has samples for {most} ranks at most"
         if asked.days is None:
             fewest = "the fewest that hold it" if machine.nodes > counts[0] else "holds it"
-            why.append(f"{machine}: {fewest}; more are faster (--nodes N, --days D){limit}")
+            more = "; more are faster (--nodes N, --days D)" if machine.ranks < most else ""
+            why.append(f"{machine}: {fewest}{more}{limit}")
         elif budget.days(chosen.time.step_s) <= asked.days:
             why.append(f"{machine}: the fewest that are done within {asked.days:g} days{limit}")
         else:

@@ -1,8 +1,8 @@
 """Which ZeRO stage, micro-batch and recomputation a training wants, and why.
 
 Taken is the way that loses least time to communication and recomputation, were nothing hidden; of those within
-``ALIKE`` of the best, which is no more than an estimate can tell, the one without recomputation, with the largest
-micro-batches (whose kernels are faster, which is not in the time), of the lowest stage.
+``ALIKE`` of the best, which is no more than an estimate can tell (of all, where steps are too short), the one without
+recomputation, with the largest micro-batches (whose kernels are faster, which is not in the time), of the lowest stage.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ from stpredict.estimates.machine import Machine
 from stpredict.estimates.ways import POLICIES, Way
 
 ALIKE = 1.05
+SHORT_S = 0.02  # a step below it waits for kernels to be launched: its time says nothing about which way is better
 
 
 def best(ways: Iterable[Way]) -> Way | None:
@@ -19,7 +20,7 @@ def best(ways: Iterable[Way]) -> Way | None:
     if not fitting:
         return None
     least = min(way.time.without_overlap_s for way in fitting)
-    alike = [way for way in fitting if way.time.without_overlap_s <= ALIKE * least]
+    alike = [way for way in fitting if least < SHORT_S or way.time.without_overlap_s <= ALIKE * least]
     return min(alike, key=lambda way: (POLICIES.index(way.policy), way.accumulation, way.training.zero_stage))
 
 
@@ -28,7 +29,9 @@ def reasons(chosen: Way, ways: list[Way], machine: Machine) -> list[str]:
     stage, micro_batch = chosen.training.zero_stage, chosen.training.micro_batch_size
     found = [_why_stage(chosen, [way for way in ways if way.policy == chosen.policy], machine)]
     fastest = min((way for way in ways if way.fits), key=lambda way: way.time.step_s)
-    if fastest.time.step_s < 0.995 * chosen.time.step_s:
+    if chosen.time.without_overlap_s < SHORT_S:
+        found.append("steps as short as these say nothing about which way is faster: the lowest stage is taken")
+    elif fastest.time.step_s < 0.995 * chosen.time.step_s:
         found.append(_why_not(fastest, chosen))
     if chosen.policy == "none":
         found.append("no recomputation: activations fit without")

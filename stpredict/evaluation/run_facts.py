@@ -69,7 +69,8 @@ def _read_status(facts: RunFacts) -> None:
         case "failed":
             facts.problems.append(f"failed: {status.error or 'no reason given'} (log: {facts.run.log_path(0)})")
         case "preempted":
-            facts.problems.append(f"stopped early, and can be continued: {status.error or 'no reason given'}")
+            at = f"{status.unit} {status.step}" + (f" of {status.steps}" if status.steps else "")
+            facts.problems.append(f"stopped early, and can be continued: {status.error or f'stopped at {at}'}")
         case "pending" | "running" if status.kind != "report":
             of = f" of {status.steps}" if status.steps else ""
             at = f"{status.unit} {status.step}{of}, last heard of {status.heartbeat}"

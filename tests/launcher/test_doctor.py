@@ -22,7 +22,7 @@ def test_slurms_commands_without_a_cluster_are_one_clear_line(tmp_path, monkeypa
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     finding = _find(Check("SLURM", False, slurm))
     assert finding.state == "missing"
-    assert finding.detail.endswith("no cluster's slurm.conf; where it lies elsewhere: SLURM_CONF")
+    assert finding.detail.endswith("no cluster's slurm.conf; where it lies elsewhere, set SLURM_CONF to it")
 
 
 def test_of_the_local_cluster_ranks_here_are_examined(tmp_path):

@@ -164,8 +164,9 @@ def test_a_tokenizers_losses_are_in_memory_disk_and_time(capsys):
         (("configs/studies/nbp_sizes.yaml", [], Options(clips=9)), "--clips: .*nbp_sizes.yaml is a study"),
         ((PRIOR, LATENT, Options(nodes=1, days=3)), "leave out --nodes"),
         (("configs/studies/nbp_sizes.yaml", [], Options(days=3)), "--days: .*nbp_sizes.yaml has several trainings"),
-        ((PRIOR, LATENT, Options(tokens=-1)), "--tokens -1: give a number above 0"),
-        ((PRIOR, [*LATENT, "training.precision=fp8"], Options()), r"'training.precision': Input should be 'auto'"),
+        ((PRIOR, LATENT, Options(tokens=-1)), "--tokens -1: give a finite number above 0"),
+        ((PRIOR, LATENT, Options(tokens=float("inf"))), "--tokens inf: give a finite number above 0"),
+        ((PRIOR, [*LATENT, "training.precision=fp8"], Options()), r"'training.precision' is fp8; give 'auto'"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said):

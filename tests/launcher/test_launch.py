@@ -1,6 +1,7 @@
 """What a launch changes: all of it or nothing; on this machine, arrays, too."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -212,6 +213,16 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(shards, tmp_path, capsys, m
     else:
         assert "afterok:<id of shards>" in out
         assert "#SBATCH --array=0-1%2" in out
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no SLURM on this machine")
+@pytest.mark.skipif(Path("/etc/slurm/slurm.conf").exists(), reason="a cluster is configured")
+def test_a_dry_run_needs_no_slurm_conf(shards, capsys, monkeypatch):
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    preview(*load_pipeline(shards(2)), SlurmCluster(partition="big", time="1-00:00:00"), (), "mine", False)
+    out, errors = capsys.readouterr()
+    assert "#SBATCH --array=0-1%2" in out
+    assert "whether the cluster takes these jobs is not known: SLURM's commands are here, but no cluster's" in errors
 
 
 def test_the_table_of_a_dry_run_cuts_no_word_short_and_comes_last(capsys, monkeypatch):

@@ -128,6 +128,7 @@ MISTAKES = [
     (lr([1], "judge.seed"), "grid.lr.key: judge.seed: did you mean judge.set.seed?"),
     (lr([1], "judge.set.sed"), "job 'small-seed0-lr1-judge' (job.yaml): unknown key 'sed'; did you mean 'seed'"),
     (lr([5, 6], "judge.set.seed"), "grid.seed and grid.lr both change judge.set.seed; of one nothing would be left"),
+    (lr([0.1, float("nan")], "judge.set.seed"), "grid.lr.values: nan is no finite number"),
     (lr([{}], "judge.set"), "grid.lr.key: judge.set: did you mean judge.set.KEY?"),
     (lr([1], "judge"), "grid.lr.key: judge: did you mean judge.set.KEY?"),
     (lr(3), "key 'grid.lr.values': give a list of values, or label → value"),
@@ -140,7 +141,7 @@ MISTAKES = [
     ({"grid.a b": SEEDS}, "key 'grid.a b': 'a b' is no name: letters, digits, _ and -"),
     ({"name": None}, "study.yaml: key 'name' is nothing; give text"),
     ({"analysis": {"predict": 1e10}}, "key 'analysis.predict' is 1e+10; give a list: [1e+10]"),
-    ({"analysis": {"predict": [float("inf")]}}, "key 'analysis.predict.0': Input should be a finite number"),
+    ({"analysis": {"predict": [float("inf")]}}, "key 'analysis.predict.0' is inf; give a finite number"),
     ({"without": ["small"]}, "key 'without.0': 'small' names no axis; give axis: label, such as {size: small}"),
     ({"without": {"size": "small"}}, "key 'without' is {'size': 'small'}; give a list"),
     ({"without": [{"size": ["small"]}]}, "key 'without.0': size: give one label; a point for each of several"),
@@ -223,6 +224,17 @@ def test_an_override_of_what_is_not_there_is_refused_and_what_is_there_named(stu
         study.load("vars.tokenizer=a", "vars.seed=1", override)
     assert says in str(error.value)
     assert str(error.value).startswith(f"{override}: {study.path} has no ")
+
+
+@pytest.mark.parametrize("override", ["grid={}", "grid.size={}", "grid.size.values=[]", "grid.seed.values={}"])
+def test_an_override_that_would_empty_an_axis_is_refused(study, override):
+    with pytest.raises(UsageError, match=r"grid\S* would be empty; give it a value, or remove it in the file"):
+        study.load(override)
+
+
+def test_an_override_that_puts_a_list_where_keys_are_is_named(study):
+    with pytest.raises(UsageError, match=r"override 'jobs=\[1\]': it puts a list where keys are"):
+        study.load("at_once=2", "jobs=[1]")
 
 
 def test_an_axis_or_a_value_may_be_added_whole(study):
@@ -400,6 +412,6 @@ def test_keys_where_the_base_has_a_list_are_one_line(study, overrides):
     study.load()
     more = study.folder / "more.yaml"
     more.write_text(yaml.safe_dump({"base": "study.yaml", "grid": {"seed": {"values": {"a": 1}}}}))
-    with pytest.raises(UsageError, match=r"does not fit its base study\.yaml|overrides grid\.seed\.values") as error:
+    with pytest.raises(UsageError, match=r"does not fit its base study\.yaml|override 'grid\.seed\.values={a: 1}': it puts") as error:
         load_study(study.path if overrides else more, overrides)
     assert "\n" not in str(error.value)

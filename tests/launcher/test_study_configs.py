@@ -1,5 +1,6 @@
 """Every study and prior of configs/ is what it says: it loads, and each of its models can be built."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ def jobs_of(name: str):
     path = ROOT / f"configs/studies/{name}.yaml"
     names = [] if name.endswith("_tiny") else OmegaConf.missing_keys(read_yaml(path))
     return load_study(path, [f"{key}=/{key}" for key in names])
+
+
+def test_the_study_of_the_docs_is_one(tmp_path):
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/studies.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "priors").symlink_to(ROOT / "configs/priors")
+    path = tmp_path / "studies/mine.yaml"
+    path.write_text(text)
+    study, _, jobs = load_study(path, ["vars.tokenizer=/t", "vars.latents=/l"])
+    assert [len(axis.values) for axis in study.grid.values()] == [2, 2, 2]
+    assert len([job for job in jobs if isinstance(job.config, PriorJobConfig)]) == 8
 
 
 def test_each_study_has_a_twin_that_varies_the_same_axes():

@@ -280,6 +280,15 @@ def test_ways_farther_apart_than_five_percent_are_not_alike(three):
     assert best([replace(with_times(slow, 1.0), memory=too_much)]) is None
 
 
+def test_where_steps_are_too_short_to_tell_the_lowest_stage_is_taken(three):
+    machine, ways = three
+    low, high = with_times(ways[2], 0.01, waited_for_s=0.003), with_times(ways[3], 0.01)
+    assert best([high, low]) is low
+    said = reasons(low, [low, high], machine)
+    assert said[1] == "steps as short as these say nothing about which way is faster: the lowest stage is taken"
+    assert not any("predicted" in why for why in said)
+
+
 def test_zero_0_is_said_to_keep_fp32_weights_and_zero_3_to_go_without_compilation(monkeypatch):
     in_bf16 = ask("nbp_xl_k600.yaml", "a100-80g").why
     assert any("on every GPU, its weights in fp32, of which autocast makes copies" in why for why in in_bf16)
