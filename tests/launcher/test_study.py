@@ -412,6 +412,8 @@ def test_keys_where_the_base_has_a_list_are_one_line(study, overrides):
     study.load()
     more = study.folder / "more.yaml"
     more.write_text(yaml.safe_dump({"base": "study.yaml", "grid": {"seed": {"values": {"a": 1}}}}))
-    with pytest.raises(UsageError, match=r"does not fit its base study\.yaml|override 'grid\.seed\.values={a: 1}': it puts") as error:
+    with pytest.raises(
+        UsageError, match=r"does not fit its base study\.yaml|override 'grid\.seed\.values={a: 1}': it puts"
+    ) as error:
         load_study(study.path if overrides else more, overrides)
     assert "\n" not in str(error.value)
