@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -459,6 +459,10 @@ def export(
         bool | None,
         typer.Option("--ema/--no-ema", help="averages, or the weights themselves (default: averages if there are)"),
     ] = None,
+    format: Annotated[
+        Literal["stpredict", "hf-llama"],
+        typer.Option(help="hf-llama: that of transformers, for a prior of blocks of one token and rope_axes 1"),
+    ] = "stpredict",
 ) -> None:
     """Write a checkpoint as safetensors + config, loadable without DeepSpeed; over 5 GB in several files.
 
@@ -466,11 +470,12 @@ def export(
     stpredict export runs/tokenizer exported
     stpredict export runs/tokenizer exported --step 1000 --no-ema
     stpredict export runs/tokenizer/checkpoints/step_00001000 exported
+    stpredict export runs/next_token llama --format hf-llama
     """
     from launcher.progress import bytes_bar
-    from stpredict.jobs.export import export_run
+    from stpredict.jobs.export import export_llama, export_run
 
-    export_run(run, out, bytes_bar, step, best, ema)
+    (export_llama if format == "hf-llama" else export_run)(run, out, bytes_bar, step, best, ema)
     print(out)
 
 

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
 
 from data_pipeline.errors import UsageError, UserError
-from stpredict.exports import export_checkpoint, refuse_other_things
+from stpredict.exports import export_checkpoint, load_prior, refuse_other_things
+from stpredict.priors.llama import write_llama
 from stpredict.run import Run
 from stpredict.training.checkpoint import (
     all_checkpoints,
@@ -34,6 +36,14 @@ def export_run(path: Path, out: Path, bar: Bar, step: int | None, best: bool, em
     checkpoint = _find(path, bar, step, best)
     with bar(f"exporting {checkpoint.name}") as progress:
         export_checkpoint(checkpoint, out, ema, progress=progress)
+
+
+def export_llama(path: Path, out: Path, bar: Bar, step: int | None, best: bool, ema: bool | None) -> None:
+    """As ``export_run``, of a prior that is a LLaMA and in the layout of transformers. The model is in memory once."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as folder:
+        export_run(path, Path(folder) / "export", bar, step, best, ema)
+        write_llama(load_prior(Path(folder) / "export")[0], out)
 
 
 def _find(path: Path, bar: Bar, step: int | None, best: bool) -> Path:

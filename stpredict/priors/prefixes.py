@@ -75,9 +75,11 @@ def text_tokenizer_hash(path: Path) -> str:
 
 class _Texts:
     def __init__(self, config: TextTokens):
-        import tokenizers  # here, because few need it
-
         text_tokenizer_hash(config.tokenizer)  # says what is wrong with the file
+        try:
+            import tokenizers  # here, because few need it
+        except ImportError:
+            raise UsageError("model.conditioning.kind text needs tokenizers: pip install 'stpredict[text]'") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(config.tokenizer))
         except Exception as error:  # the library raises nothing more special

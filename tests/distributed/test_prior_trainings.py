@@ -5,38 +5,48 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from safetensors.torch import save_file
 
 from data_pipeline.latents import LatentWriter
 from data_pipeline.manifest import merge
-from stpredict.exports import load_tokenizer
-from stpredict.jobs.config import PriorJobConfig
+from stpredict.config import as_yaml, load
+from stpredict.exports import TokenizerExport, load_tokenizer
+from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
 from stpredict.jobs.train import build_task
 from stpredict.run import Run
+from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from tests.distributed import tokenizer_trainings
 from tests.distributed.test_engine import assert_same_bits, whole_state
 from tests.distributed.toy import run_ranks
 from tests.stpredict.tokenized import GRID, make_tokenizer
 
+ROOT = Path(__file__).parents[2]
 STEPS, CODES, CLASSES = 6, 256, ("down", "up")
 STAGES = (0, 1, 2, 3)
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory) -> Path:
-    """With the tokenizer beside them; ids count up or down, by class."""
-    folder = tmp_path_factory.mktemp("latents")
-    fingerprint = load_tokenizer(make_tokenizer(folder / "tokenizer"))[2]
+def write_latents(folder: Path, grid: tuple[int, int, int], codes: int, fingerprint: str) -> None:
+    """In train and val: ids that count up or down, by class."""
     rng = np.random.default_rng(0)
     for split, clips in (("train", 32), ("val", 6)):
         labels = np.arange(clips) % 2
-        steps = (2 * labels - 1)[:, None] * np.arange(np.prod(GRID))
-        ids = (rng.integers(CODES, size=(clips, 1)) + steps) % CODES
-        about = {"grid": GRID, "codebook_size": CODES, "fingerprint": fingerprint, "classes": CLASSES}
+        steps = (2 * labels - 1)[:, None] * np.arange(np.prod(grid))
+        ids = (rng.integers(codes, size=(clips, 1)) + steps) % codes
+        about = {"grid": grid, "codebook_size": codes, "fingerprint": fingerprint, "classes": CLASSES}
         with LatentWriter(folder / split, clips=clips, shards=4, **about) as writer:
             keys = [f"{split}{number}" for number in range(clips)]
-            writer.append(list(range(clips)), ids.reshape(-1, *GRID), keys, labels.tolist())
+            writer.append(list(range(clips)), ids.reshape(-1, *grid), keys, labels.tolist())
         merge(folder / split)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """With the tokenizer beside them."""
+    folder = tmp_path_factory.mktemp("latents")
+    fingerprint = load_tokenizer(make_tokenizer(folder / "tokenizer"))[2]
+    write_latents(folder, GRID, CODES, fingerprint)
     return folder
 
 
@@ -66,15 +76,36 @@ def trial(latents: Path, name: str, stage: int, conditioning: dict | None = None
 
 
 @pytest.fixture(scope="module")
-def runs(latents, tmp_path_factory) -> Path:
+def twins(tmp_path_factory) -> list[dict]:
+    """The tiny twins of the published priors, on made-up latents of their tokenizers."""
+    folder = tmp_path_factory.mktemp("twins")
+    text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "up": 1}, unk_token="[UNK]"))
+    text.save(str(folder / "text.json"))
+    trials = []
+    for data in ("k600", "ucf101"):
+        tokenizer = load(TokenizerJobConfig, ROOT / f"configs/tokenizers/nbp_{data}_tiny.yaml", ["data.shards=x"])
+        made, grid = folder / f"tokenizer_{data}", (2, 4, 4)
+        made.mkdir()
+        save_file(CausalCnnTokenizer(tokenizer.model).state_dict(), made / "model.safetensors")
+        (made / "config.yaml").write_text(as_yaml(TokenizerExport(clip=tokenizer.data.clip, model=tokenizer.model)))
+        write_latents(folder / f"latents_{data}", grid, tokenizer.model.codebook_size, load_tokenizer(made)[2])
+        for name in sorted((ROOT / "configs/priors").glob(f"nbp_*_{data}_tiny.yaml")):
+            given = [f"tokenizer={made}", f"data.latents={folder}/latents_{data}", "data.workers=0"]
+            given += [f"model.conditioning.tokenizer={folder}/text.json"] if data == "ucf101" else []
+            trials.append({**load(PriorJobConfig, name, given).model_dump(mode="json"), "run": name.stem})
+    return trials
+
+
+@pytest.fixture(scope="module")
+def runs(latents, twins, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("priors")
     hybrid = {"kind": "class", "start": "hybrid"}
     trials = [trial(latents, f"stage_{stage}", stage) for stage in STAGES]
     trials += [trial(latents, f"bf16_{stage}", stage, precision="bf16") for stage in (0, 3)]
     trials += [trial(latents, "hybrid", 3, hybrid, activation_checkpointing={"policy": "layers"})]
     trials += [{**trial(latents, "resumed", 3), "until": 4}, trial(latents, "resumed", 3)]
-    found = run_ranks(trials, out, 2, script=tokenizer_trainings.__file__)
-    assert [one["step"] for one in found] == [*[STEPS] * 7, 4, STEPS]
+    found = run_ranks([*trials, *twins], out, 2, script=tokenizer_trainings.__file__)
+    assert [one["step"] for one in found] == [*[STEPS] * 7, 4, STEPS, *[8] * 6]
     return out
 
 
@@ -114,6 +145,13 @@ def test_the_loss_falls_in_every_precision_and_with_recomputed_layers(runs, run)
     losses = [row["cross_entropy"] for row in rows(runs / run) if "cross_entropy" in row and "lr" in row]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("data", ["k600", "ucf101"])
+@pytest.mark.parametrize("size", ["xl", "xxl", "3b"])
+def test_the_tiny_twins_of_the_published_priors_train(runs, size, data):
+    losses = [row["cross_entropy"] for row in rows(runs / f"nbp_{size}_{data}_tiny") if "lr" in row]
+    assert losses[-1] < losses[0]
 
 
 def test_resuming_draws_and_drops_the_same(runs):

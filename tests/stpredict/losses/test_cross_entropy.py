@@ -13,7 +13,7 @@ TOKENS, WIDTH, CODES = 50, 24, 300
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "LOGITS", 7 * CODES)  # eight chunks, of which the last is one token
+    monkeypatch.setattr(cross_entropy, "CHUNKS", 8)  # of which two have seven tokens, and six have six
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,9 +96,9 @@ def test_the_logits_of_all_tokens_are_never_alive():
     assert peak(lambda: whole(x, head.weight, targets)) > 2 * all_logits  # what it would be
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_what_the_backward_pass_needs_is_one_number_per_token(rows, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "LOGITS", rows * CODES)
+@pytest.mark.parametrize("chunks", [8, 10 * TOKENS])
+def test_what_the_backward_pass_needs_is_one_number_per_token(chunks, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNKS", chunks)
     x, weight, targets, _ = inputs(torch.float32)
     x.requires_grad_()
     head, saved = head_of(weight), []

@@ -1,0 +1,89 @@
+"""A prior whose block is one token and whose positions are numbers is a LLaMA: its weights in the layout of Hugging
+Face's transformers, for whatever reads that."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_pipeline.errors import UsageError
+from stpredict.priors.next_block import NextBlockPrior
+
+
+def why_not(prior: NextBlockPrior) -> str | None:
+    """What of the prior no LLaMA has; None where it is one."""
+    config = prior.config
+    if config.block != (1, 1, 1):
+        return f"model.block is {list(config.block)}, not [1, 1, 1]"
+    if config.rope_axes != 1:
+        return "model.rope_axes is 3, not 1"
+    if config.conditioning.kind != "frames":
+        return f"model.conditioning.kind is {config.conditioning.kind}, not frames"
+    return None
+
+
+def llama_config(prior: NextBlockPrior) -> dict:
+    """config.json of transformers' LlamaForCausalLM."""
+    config = prior.config
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": prior.codebook_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": prior.order.tokens,
+        "rms_norm_eps": prior.norm.eps,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,  # every id is a code
+        "eos_token_id": None,
+        "torch_dtype": str(prior.head.weight.dtype).removeprefix("torch."),
+    }
+
+
+def llama_weights(prior: NextBlockPrior) -> dict[str, Tensor]:
+    """By the names of LlamaForCausalLM; matrices of ours that hold several of its are taken apart."""
+    found = {
+        "model.embed_tokens.weight": prior.embedding.weight,
+        "model.norm.weight": prior.norm.weight,
+        "lm_head.weight": prior.head.weight,
+    }
+    for number, layer in enumerate(prior.layers):
+        q, k, v = layer.attention.qkv.weight.chunk(3)
+        gate, up = layer.mlp.gate_up.weight.chunk(2)
+        of_layer = {
+            "input_layernorm": layer.attention_norm.weight,
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": layer.attention.out.weight,
+            "post_attention_layernorm": layer.mlp_norm.weight,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": layer.mlp.down.weight,
+        }
+        found |= {f"model.layers.{number}.{name}.weight": weight for name, weight in of_layer.items()}
+    return found
+
+
+@torch.no_grad()
+def write_llama(prior: NextBlockPrior, out: Path) -> None:
+    """config.json and model.safetensors in the folder ``out``. UsageError where the prior is no LLaMA, or ``out``
+    exists and is not empty."""
+    if reason := why_not(prior):
+        raise UsageError(f"--format hf-llama: this prior is no LLaMA: {reason}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is there already; give a folder that is empty or does not exist")
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.contiguous() for name, weight in llama_weights(prior).items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(llama_config(prior), indent=1) + "\n")
