@@ -21,10 +21,10 @@ from torch import nn
 
 from stpredict.estimates.zero3_gathers import gathered, thresholds
 from stpredict.training.config import TrainingConfig
+from stpredict.training.precision import BYTES
 
 Kind = Literal["all-reduce", "reduce", "reduce-scatter", "all-gather"]
 Beside = Literal["backward", "computation"] | None  # what goes on meanwhile; None: it is waited for
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,8 @@ import numpy as np
 
 from stpredict.estimates.planned import Planned
 from stpredict.training.config import TrainingConfig
-from stpredict.training.deepspeed_setup import deepspeed_config
-from stpredict.training.precision import TYPES
+from stpredict.training.precision import BYTES
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's defaults, in elements.
 BUCKET = 500_000_000
 SUB_GROUP = 1_000_000_000
@@ -48,7 +46,8 @@ class Gradients:
         self.all = sum(p.numel() for p in trained)
         self.share = -(-self.all // ranks)
         self.largest = max(p.numel() for p in trained)
-        self.decayed = sum(p.numel() for p in trained if p.ndim >= 2)  # a group of its own
+        self.matrices = [p.numel() for p in trained if p.ndim >= 2]  # which decay: a group of its own
+        self.decayed = sum(self.matrices)
         self.low = 4 if self.stage == 0 else BYTES[precision]
         self.sums = BYTES[training.accumulation_dtype]
         self.offloaded = training.offload.optimizer == "cpu"
@@ -57,7 +56,7 @@ class Gradients:
         self.is_bf16_optimizer = (self.stage, precision, self.sums, self.offloaded) == (1, "bf16", 4, False)
         # ZeRO 1 and 2 add up in one tensor for a rank's share.
         self.in_one = self.sums == 4 and self.low != 4
-        settings = deepspeed_config(training, TYPES[precision], 1, 1)["zero_optimization"]
+        settings = training.deepspeed.get("zero_optimization", {})
         self.bucket = int(settings.get("reduce_bucket_size", BUCKET))
         self.sub_group = int(settings.get("sub_group_size", SUB_GROUP))
         self.overlaps = bool(settings.get("overlap_comm")) and self.stage in (1, 2)
@@ -153,7 +152,7 @@ class Gradients:
             return [Kept(kept, bucket)]
         group = self._of_share(self.decayed)
         if self.stage == 3:
-            group = min(group, self.sub_group)
+            group = self._largest_sub_group()
         if self.in_one and self.stage < 3:
             flat = stepping = 0
         else:  # put together, and then in fp32
@@ -177,6 +176,16 @@ class Gradients:
 
     def _of_share(self, elements: int) -> int:
         return -(-elements // self.ranks)
+
+    def _largest_sub_group(self) -> int:
+        """ZeRO-3 updates so many elements at once: a sub-group ends with the tensor that makes it large enough."""
+        largest = held = 0
+        for elements in map(self._of_share, self.matrices):
+            held += elements
+            largest = max(largest, held)
+            if held >= self.sub_group:
+                held = 0
+        return largest
 
     def _buffers(self, width: int) -> int:
         return (2 if self.overlaps else 1) * width * self.bucket

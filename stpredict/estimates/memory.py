@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from stpredict.estimates.activations import Activations, Numbers, follow
-from stpredict.estimates.gradients import BYTES, Gradients, Kept
+from stpredict.estimates.gradients import Gradients, Kept
 from stpredict.estimates.planned import Planned
 from stpredict.estimates.zero3_gathers import gathered, thresholds
 from stpredict.training.config import TrainingConfig
-from stpredict.training.precision import TYPES
+from stpredict.training.precision import BYTES, TYPES
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stpredict.estimates.communication import BYTES, Beside
+from stpredict.estimates.communication import Beside
 from stpredict.estimates.zero3_gathers import gathered, thresholds
 from stpredict.training.config import TrainingConfig
+from stpredict.training.precision import BYTES
 
 # Parameters a node's CPUs update in a second, all its ranks together. Assumed: Adam reads 16 bytes for each and writes
 # 12, and a host's memory moves some 100 GB/s.

@@ -8,6 +8,7 @@ from stpredict.training.config import TrainingConfig
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES = {name: dtype for dtype, name in NAMES.items()}
+BYTES = {name: dtype.itemsize for name, dtype in TYPES.items()}  # of one element
 
 
 def cpu_bf16_is_real() -> bool:
