@@ -78,8 +78,8 @@ def test_ranks_that_were_joined_without_the_launcher_end_when_one_is_killed(tmp_
     started = time.monotonic()
     delay = {"ranks": [1], "how": "kill", "from_call": 3}
     with pytest.raises(AssertionError, match=r"losed by peer|reset by peer"):
-        toy.run_ranks([trial("run", delay=delay)], tmp_path, 2, timeout_s=120)
-    assert time.monotonic() - started < 60
+        toy.run_ranks([trial("run", delay=delay)], tmp_path, 2, timeout_s=300)
+    assert time.monotonic() - started < 240  # seconds, on a busy machine; collectives would wait for half an hour
 
 
 SLOW = {"steps": 10, "zero_stage": 2, "log_every": 2, "validate_every": 100, "picture_every": 100}
