@@ -153,7 +153,7 @@ def test_a_tokenizers_losses_are_in_memory_disk_and_time(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((PRIOR, [], Options()), r"the prior's latents are not known: there is no tokenizer; give tokenizer=RUN, or latent\.grid="),
+        ((PRIOR, [], Options()), r"there is no tokenizer; give tokenizer=RUN, or latent\.grid="),
         (("configs/data/folder.yaml", [], Options()), "has kind shard: trainings are estimated"),
         ((PRIOR, LATENT, Options(gpu="a100-90g")), "did you mean a100-80g"),
         ((PRIOR, LATENT, Options(mfu=1.5)), r"--mfu 1\.5: a share of the GPU's peak"),
