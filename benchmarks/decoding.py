@@ -20,9 +20,7 @@ runs.
 
 import argparse
 import os
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import mean, median
 
@@ -30,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.engine import machine
+from benchmarks.engine import machine, timed
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.sampling.config import SamplingConfig
@@ -208,16 +206,6 @@ def tokenizer_seconds(arguments: argparse.Namespace, batch: int, device: torch.d
     ids = torch.randint(tokenizer.config.codebook_size, (clips, *GRID), device=device)
     seconds = [timed(lambda: (tokenizer.encode(video), tokenizer.decode(ids)), device) for _ in range(3)]
     return median(seconds[1:]) * batch / clips
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def report(cases: list[Case], tokenizing: float) -> None:

@@ -246,6 +246,17 @@ def together(ranks: Ranks) -> float:
     return time.perf_counter()
 
 
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def memory(arguments: argparse.Namespace) -> None:
     print("| ranks | precision | ZeRO | textbook | after a step | most during a step | when | besides, MB |")
     print("|---|---|---|---|---|---|---|---|")

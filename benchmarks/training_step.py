@@ -17,13 +17,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from benchmarks.engine import machine
+from benchmarks.engine import machine, timed
 from launcher.rank import leave
 from stpredict.config import load
 from stpredict.jobs.config import PriorJobConfig
@@ -141,17 +140,6 @@ def matmul_tflops(device: torch.device) -> float:
         seconds = [timed(lambda: a @ b, device) for _ in range(WARM_UP + ROUNDS)]  # noqa: B023
         rates.append(2 * n**3 / median(seconds[WARM_UP:]) / 1e12)
     return max(rates)
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

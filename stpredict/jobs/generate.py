@@ -18,9 +18,8 @@ from data_pipeline.order import Share
 from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
-from data_pipeline.video_files import write_gif, write_mp4
 from stpredict.evaluation.generated import Speed
-from stpredict.evaluation.pictures import side_by_side
+from stpredict.evaluation.pictures import write_side_by_side
 from stpredict.exports import PriorExport, load_prior, load_tokenizer
 from stpredict.jobs.config import GenerateConfig
 from stpredict.jobs.generated_parts import merge_parts, seed_of, write_part
@@ -39,7 +38,6 @@ from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.training.ranks import Ranks, join_ranks
 
 log = logging.getLogger(__name__)
-FPS = 8  # of the pictures: slow enough to compare
 ARRAYS = ("truth", "prediction", "reconstruction", "truth_tokens")
 
 
@@ -213,8 +211,5 @@ def _warm_up(
 
 def _write_pictures(run: Run, keys: list[str]) -> None:
     clips = {name: np.load(run.samples / f"{name}.npy", mmap_mode="r") for name in ARRAYS[:3]}
-    for number, key in enumerate(keys):
-        frames = side_by_side({name: array[number] for name, array in clips.items()}, scale=2)
-        write_mp4(run.samples / f"{number:03d}_{key}.mp4", frames, FPS)
-        write_gif(run.samples / f"{number:03d}_{key}.gif", frames, FPS)
+    write_side_by_side(run.samples, keys, clips)
     log.info("%d pictures in %s", len(keys), run.samples)

@@ -8,7 +8,6 @@ import math
 from itertools import compress
 
 import numpy as np
-import torch
 from numpy.lib.format import open_memmap
 
 from data_pipeline.disk import check_space
@@ -17,8 +16,7 @@ from data_pipeline.order import Share
 from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
-from data_pipeline.video_files import write_gif, write_mp4
-from stpredict.evaluation.pictures import side_by_side
+from stpredict.evaluation.pictures import write_side_by_side
 from stpredict.evaluation.reconstructed import ARRAYS, ReconstructedIndex
 from stpredict.exports import load_tokenizer
 from stpredict.jobs.config import ReconstructConfig
@@ -27,7 +25,6 @@ from stpredict.tokenizers.clips import clips_for
 from stpredict.training.ranks import join_ranks
 
 log = logging.getLogger(__name__)
-FPS = 8  # of the pictures
 
 
 def run(config: ReconstructConfig, run: Run) -> None:
@@ -37,10 +34,8 @@ def run(config: ReconstructConfig, run: Run) -> None:
     config.tiling.check(export.model, "tiling")
     there = read_set(data.shards, "val").manifest.samples * data.clip.per_video
     count = min(config.clips or there, there)
-    clip, grid = (
-        (data.clip.frames, *data.clip.size, data.clip.channels),
-        export.model.grid(data.clip.frames, *data.clip.size),
-    )
+    clip = (data.clip.frames, *data.clip.size, data.clip.channels)
+    grid = export.model.grid(data.clip.frames, *data.clip.size)
     shapes = {"truth": clip, "reconstruction": clip, "truth_tokens": grid}
     types = {"truth_tokens": np.min_scalar_type(export.model.codebook_size - 1)}
     check_space(
@@ -84,7 +79,6 @@ def run(config: ReconstructConfig, run: Run) -> None:
         ranks.barrier()
 
 
-@torch.no_grad()
 def _finish(
     config: ReconstructConfig,
     run: Run,
@@ -97,15 +91,13 @@ def _finish(
         raise UsageError(f"{run.path}: not one held-out clip could be read; look at the log for their names")
     rows = list(keys)
     if len(rows) < len(arrays["truth"]):  # some could not be read
-        log.warning("%d of %d clips could not be read and are left out", len(arrays["truth"]) - len(rows), len(rows))
+        wanted = len(arrays["truth"])
+        log.warning("%d of %d clips could not be read and are left out", wanted - len(rows), wanted)
         for name in ARRAYS:
             read = arrays[name][rows]
             np.save(run.samples / f"{name}.npy", read)
             arrays[name] = read
     index = ReconstructedIndex(keys=list(keys.values()), codebook_size=codebook_size, tokenizer_step=step)
     write_atomically(run.samples / "index.json", index.model_dump_json(indent=1) + "\n")
-    for number, key in enumerate(index.keys[: config.pictures]):
-        frames = side_by_side({name: arrays[name][number] for name in ARRAYS[:2]}, scale=2)
-        write_mp4(run.samples / f"{number:03d}_{key}.mp4", frames, FPS)
-        write_gif(run.samples / f"{number:03d}_{key}.gif", frames, FPS)
+    write_side_by_side(run.samples, index.keys[: config.pictures], {name: arrays[name] for name in ARRAYS[:2]})
     log.info("%d clips and their reconstructions in %s", len(rows), run.samples)

@@ -17,7 +17,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.transforms import to_clip
 from data_pipeline.video_files import write_gif, write_mp4
 from stpredict.evaluation.generated import Speed
-from stpredict.evaluation.pictures import class_grid, film_strip
+from stpredict.evaluation.pictures import FPS, class_grid, film_strip
 from stpredict.exports import PriorExport
 from stpredict.jobs.config import GenerateConfig
 from stpredict.jobs.generated_parts import merge_parts, seed_of, write_part
@@ -30,7 +30,6 @@ from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
-FPS = 8  # of the pictures
 COLUMNS = 8  # clips of a class in the pictures, at most
 
 

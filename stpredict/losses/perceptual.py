@@ -1,5 +1,6 @@
 """Perceptual distances of frames: LPIPS, and a substitute that needs no weights."""
 
+from abc import ABC, abstractmethod
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 EPSILON = 1e-10
 
 
-class FeatureDistance(nn.Module):
+class FeatureDistance(nn.Module, ABC):
     """Videos ``(b, c, t, h, w)`` in [-1, 1] to the distance of every frame, ``(b, t)`` in fp32.
 
     Squared differences of features that have length 1 at every place, weighted per channel, averaged over the places
@@ -30,13 +31,13 @@ class FeatureDistance(nn.Module):
     #: As it is called in the metrics.
     name: str
 
+    @abstractmethod
     def features(self, images: Tensor) -> list[Tensor]:
         """Images ``(n, c, h, w)`` to a map ``(n, c_i, h_i, w_i)`` per scale."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weigh(self, squares: Tensor, scale: int) -> Tensor:
         """``(n, c_i, h_i, w_i)`` to ``(n, 1, h_i, w_i)``."""
-        raise NotImplementedError
 
     def forward(self, made: Tensor, truth: Tensor) -> Tensor:
         if next(self.buffers()).device != made.device:

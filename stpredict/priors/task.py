@@ -24,10 +24,10 @@ PICTURED = 4
 
 
 class PriorTask(Task):
-    metrics = ("cross_entropy", "accuracy")
-
     """``tokenizer`` decodes the pictures, in which ``given_latent_frames`` are given. Tokens of latent frames before
     ``loss_from`` carry no loss. ``seed`` says which samples lose their prefix."""
+
+    metrics = ("cross_entropy", "accuracy")
 
     def __init__(
         self,
