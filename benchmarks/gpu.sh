@@ -1,14 +1,23 @@
 #!/bin/sh
-# Everything that only a GPU can say: the tests marked gpu, then the benchmarks that mean something on CUDA.
+# What only a GPU can say, in under nine minutes: attention, training steps of NBP-XL, XXL and 3B, decoding.
 #
-#     benchmarks/gpu.sh [PYTHON]        (default: .venv/bin/python)
+#     benchmarks/gpu.sh [--all] [PYTHON]        (default: .venv/bin/python)
 #
-# THIS SCRIPT HAS NEVER BEEN RUN: no GPU was at hand when it was written. Expect to mend it.
+# --all, an hour or so: also the tests marked gpu, and the engine, its memory, estimates and checkpoints.
+# It needs no data and no weights: a GPU, this repository, and its requirements without those that only decode videos.
+#
+# THIS SCRIPT HAS NEVER BEEN RUN ON A GPU: none was at hand when it was written. Expect to mend it.
 #
 # Writes benchmarks/results/gpu_DATE_NAME.md with the GPUs, driver and versions, and the output of every command. A part
-# that fails is written down as failed, and the others still run; the exit status then is 1. Run on an idle machine.
+# that fails or takes longer than it may is written down as such with what it said, and the others still run; the exit
+# status then is 1. Run on an idle machine.
 set -u
 cd "$(dirname "$0")/.." || exit 1
+all=
+if [ "${1:-}" = --all ]; then
+    all=1
+    shift
+fi
 python=${1:-.venv/bin/python}
 
 if ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
@@ -20,18 +29,21 @@ name=$("$python" -c "import re, torch; print(re.sub(r'\W+', '_', torch.cuda.get_
 out=benchmarks/results/gpu_$(date +%F)_$name.md
 failed=0
 
-part() { # title, command...
+part() { # title, seconds that it may take, command...
     title=$1
-    shift
+    seconds=$2
+    shift 2
     printf '\n## %s\n\n`%s`\n\n' "$title" "$*" >>"$out"
     echo "$title ..." >&2
     log=$(mktemp)
-    "$@" >"$log" 2>&1
+    timeout -k 10 "$seconds" "$@" >"$log" 2>&1
     status=$?
     # Tables are markdown already; the rest is shown as it was printed.
     if grep -q '^|' "$log"; then grep -v '^\[' "$log" >>"$out"; else { echo '```'; tail -n 60 "$log"; echo '```'; } >>"$out"; fi
     if [ $status -ne 0 ]; then
-        printf '\n**FAILED: exit status %s.** The last lines:\n\n```\n%s\n```\n' $status "$(tail -n 30 "$log")" >>"$out"
+        why="exit status $status"
+        [ $status -eq 124 ] && why="ended after $seconds seconds"
+        printf '\n**FAILED: %s.** The last lines:\n\n```\n%s\n```\n' "$why" "$(tail -n 30 "$log")" >>"$out"
         failed=1
     fi
     rm -f "$log"
@@ -59,15 +71,20 @@ PYTHON
     printf '```\n'
 } >"$out"
 
-part "Tests" "$python" -m pytest -m "gpu and not slow" -q -rs
-# A GPU's steps are short beside a CPU's at the same size: a model for which launching kernels is not all there is.
-part "Decoding by block shape" "$python" -m benchmarks.decoding --rounds 3
-part "Training step of the large priors" "$python" -m benchmarks.training_step --seconds 40
-part "Attention" "$python" -m benchmarks.attention --widths 96
-part "Engine step beside bare DeepSpeed" "$python" -m benchmarks.engine steps --precision bf16 --layers 12 --width 1024 --batch 8
-part "Memory of each ZeRO stage" "$python" -m benchmarks.engine memory --ranks "$("$python" -c 'import torch; print(torch.cuda.device_count())')" --parameters 400e6
-part "Estimated memory beside what torch allocates" "$python" -m benchmarks.estimates
-part "Saving checkpoints" "$python" -m benchmarks.checkpoints stall --parameters 400e6
+part "Attention" 170 "$python" -m benchmarks.attention --widths 96
+part "Training step of the large priors" 200 "$python" -m benchmarks.training_step --seconds 40
+part "Decoding by block shape" 150 "$python" -m benchmarks.decoding --rounds 3
+
+if [ "$all" ]; then
+    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    part "Tests" 3600 "$python" -m pytest -m "gpu and not slow" -q -rs
+    # A GPU's steps are short beside a CPU's at the same size: a model for which launching kernels is not all there is.
+    part "Engine step beside bare DeepSpeed" 900 \
+        "$python" -m benchmarks.engine steps --precision bf16 --layers 12 --width 1024 --batch 8
+    part "Memory of each ZeRO stage" 900 "$python" -m benchmarks.engine memory --ranks "$gpus" --parameters 400e6
+    part "Estimated memory beside what torch allocates" 1800 "$python" -m benchmarks.estimates
+    part "Saving checkpoints" 900 "$python" -m benchmarks.checkpoints stall --parameters 400e6
+fi
 
 echo "$out"
 exit $failed

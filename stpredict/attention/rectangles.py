@@ -143,9 +143,9 @@ def _backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     by = KERNELS[kernel]
-    # Sums of many rectangles: in fp32, unless it is all in fp64. Every key is in a first piece.
+    # Sums of many rectangles: in fp32, unless it is all in fp64. Every row and every key is in a first piece.
     sums = [_like(x, lse.dtype) for x in (q, k, v)]
-    sums[0].zero_()
+    seen = 0  # rows, up to this one, were in an earlier piece
     for piece in by_columns(q.shape[2], BlockCausal(block, prefix, prefix_lengths), by):
         places = (piece.rows, piece.keys, piece.keys)
         of_piece = [_cut(x, where, piece) for x, where in zip((q, k, v), places, strict=True)]
@@ -154,12 +154,15 @@ def _backward(
             parts = written_out.backward(*of_piece, *of_rows, piece.shape, prefix_lengths)
         else:
             parts = by.backward(*of_piece, *of_rows, piece.shape, piece.block)
-        for total, part, where in zip(sums, parts, places, strict=True):
-            here = total[:, :, where]
-            if total is sums[0] or piece.more:
-                here += _joined(part, piece)
+        more = piece.rows.start < seen, piece.more, piece.more
+        for i, (part, where, add) in enumerate(zip(parts, places, more, strict=True)):
+            part = _joined(part, piece)
+            if not add and part.shape == sums[i].shape and part.dtype == sums[i].dtype:
+                sums[i] = part  # of everything
             else:
-                here.copy_(_joined(part, piece))
+                here = sums[i][:, :, where]
+                here.add_(part) if add else here.copy_(part)
+        seen = max(seen, piece.rows.stop)
     return tuple(total.to(q.dtype) for total in sums)
 
 
