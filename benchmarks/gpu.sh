@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh [--all] [PYTHON]        (default: .venv/bin/python)
 #
 # --all, an hour or so: also the tests marked gpu, and the engine, its memory, estimates and checkpoints.
-# It needs no data and no weights: a GPU, this repository, and its requirements without those that only decode videos.
+# It needs no data, no weights and no network: a GPU, this repository, and torch with requirements.txt.
 #
 # THIS SCRIPT HAS NEVER BEEN RUN ON A GPU: none was at hand when it was written. Expect to mend it.
 #
@@ -22,6 +22,10 @@ python=${1:-.venv/bin/python}
 
 if ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
     echo "benchmarks/gpu.sh: $python sees no CUDA device; install torch's CUDA build, or pass another python" >&2
+    exit 2
+fi
+if ! "$python" -c "import deepspeed, benchmarks.decoding, benchmarks.training_step"; then
+    echo "benchmarks/gpu.sh: $python lacks what the line above names: $python -m pip install -r requirements.txt" >&2
     exit 2
 fi
 

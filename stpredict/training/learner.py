@@ -15,6 +15,7 @@ from stpredict.training.adversary import Adversary
 from stpredict.training.compilation import compile_layers, compiles
 from stpredict.training.config import DiscriminatorConfig, TrainingConfig
 from stpredict.training.deepspeed_setup import build_engine
+from stpredict.training.forks import keep_from_forks
 from stpredict.training.guards import Guards
 from stpredict.training.pieces import Ema, Held, Piece, dealt, elements, owned
 from stpredict.training.precision import NAMES, TYPES, LossScale, resolve_precision
@@ -66,6 +67,7 @@ class Learner:
         # Weights that every rank holds, with the rank that alone has their averages.
         shared = dealt((piece for part in self.held for piece in part.pieces()), ranks.size)
         self._replicated = [(piece, owner) for piece, owner in shared if piece.key in trained]
+        keep_from_forks(piece.tensor for piece in self.owned())
         self.stragglers = Stragglers(ranks, training.guards.slow_rank, training.zero_stage)
         self.guards = Guards(training.guards, ranks.warning)
         self.update = Skippable(self.engine)
