@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from data_pipeline.errors import UsageError, UserError
-from stpredict.exports import export_checkpoint, load_prior, refuse_other_things
-from stpredict.priors.llama import write_llama
+from stpredict.config import validate
+from stpredict.exports import AnyExport, PriorExport, export_checkpoint, load_prior, refuse_other_things
+from stpredict.priors.llama import refuse_others, write_llama
 from stpredict.run import Run
 from stpredict.training.checkpoint import (
     all_checkpoints,
@@ -19,6 +20,7 @@ from stpredict.training.checkpoint import (
     is_checkpoint,
     rating,
     read_marker,
+    read_state,
     step_of,
     why_unusable,
 )
@@ -40,10 +42,20 @@ def export_run(path: Path, out: Path, bar: Bar, step: int | None, best: bool, em
 
 def export_llama(path: Path, out: Path, bar: Bar, step: int | None, best: bool, ema: bool | None) -> None:
     """As ``export_run``, of a prior that is a LLaMA and in the layout of transformers. The model is in memory once."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is there already; give a folder that is empty or does not exist")
+    checkpoint = _find(path, bar, step, best)
+    config = validate(AnyExport, read_state(checkpoint).export, checkpoint / "state.json")
+    if not isinstance(config, PriorExport):
+        raise UsageError(f"--format hf-llama: {path} is a {config.kind}'s; a prior is needed")
+    refuse_others(config.model)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as folder:
-        export_run(path, Path(folder) / "export", bar, step, best, ema)
-        write_llama(load_prior(Path(folder) / "export")[0], out)
+        exported, written = Path(folder) / "export", Path(folder) / "llama"
+        with bar(f"exporting {checkpoint.name}") as progress:
+            export_checkpoint(checkpoint, exported, ema, progress=progress)
+        write_llama(load_prior(exported)[0], written)
+        written.rename(out)  # at once: no half of it is ever there
 
 
 def _find(path: Path, bar: Bar, step: int | None, best: bool) -> Path:

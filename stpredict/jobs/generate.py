@@ -28,8 +28,7 @@ from stpredict.priors.config import given_latent_frames
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.priors.prefixes import Prefixes, prefixes, text_tokenizer_hash
 from stpredict.run import Progress, Run, write_atomically
-from stpredict.sampling.filters import draw_tokens, uniform_numbers
-from stpredict.sampling.next_block import continue_tokens, forward_steps
+from stpredict.sampling.next_block import continue_tokens, forward_steps, warm_up
 from stpredict.sampling.recording import Recording
 from stpredict.sampling.stopwatch import Stopwatch
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
@@ -150,7 +149,8 @@ def _continue_clips(
             labels = numbers[batch["label"][real]].to(ranks.device)
             told = prefixes.of(labels), prefixes.of(torch.full_like(labels, -1))
         if not batches_timed:
-            _warm_up(config, tokenizer, prior, video, tokens, told, recorded)
+            given = tokenizer.encode(video[:, :, : config.given_frames])
+            tokenizer.decode(warm_up(recorded, prior, given, config.sampling, seeds, *told))
         with watch.timing("tokenizing"):
             given = tokenizer.encode(video[:, :, : config.given_frames])
         with watch.timing("sampling"):
@@ -181,32 +181,6 @@ def _continue_clips(
     )
     log.info("%s", speed.in_words())
     return speed
-
-
-@torch.no_grad()
-def _warm_up(
-    config: GenerateConfig,
-    tokenizer: CausalCnnTokenizer,
-    prior: NextBlockPrior,
-    video: Tensor,
-    tokens: Tensor,
-    told: tuple,
-    recording: Recording | None,
-) -> None:
-    """The first forwards of a process are slow (kernels are loaded and chosen, memory is found, steps are recorded):
-    they are done before the clock starts, with shapes as in what follows."""
-    given = tokenizer.encode(video[:, :, : config.given_frames])
-    for _ in range(2 if recording else 0):
-        continue_tokens(prior, given, config.sampling, range(len(given)), *told, recording=recording)
-    # Of guidance, whose batches are twice as large, this is the half.
-    (ids, lengths), sequence = told[0] if told else (None, None), prior.order.to_sequence(tokens)
-    caches = prior.make_caches(len(tokens))
-    start = given[0].numel()
-    following = sequence[:, start:].split(prior.order.sizes[prior.order.blocks_in(start) :], dim=1)
-    for block in (sequence[:, :start], *following[:-1][:1]):
-        logits = prior(block, ids, lengths, caches=caches)
-        draw_tokens(logits, config.sampling, uniform_numbers(range(len(tokens)), logits.shape[1], logits.device))
-    tokenizer.decode(tokens)
 
 
 def _write_pictures(run: Run, keys: list[str]) -> None:

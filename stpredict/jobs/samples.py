@@ -11,7 +11,6 @@ import logging
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from data_pipeline.errors import UsageError
 from data_pipeline.transforms import to_clip
@@ -24,7 +23,8 @@ from stpredict.jobs.generated_parts import merge_parts, seed_of, write_part
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.priors.prefixes import Prefixes
 from stpredict.run import Progress, Run, write_atomically
-from stpredict.sampling.next_block import continue_tokens, forward_steps
+from stpredict.sampling.next_block import continue_tokens, forward_steps, warm_up
+from stpredict.sampling.recording import Recording
 from stpredict.sampling.stopwatch import Stopwatch
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.training.ranks import Ranks
@@ -69,12 +69,19 @@ def make_samples(
     progress = Progress(run, len(numbers), "clip") if ranks.is_main else None
     parts: dict[str, list] = {"prediction": [], "tokens": [], "index": [], "keys": []}
     watch = Stopwatch(ranks.device)
+    recording = Recording() if ranks.device.type == "cuda" else None  # of full batches; others are few
     for start in range(0, len(mine), config.batch_size):
         index = mine[start : start + config.batch_size]
         keys = [counted[clip] for clip in index]
         labels = torch.tensor([numbers[clip] for clip in index], device=ranks.device)
+        nothing = torch.empty(len(keys), 0, *prior.order.grid[1:], dtype=torch.int64, device=ranks.device)
+        told = (prefixes.of(labels), prefixes.of(torch.full_like(labels, -1))) if prefixes else ()
+        wanted = prior, nothing, config.sampling, [seed_of(config.seed, key) for key in keys], *told
+        recorded = recording if len(keys) == config.batch_size else None
+        if not start:
+            tokenizer.decode(warm_up(recorded, *wanted))
         with watch.timing("sampling"):
-            tokens = sample_tokens(config, prior, prefixes, labels, [seed_of(config.seed, key) for key in keys])
+            tokens = continue_tokens(*wanted, recording=recorded)
         with watch.timing("decoding"):
             clips = to_clip(tokenizer.decode(tokens))
         for name, array in zip(parts, (clips.cpu(), tokens.cpu(), index, keys), strict=True):
@@ -100,15 +107,6 @@ def make_samples(
     _write_pictures(run, names)
 
 
-def sample_tokens(
-    config: GenerateConfig, prior: NextBlockPrior, prefixes: Prefixes | None, labels: Tensor, seeds: list[int]
-) -> Tensor:
-    """``(b, T', H', W')`` of classes ``labels`` (b)."""
-    nothing = torch.empty(len(labels), 0, *prior.order.grid[1:], dtype=torch.int64, device=labels.device)
-    told, null = (prefixes.of(labels), prefixes.of(torch.full_like(labels, -1))) if prefixes else (None, None)
-    return continue_tokens(prior, nothing, config.sampling, seeds, told, null)
-
-
 def _speed(
     config: GenerateConfig, prior: NextBlockPrior, watch: Stopwatch, made: list[np.ndarray], ranks: Ranks
 ) -> Speed:
@@ -132,6 +130,6 @@ def _write_pictures(run: Run, names: list[str]) -> None:
     grid = class_grid({name: shown[:columns] for name, shown in of_class.items()})
     write_mp4(run.samples / "classes.mp4", grid, FPS)
     write_gif(run.samples / "classes.gif", grid, FPS)
-    strips = {name: [film_strip(clip) for clip in shown[:2]] for name, shown in of_class.items()}
+    strips = {name: [film_strip(clip) for clip in shown[: min(2, columns)]] for name, shown in of_class.items()}
     Image.fromarray(class_grid(strips)[0]).save(run.samples / "classes.png")
     log.info("pictures of %d classes in %s", len(of_class), run.samples)

@@ -9,12 +9,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.errors import UsageError
+from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 
 
-def why_not(prior: NextBlockPrior) -> str | None:
-    """What of the prior no LLaMA has; None where it is one."""
-    config = prior.config
+def refuse_others(config: NextBlockConfig) -> None:
+    """UsageError where a prior of ``config`` is no LLaMA."""
+    if reason := _why_not(config):
+        raise UsageError(f"--format hf-llama: this prior is no LLaMA: {reason}")
+
+
+def _why_not(config: NextBlockConfig) -> str | None:
     if config.block != (1, 1, 1):
         return f"model.block is {list(config.block)}, not [1, 1, 1]"
     if config.rope_axes != 1:
@@ -77,13 +82,10 @@ def llama_weights(prior: NextBlockPrior) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_llama(prior: NextBlockPrior, out: Path) -> None:
-    """config.json and model.safetensors in the folder ``out``. UsageError where the prior is no LLaMA, or ``out``
-    exists and is not empty."""
-    if reason := why_not(prior):
-        raise UsageError(f"--format hf-llama: this prior is no LLaMA: {reason}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: is there already; give a folder that is empty or does not exist")
-    out.mkdir(parents=True, exist_ok=True)
+    """config.json and model.safetensors in the new folder ``out``. UsageError where the prior is no LLaMA."""
+    refuse_others(prior.config)
+    out.mkdir()
     weights = {name: weight.contiguous() for name, weight in llama_weights(prior).items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(llama_config(prior), indent=1) + "\n")
+    (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)  # safetensors lets nobody else read it

@@ -218,9 +218,8 @@ class NextBlockPrior(nn.Module):
                 f"got {ids.shape[1]} tokens after {max(0, done - self.prefix - self.start)}: after the prompt give one "
                 f"block of {order.block_tokens} at a time"
             )
-        following = 1 if self.hybrid and tokens <= 0 else order.sizes[number]
         x = self._hidden(x, done, prefix_lengths, caches)
-        return self.head(x[:, -new:][:, :following])
+        return self.head(x[:, -new:][:, : order.sizes[number]])  # the next block may be smaller
 
     def _prefixed(self, prefix: Tensor | None) -> list[Tensor]:
         if (0 if prefix is None else prefix.shape[1]) != self.prefix:

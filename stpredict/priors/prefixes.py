@@ -22,10 +22,6 @@ class Prefixes:
     ids: Tensor
     lengths: Tensor
 
-    def null(self, samples: int) -> tuple[Tensor, Tensor | None]:
-        """Of so many ``samples`` without a class."""
-        return self.of(torch.full((samples,), -1))
-
     def of(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """``prefix`` and ``prefix_lengths`` of the prior's forward, for ``labels`` (b) int64."""
         ids, lengths = self.ids.to(labels.device), self.lengths.to(labels.device)
@@ -87,6 +83,7 @@ class _Texts:
                 f"model.conditioning.tokenizer: {config.tokenizer}: is no tokenizer.json of the tokenizers library: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+        self._tokenizer.no_padding()  # a file may ask for it, and its padding would be seen
         # Ids may have gaps: the largest counts, not how many there are.
         self._tokens, most = config.tokens, max(self._tokenizer.get_vocab().values(), default=0) + 1
         if most > config.vocabulary:

@@ -29,7 +29,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Sight:
-    """``backend`` computes the blocks; what else there is, what can."""
+    """``backend`` computes the first part, which most sequences are whole. What follows it, behind a hybrid start and
+    where the last blocks are smaller, and blocks that are decoded have keys before their first query, which not every
+    backend knows: they take what can."""
 
     prefix: int
     parts: tuple[Part, ...]
@@ -72,7 +74,7 @@ class Sight:
         for part in self.parts if prefix_lengths is None else self._before_ragged():
             mask = BlockCausal(part.block, part.prefix, prefix_lengths)
             rows = q[:, :, part.start - first : part.stop - first]
-            backend = "auto" if part.start or prefix_lengths is not None else self.backend
+            backend = "auto" if part.start else self.backend
             out.append(attention(rows, k[:, :, : part.stop], v[:, :, : part.stop], mask, backend))
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 

@@ -93,7 +93,10 @@ class PriorTask(Task):
         latent = self.data.tokens(batch)[:PICTURED]
         given = latent[:, : self.given_latent_frames]
         prefix = self.prefixes and self.prefixes.of(batch["label"][:PICTURED])
-        predicted = continue_tokens(self.model, given, SamplingConfig(), range(len(latent)), prefix, forward=forward)
+        with torch.compiler.set_stance("force_eager"):  # every step of decoding would be compiled for its own lengths
+            predicted = continue_tokens(
+                self.model, given, SamplingConfig(), range(len(latent)), prefix, forward=forward
+            )
         decode = self.tokenizer.model.to(latent.device).decode
         clips = (to_clip(decode(ids)).cpu().numpy() for ids in (latent, predicted))
         pairs = zip(*clips, strict=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def continue_tokens(
     null: Prefix | None = None,
     forward: Callable[..., Tensor] | None = None,
     recording: Recording | None = None,
+    passes: int | None = None,
 ) -> Tensor:
     """Token ids ``(b, t, H', W')`` of the first latent frames to the whole grid ``(b, T', H', W')``.
 
@@ -32,7 +34,8 @@ def continue_tokens(
     with a prior that takes one, and ``null``, the prefix of no class, with ``config.guidance`` other than 1 (Ho &
     Salimans 2022, arXiv:2207.12598): a forward pass then computes both. ``forward`` calls the prior where that takes
     more than calling it (a DeepSpeed engine around it, for example). On CUDA, a ``recording`` makes the third and later
-    calls with the same prior, config and shapes fast.
+    calls with the same prior, config and shapes fast. Where ``passes`` says after how many forward passes to stop, ids
+    that were not drawn by then are 0.
     ValueError where the given frames are not whole blocks, or are none and the prior needs some.
     """
     order = prior.order
@@ -69,9 +72,19 @@ def continue_tokens(
         return logits.shape[1]
 
     at = done + step(slice(0, done), ids)  # not recorded: it takes more kinds of attention than the others
-    while at < order.tokens:
+    passed = 1
+    while at < order.tokens and passed != passes:
         at += steps.run(at, partial(step, slice(at - prior.next_inputs(at), at)))
+        passed += 1
     return order.to_grid(sequence)
+
+
+def warm_up(recording: Recording | None, *arguments: Any) -> Tensor:
+    """``continue_tokens(*arguments)`` before a clock starts: the first forward passes of a process are slow, since
+    kernels are loaded and chosen, memory is found and steps are recorded. Without a ``recording`` two of them do."""
+    if recording:
+        continue_tokens(*arguments, recording=recording)  # the next one records
+    return continue_tokens(*arguments, recording=recording, passes=None if recording else 2)
 
 
 def forward_steps(prior: NextBlockPrior, given_latent_frames: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from data_pipeline.config import ClipConfig, ClipDataConfig, LatentDataConfig
@@ -137,6 +138,34 @@ def test_an_export_never_replaces_other_files(demo, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "dear"
 
 
+def test_a_prior_of_single_tokens_is_exported_as_a_llama(demo, tmp_path):
+    run, _ = demo
+    model = "model={layers: 1, width: 32, heads: 2, mlp_width: 32, block: [1, 1, 1], rope_axes: 1}"
+    settings = [f"data.latents={run}/latents", f"tokenizer={run}/tokenizer", f"run={tmp_path}/prior", model]
+    settings += ["training={steps: 1, batch_size: 2}", "resources.processes=1"]
+    trained = stpredict("train", "configs/priors/demo.yaml", *settings)
+    assert trained.returncode == 0, trained.stderr
+    out = tmp_path / "new" / "llama"
+    made = stpredict("export", tmp_path / "prior", out, "--format", "hf-llama")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip() == str(out)
+    assert {path.name: oct(path.stat().st_mode) for path in out.iterdir()} == dict.fromkeys(
+        ("config.json", "model.safetensors"), oct((tmp_path / "prior" / "config.yaml").stat().st_mode)
+    )
+    assert [path.name for path in out.parent.iterdir()] == ["llama"]
+    ours, llama = load_prior(tmp_path / "prior")[0], transformers.LlamaForCausalLM.from_pretrained(out).eval()
+    ids = torch.randint(1024, (1, ours.order.tokens))
+    torch.testing.assert_close(llama(ids[:, :-1]).logits, ours(ids), rtol=1e-4, atol=1e-4)
+    for source, where, message in (
+        (run / "prior", tmp_path / "other", "this prior is no LLaMA: model.block is [1, 1, 8], not [1, 1, 1]"),
+        (run / "tokenizer", tmp_path / "other", "is a tokenizer's; a prior is needed"),
+        (tmp_path / "prior", out, "is there already; give a folder that is empty or does not exist"),
+    ):
+        refused = stpredict("export", source, where, "--format", "hf-llama")
+        assert (refused.returncode, message in " ".join(refused.stderr.split())) == (2, True), refused.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_encoding_fewer_clips_than_ranks_by_the_commands_in_the_configs_heads(demo, tmp_path):
     run, _ = demo
     shards, latents = tmp_path / "shards", tmp_path / "latents"
@@ -180,6 +209,17 @@ def test_bad_inputs_are_one_line_and_exit_2(demo, other_tokenizer, tmp_path):
         "neither a run with an export nor an export": [*generate, f"tokenizer={empty}"],
         "block 1x3x8 does not divide": [*prior, f"run={tmp_path}/q", f"tokenizer={tokenizer}", "model.block=[1,3,8]"],
         "clips have 3 channels, the tokenizer takes 1": [*generate, f"tokenizer={tokenizer}", "data.clip.channels=3"],
+        "given_frames 21: the 11 latent frames they make must": [
+            *generate,
+            f"tokenizer={tokenizer}",
+            "given_frames=21",
+        ],
+        "does not fit this model: it lacks": [
+            *prior,
+            f"run={tmp_path}/q",
+            f"tokenizer={tokenizer}",
+            f"init_from.path={run}/prior",
+        ],
         "given_frames: a clip of 4 frames": [*prior, f"run={tmp_path}/q", f"tokenizer={tokenizer}", "given_frames=4"],
         "no run with a complete checkpoint": ["export", empty, tmp_path / "e"],
         "no complete checkpoint of step 7; there are 4, 6": ["export", tokenizer, tmp_path / "e", "--step", "7"],

@@ -249,11 +249,15 @@ def test_a_small_call_tells_what_works_here(monkeypatch):
         trial.try_backend("sdpa")
 
 
-def test_priors_ask_for_the_backend_of_their_config():
-    ids = torch.zeros(1, 32, dtype=torch.long)
-    config = NextBlockConfig(layers=1, width=32, heads=2, mlp_width=32, block=(1, 1, 4), attention="flash")
+@pytest.mark.parametrize("conditioning", [{"kind": "frames"}, {"kind": "text", "tokenizer": "t.json", "tokens": 2}])
+def test_priors_ask_for_the_backend_of_their_config(conditioning):
+    ids, told = torch.zeros(1, 32, dtype=torch.long), ()
+    size = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 32, "block": (1, 1, 4)}
+    config = NextBlockConfig(**size, attention="flash", conditioning=conditioning)
+    if config.prefix:
+        told = torch.zeros(1, 2, dtype=torch.long), torch.tensor([1])
     with pytest.raises(UsageError, match="attention backend flash: it computes on CUDA only"):
-        NextBlockPrior(config, 10, (2, 4, 4))(ids)
+        NextBlockPrior(config, 10, (2, 4, 4))(ids, *told)
 
 
 CUDA_MASKS = [*MASKS, BlockCausal(16), BlockCausal(128), BlockCausal(1, prefix=20)]

@@ -1,4 +1,4 @@
-"""What generate says of its speed, measured on a prior that knows nothing."""
+"""What generate says of its speed, measured on priors that know nothing."""
 
 import json
 import time
@@ -20,6 +20,7 @@ from stpredict.training.ranks import Ranks
 from tests.stpredict.tokenized import GRID, VAL
 
 DELAY_S, FIRST_S = 0.05, 1.5  # that a forward of the prior takes longer, and the first of all
+CLASSES = ["class0", "class1"]
 
 
 class OneOf(Ranks):
@@ -30,52 +31,76 @@ class OneOf(Ranks):
 
 
 @pytest.fixture
-def generated(tokenizer, shards, tmp_path, monkeypatch) -> Run:
+def generated(tokenizer, shards, tmp_path, monkeypatch):
+    """``generated(conditioning, …)`` is the run, and the batch and new tokens of every forward of the prior."""
     _, export, fingerprint = load_tokenizer(tokenizer)
-    model = NextBlockConfig(layers=1, width=32, heads=1, mlp_width=48, block=(1, 2, 4))
-    codes = export.model.codebook_size
-    prior = PriorExport(codebook_size=codes, grid=GRID, tokenizer_fingerprint=fingerprint, model=model)
-    (tmp_path / "prior").mkdir()
-    save_file(NextBlockPrior(model, codes, GRID).state_dict(), tmp_path / "prior" / "model.safetensors")
-    (tmp_path / "prior" / "config.yaml").write_text(as_yaml(prior))
+    forward, calls = NextBlockPrior.forward, []
 
     @contextmanager
     def join_ranks():
         yield OneOf(0, 1, torch.device("cpu"), None)
 
-    forward, calls = NextBlockPrior.forward, []
-
-    def slow(self, *args, **kwargs):
+    def slow(self, ids, *args, **kwargs):
         time.sleep(DELAY_S if calls else FIRST_S)
-        calls.append(1)
-        return forward(self, *args, **kwargs)
+        calls.append(tuple(ids.shape))
+        return forward(self, ids, *args, **kwargs)
 
-    monkeypatch.setattr(generate, "join_ranks", join_ranks)
-    monkeypatch.setattr(NextBlockPrior, "forward", slow)
-    run = Run(tmp_path / "generated")
-    run.update_status(kind="generate")
-    data = {"shards": shards, "workers": 0}
-    config = GenerateConfig(
-        run=run.path, prior=tmp_path / "prior", tokenizer=tokenizer, data=data, given_frames=3, batch_size=2, pictures=0
-    )
-    generate.run(config, run)
-    return run
+    def generated(conditioning: str, given_frames: int, **sampling) -> tuple[Run, list]:
+        model = NextBlockConfig(
+            layers=1, width=32, heads=1, mlp_width=48, block=(1, 2, 4), conditioning={"kind": conditioning}
+        )
+        classes = CLASSES if model.labelled else []
+        about = {"codebook_size": export.model.codebook_size, "grid": GRID, "classes": classes}
+        prior = PriorExport(tokenizer_fingerprint=fingerprint, model=model, **about)
+        (tmp_path / "prior").mkdir()
+        weights = NextBlockPrior(model, prior.codebook_size, GRID, len(classes)).state_dict()
+        save_file(weights, tmp_path / "prior" / "model.safetensors")
+        (tmp_path / "prior" / "config.yaml").write_text(as_yaml(prior))
+        monkeypatch.setattr(generate, "join_ranks", join_ranks)
+        monkeypatch.setattr(NextBlockPrior, "forward", slow)
+        run = Run(tmp_path / "generated")
+        run.update_status(kind="generate")
+        data = {"data": {"shards": shards, "workers": 0}} if given_frames else {"clips": VAL}
+        settings = {"batch_size": 2, "pictures": 0, "sampling": sampling, "given_frames": given_frames, **data}
+        generate.run(
+            GenerateConfig(run=run.path, prior=tmp_path / "prior", tokenizer=tokenizer, **settings),
+            run,
+        )
+        return run, calls
+
+    return generated
 
 
-def test_speed_is_that_of_sampling_all_clips_without_the_warm_up(generated):
-    speed = read_index(generated).speed
+@pytest.mark.parametrize(
+    ("conditioning", "given_frames", "sampling", "steps"),
+    [  # of three latent frames two are given, or none; a frame has two blocks
+        ("frames", 3, {}, 2),
+        ("class", 3, {"guidance": 2}, 2),
+        ("none", 0, {}, 6),
+        ("class", 0, {"guidance": 2}, 6),
+    ],
+)
+def test_speed_is_that_of_sampling_all_clips_without_the_warm_up(
+    generated, conditioning, given_frames, sampling, steps
+):
+    run, calls = generated(conditioning, given_frames, **sampling)
+    speed = read_index(run).speed
     assert (speed.clips, speed.batches, speed.batch_size, speed.device) == (VAL, 2, 2, "CPU")
-    assert speed.predicted_frames == VAL * 2  # of clips of five
-    assert speed.forward_steps == 2  # of the three latent frames two are given; a frame has two blocks
-    slept = 2 * 2 * DELAY_S
+    assert speed.predicted_frames == VAL * (5 - given_frames)
+    assert speed.forward_steps == steps
+    slept = 2 * steps * DELAY_S
     assert slept <= speed.sampling_s < slept + FIRST_S
     assert speed.sampling_s < speed.whole_s
-    assert speed.frames_per_s == pytest.approx(6 / speed.sampling_s)
+    assert speed.frames_per_s == pytest.approx(speed.predicted_frames / speed.sampling_s)
+    assert len(calls) == 2 + 2 * steps
+    assert calls[:2] == calls[2:4]  # warmed up with the shapes that follow, of guidance twice as many
+    assert calls[0][0] == (4 if sampling else 2)
 
 
 def test_an_index_of_earlier_has_no_speed_and_is_read(generated):
-    path = generated.samples / "index.json"
+    run, _ = generated("frames", 3)
+    path = run.samples / "index.json"
     written = json.loads(path.read_text())
     del written["speed"]
     path.write_text(json.dumps(written))
-    assert read_index(generated).speed is None
+    assert read_index(run).speed is None

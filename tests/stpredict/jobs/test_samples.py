@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
 
@@ -16,6 +17,7 @@ from stpredict.jobs import generate
 from stpredict.jobs.config import GenerateConfig
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
+from stpredict.priors.prefixes import text_tokenizer_hash
 from stpredict.run import Run
 from stpredict.training.ranks import Ranks
 from tests.stpredict.tokenized import GRID, VAL
@@ -44,6 +46,8 @@ def export(tokenizer, tmp_path):
         for parameter in prior.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         about = {"tokenizer_fingerprint": load_tokenizer(tokenizer)[2], "model": model, "classes": classes}
+        if model.conditioning.kind == "text":
+            about["text_tokenizer"] = text_tokenizer_hash(model.conditioning.tokenizer)
         folder = tmp_path / f"prior_{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         save_file(prior.state_dict(), folder / "model.safetensors")
@@ -104,6 +108,23 @@ def test_chosen_classes_alone_are_made_as_among_all(export, made):
     of_all = made(prior)
     chosen = made(prior, classes=("walk",), clips=2)
     np.testing.assert_array_equal(np.load(chosen.samples / "tokens.npy"), np.load(of_all.samples / "tokens.npy")[-2:])
+
+
+def test_guidance_0_forgets_the_class(export, made):
+    run = made(export(kind="class"), sampling={"guidance": 0, "temperature": 0})
+    assert len(np.unique(np.load(run.samples / "tokens.npy"), axis=0)) == 1
+
+
+def test_a_prior_of_texts_needs_the_file_that_it_was_trained_with(export, made, tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "class1": 1, "walk": 2}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "text.json"))
+    prior = export(kind="text", tokenizer=tmp_path / "text.json", vocabulary=3, tokens=2)
+    run = made(prior, clips=3, sampling={"guidance": 2, "temperature": 0})
+    assert len(np.unique(np.load(run.samples / "tokens.npy"), axis=0)) == 3
+    words.add_tokens(["more"])
+    words.save(str(tmp_path / "text.json"))
+    with pytest.raises(UsageError, match=r"text.json: is not the file that .* was trained with; put that one there"):
+        made(prior)
 
 
 def test_a_prior_that_is_told_nothing_makes_videos_too(export, made):

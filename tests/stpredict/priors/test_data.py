@@ -2,10 +2,12 @@
 
 import shutil
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from data_pipeline.errors import UsageError
 from data_pipeline.latents import LatentWriter
@@ -15,6 +17,7 @@ from stpredict.exports import load_tokenizer
 from stpredict.jobs.config import PriorJobConfig
 from stpredict.jobs.train import build_task
 from stpredict.priors.task import PriorTask
+from stpredict.training.compilation import compile_layers
 from tests.stpredict.tokenized import CLIP, GRID, TRAIN, VAL, make_tokenizer
 
 MODEL = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 32, "block": [1, 1, 4], "dropout": 0.0}
@@ -82,6 +85,27 @@ def test_losses_metrics_and_pictures_are_the_same_and_the_tokenizer_is_not_train
     assert cached.model.state_dict().keys() == on_the_fly.model.state_dict().keys()
     assert not any(parameter.requires_grad for parameter in on_the_fly.tokenizer.model.parameters())
     assert cached.export_config() == on_the_fly.export_config()
+
+
+def test_compiled_layers_learn_the_same_and_no_picture_is_compiled(encoded, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor takes a minute
+    data, results = {"latents": encoded("latents")}, []
+    for compiled in (False, True):
+        each = task(tokenizer, data)
+        if compiled:
+            compile_layers(each.layers())
+        batch = next(iter(each.validation_batches(SHARE)))
+        loss = each.training_step(each.model, batch)["cross_entropy"]
+        loss.backward()
+        graphs = counters["stats"]["unique_graphs"]
+        with torch.no_grad():
+            picture = each.picture(each.model, batch)
+        assert counters["stats"]["unique_graphs"] == graphs
+        results.append([loss.detach(), *(parameter.grad for parameter in each.model.parameters())])
+        results[-1].append(torch.from_numpy(picture))
+    assert graphs > 0
+    for eager, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["latents", "clips"])

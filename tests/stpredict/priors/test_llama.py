@@ -64,9 +64,3 @@ def test_another_prior_is_refused_with_the_reason(changes, reason, tmp_path):
     with pytest.raises(UsageError, match=f"no LLaMA: {reason}"):
         write_llama(prior(**changes), tmp_path / "llama")
     assert not (tmp_path / "llama").exists()
-
-
-def test_a_folder_with_other_things_stays_as_it_is(tmp_path):
-    (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(UsageError, match="is there already"):
-        write_llama(prior(), tmp_path)

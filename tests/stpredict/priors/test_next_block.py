@@ -1,8 +1,11 @@
+import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
@@ -157,6 +160,10 @@ def test_decoding_refuses_part_of_a_block_and_two_blocks_at_once():
     model(torch.zeros(1, 8, dtype=torch.long), caches=caches)
     with pytest.raises(ValueError, match="got 8 tokens after 8"):
         model(torch.zeros(1, 8, dtype=torch.long), caches=caches)
+    caches = model.make_caches(1)
+    model(torch.zeros(1, 44, dtype=torch.long), caches=caches)
+    with pytest.raises(ValueError, match="got 4 tokens after 44"):  # the last block, which nothing follows
+        model(torch.zeros(1, 4, dtype=torch.long), caches=caches)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +183,36 @@ def test_published_sizes_within_one_percent(size, blocks, total):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(total, rel=0.01)
 
 
+def test_a_start_stands_a_block_before_the_first_and_the_prefix_before_that():
+    model = prior((2, 1, 4), conditioning=TEXT)
+    prefix, start, video = model.positions.split([5, 8, 48])
+    assert prefix.tolist() == [[t, 0, 0] for t in range(-7, -2)]
+    assert torch.equal(start, model.order.coordinates[:8] - torch.tensor([2, 0, 0]))
+    assert torch.equal(video, model.order.coordinates)
+
+
 def test_positions_stay_exact_when_the_model_is_cast():
     model = NextBlockPrior(NextBlockConfig(layers=1, width=32, heads=2, mlp_width=48), 10, (2, 16, 16)).bfloat16()
     assert model.positions.dtype == torch.int64
+
+
+def test_dropout_falls_on_the_embedding_and_on_all_that_a_layer_adds():
+    config = NextBlockConfig(layers=2, width=32, heads=2, mlp_width=48, block=(1, 1, 4), dropout=0.3)
+    model, calls = NextBlockPrior(config, 50, GRID), Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            assert module.p == 0.3
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    model(torch.zeros(1, 48, dtype=torch.long))
+    assert calls == {"dropout": 1, "layers.0.dropout": 2, "layers.1.dropout": 2}
+
+
+@pytest.mark.parametrize("width", [96, 384])
+def test_weights_begin_as_wide_as_published_and_what_is_added_less_with_depth(width):
+    model = NextBlockPrior(NextBlockConfig(layers=8, width=width, heads=2, mlp_width=256), 1000, (1, 16, 16))
+    published = 0.02 * math.sqrt(1536 / width)
+    layer = model.layers[3]
+    for weight in (model.embedding.weight, model.head.weight, layer.attention.qkv.weight, layer.mlp.gate_up.weight):
+        assert weight.std().item() == pytest.approx(published, rel=0.05)
+    for weight in (layer.attention.out.weight, layer.mlp.down.weight):  # 16 additions
+        assert weight.std().item() == pytest.approx(published / 4, rel=0.05)

@@ -79,6 +79,18 @@ def test_texts_are_the_tokens_of_the_file_cut_to_length_and_padded(text_file):
     assert torch.equal(lengths, found.lengths[[1, 3]])
 
 
+def test_padding_that_the_file_asks_for_is_left_out(text_file, tmp_path):
+    padding = tokenizers.Tokenizer.from_file(str(text_file))
+    padding.enable_padding(length=6, pad_id=0, pad_token="[UNK]")
+    padding.save(str(tmp_path / "padding.json"))
+    text = {"kind": "text", "vocabulary": 60, "tokens": 8}
+    found, expected = (
+        prefixes(model(**text, tokenizer=path), ["walk"]) for path in (tmp_path / "padding.json", text_file)
+    )
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.ids, expected.ids)
+
+
 def test_bad_tokenizers_of_texts_are_named(text_file, tmp_path):
     with pytest.raises(UsageError, match=r"there.json: cannot be read"):
         prefixes(model(kind="text", tokenizer=tmp_path / "there.json"), NAMES)

@@ -4,7 +4,8 @@ import torch
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.sampling.config import SamplingConfig
-from stpredict.sampling.next_block import continue_tokens, forward_steps
+from stpredict.sampling.filters import draw_tokens, uniform_numbers
+from stpredict.sampling.next_block import continue_tokens, forward_steps, warm_up
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +24,20 @@ def test_given_frames_stay_and_the_rest_is_filled(prior):
     assert ids.max() < 50
 
 
-def test_the_likeliest_tokens_are_those_of_the_training_pass(prior):
-    given = torch.randint(50, (1, 1, 4, 4))
-    ids = continue_tokens(prior, given, SamplingConfig(temperature=0), [0])
-    sequence = prior.order.to_sequence(ids)
-    likeliest = prior(sequence).argmax(-1)
-    assert torch.equal(sequence[:, 16:], likeliest[:, 12:])
+@pytest.mark.parametrize("config", [SamplingConfig(temperature=0), SamplingConfig(top_k=40, top_p=0.9)], ids=str)
+def test_tokens_are_drawn_from_the_training_pass_each_with_numbers_of_its_own(prior, config):
+    given = torch.randint(50, (2, 1, 4, 4))
+    sequence = prior.order.to_sequence(continue_tokens(prior, given, config, [5, 6]))
+    numbers = uniform_numbers([5, 6], 32, torch.device("cpu"))
+    assert torch.equal(sequence[:, 16:], draw_tokens(prior(sequence).detach()[:, 12:], config, numbers))
+
+
+def test_a_warm_up_stops_after_two_passes_where_nothing_is_recorded(prior):
+    given = torch.randint(1, 50, (1, 1, 4, 4))
+    ids = warm_up(None, prior, given, SamplingConfig(temperature=0), [0])
+    whole = continue_tokens(prior, given, SamplingConfig(temperature=0), [0])
+    assert torch.equal(ids.flatten()[: 16 + 8], whole.flatten()[: 16 + 8])
+    assert not ids.flatten()[16 + 8 :].any()
 
 
 @pytest.mark.parametrize("block", [(2, 1, 4), (2, 2, 2)])
@@ -123,6 +132,10 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch(prior):
     assert not torch.equal(continue_tokens(prior, given[1:2], SamplingConfig(), [9]), alone)
 
 
-def test_all_frames_given_is_refused(prior):
-    with pytest.raises(ValueError, match="3 given latent frames: need 1 to 2"):
-        continue_tokens(prior, torch.zeros(1, 3, 4, 4, dtype=torch.long), SamplingConfig(), [0])
+@pytest.mark.parametrize(("block", "frames", "need"), [((1, 1, 4), 3, "1 to 2, in steps of 1"),
+                                                       ((1, 1, 4), 0, "1 to 2, in steps of 1"),
+                                                       ((2, 1, 4), 1, "1 to 2, in steps of 2")])  # fmt: skip
+def test_all_frames_none_and_parts_of_a_block_are_refused(block, frames, need):
+    prior = NextBlockPrior(NextBlockConfig(layers=1, width=32, heads=2, mlp_width=48, block=block), 50, (3, 4, 4))
+    with pytest.raises(ValueError, match=f"{frames} given latent frames: need {need}"):
+        continue_tokens(prior, torch.zeros(1, frames, 4, 4, dtype=torch.long), SamplingConfig(), [0])

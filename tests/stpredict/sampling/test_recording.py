@@ -10,7 +10,7 @@ from stpredict.priors.next_block import NextBlockPrior
 from stpredict.sampling import next_block
 from stpredict.sampling.config import SamplingConfig
 from stpredict.sampling.filters import draw, probabilities
-from stpredict.sampling.next_block import continue_tokens
+from stpredict.sampling.next_block import continue_tokens, warm_up
 from stpredict.sampling.recording import Recording
 
 SAMPLING = SamplingConfig(top_k=20, top_p=0.9)
@@ -67,15 +67,16 @@ def test_recorded_steps_give_the_tokens_of_steps_that_run(block, monkeypatch):
         next_block, "draw_tokens", lambda logits, config, uniform: draw(probabilities(logits, config), uniform[..., 0])
     )
     prior, recording = prior_of(block), TapeRecording()
-    found, expected = [], []
+    found, expected, steps = [], [], []
     for seed in range(4):
         given = torch.randint(50, (2, block[0], 4, 4), generator=torch.Generator().manual_seed(seed))
         seeds = [2 * seed, 2 * seed + 1]
         found.append(continue_tokens(prior, given, SAMPLING, seeds, recording=recording))
         expected.append(continue_tokens(prior, given, SAMPLING, seeds))
+        steps.append(recording.steps_recorded)
     assert torch.equal(torch.stack(found), torch.stack(expected))
     blocks = len(prior.order.sizes) - prior.order.blocks_in(block[0] * 16)
-    assert recording.steps_recorded == blocks - 1
+    assert steps == [0, *[blocks - 1] * 3]  # the first decoding loads kernels
 
 
 def test_recorded_steps_read_the_prefixes_of_their_own_batch(monkeypatch):
@@ -99,6 +100,18 @@ def test_recorded_steps_read_the_prefixes_of_their_own_batch(monkeypatch):
         expected.append(continue_tokens(prior, given, sampling, [0, 1], *told))
     assert torch.equal(torch.stack(found), torch.stack(expected))
     assert len(torch.stack(found).flatten(1).unique(dim=0)) == 4
+
+
+def test_a_warm_up_records_all_steps(monkeypatch):
+    monkeypatch.setattr(
+        next_block, "draw_tokens", lambda logits, config, uniform: draw(probabilities(logits, config), uniform[..., 0])
+    )
+    prior, recording = prior_of((1, 1, 4), conditioning={"kind": "none"}), TapeRecording()
+    arguments = prior, torch.zeros(2, 0, 4, 4, dtype=torch.long), SAMPLING, [0, 1]
+    warm_up(recording, *arguments)
+    assert recording.steps_recorded == 11  # of twelve blocks, the first of which nothing but the start predicts
+    assert torch.equal(continue_tokens(*arguments, recording=recording), continue_tokens(*arguments))
+    assert recording.steps_recorded == 11
 
 
 def test_a_recording_of_other_shapes_is_refused():
