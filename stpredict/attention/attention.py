@@ -24,16 +24,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: Backend = "a
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit each other")
     mask = simplest(mask, n, m)
+    ragged = isinstance(mask, BlockCausal) and mask.prefix_lengths is not None
+    if ragged and len(mask.prefix_lengths) != len(q):
+        raise ValueError(f"prefix_lengths of {len(mask.prefix_lengths)} samples do not fit a batch of {len(q)}")
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # as PyTorch does it for its own attention
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     if isinstance(mask, BlockCausal) and mask.length is not None and mask.length < m:
         real, end = max(0, n - (m - mask.length)), mask.length
         shorter = BlockCausal(mask.block, mask.prefix, mask.prefix_lengths)
         out = attention(q[:, :, :real], k[:, :, :end], v[:, :, :end], shorter, backend) if real else q[:, :, :0]
         return F.pad(out, (0, 0, 0, n - real))
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # as PyTorch does it for its own attention
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     out = _compute(q, k, v, mask, backend)
-    ragged = isinstance(mask, BlockCausal) and mask.prefix_lengths is not None
     return _without_padding(out, mask, m) if ragged else out
 
 

@@ -49,6 +49,8 @@ def _preferred(call: Call) -> tuple[str, ...]:
     cost it a second pass, but flex none. xformers' kernels are flash-attn's, older: it is left to those who ask."""
     if call.device != "cuda":
         return ("sdpa",)
+    if call.queries < call.keys and not call.differentiates:  # flex would compile for every length of a cache
+        return ("flash", "sdpa")
     if isinstance(call.mask, BlockCausal) and call.mask.block < 128:
         return ("flex", "flash", "sdpa")
     return ("flash", "flex", "sdpa") if isinstance(call.mask, BlockCausal | Window) else ("flash", "sdpa")
@@ -84,6 +86,10 @@ def _xformers(call: Call) -> str | None:
         return "xformers has no single call for block-causal attention"
     if call.dtype == torch.float64:
         return "xformers does not compute in fp64"
+    if call.head_width % 8:
+        return f"xformers' heads are multiples of 8 wide, not {call.head_width}"
+    if isinstance(call.mask, Window) and (call.dtype not in HALVES or call.head_width > 256):
+        return "xformers has windows in fp16 and bf16 alone, of heads up to 256 wide"
     return None
 
 

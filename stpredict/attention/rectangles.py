@@ -82,6 +82,8 @@ def by_columns(n: int, mask: BlockCausal, kernel: Kernel) -> Iterator[Piece]:
 def _diagonal(n: int, mask: BlockCausal, kernel: Kernel) -> Iterator[Piece]:
     """Small blocks: with others in the tiles of a staircase, or else as causal attention and what is above its diagonal
     in each block."""
+    if n <= mask.prefix:
+        return
     if kernel.staircases:
         yield from _tiled(n, mask.prefix, kernel.chunk // mask.block * mask.block, "staircase", mask.block)
         return
@@ -102,6 +104,8 @@ def _tiled(n: int, start: int, size: int, shape: Shape, block: int = 0, more: bo
 def block_causal(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausal, kernel: str) -> Tensor:
     """``q`` (b, heads, n, d), ``k`` and ``v`` (b, key heads, n, d), by the kernel of that name. Of sequences without
     padding at their end; the padding of a prefix attends to its tokens."""
+    # Kernels take it unasked that the channels of a head lie beside each other.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return _forward(q, k, v, mask.prefix_lengths, mask.block, mask.prefix, kernel)[0]
 
 
@@ -157,10 +161,12 @@ def _backward(
         more = piece.rows.start < seen, piece.more, piece.more
         for i, (part, where, add) in enumerate(zip(parts, places, more, strict=True)):
             part = _joined(part, piece)
-            if not add and part.shape == sums[i].shape and part.dtype == sums[i].dtype:
-                sums[i] = part  # of everything
+            total = sums[i]
+            # A part of everything is the sum, if it lies in memory as compiled code was told.
+            if not add and part.shape == total.shape and (part.dtype, part.stride()) == (total.dtype, total.stride()):
+                sums[i] = part
             else:
-                here = sums[i][:, :, where]
+                here = total[:, :, where]
                 here.add_(part) if add else here.copy_(part)
         seen = max(seen, piece.rows.stop)
     return tuple(total.to(q.dtype) for total in sums)

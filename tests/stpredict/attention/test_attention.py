@@ -25,6 +25,7 @@ MASKS = [
     BlockCausal(16, prefix=9, prefix_lengths=torch.tensor([4, 0]), length=290),
     BlockCausal(300, prefix=8, prefix_lengths=torch.tensor([8, 5])),
     BlockCausal(1, prefix=8, prefix_lengths=torch.tensor([0, 1])),
+    BlockCausal(5, prefix=301, prefix_lengths=torch.tensor([301, 0])),
 ]
 
 
@@ -57,13 +58,41 @@ def test_fewer_queries_than_keys_are_the_last_of_the_sequence(mask, n):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, {"rtol": 2e-2, "atol": 3e-2}), (torch.float32, {"rtol": 1e-5, "atol": 1e-4})],
+    ids=["bf16", "fp32"],
+)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_half_precision_stays_near_the_reference(mask):
-    inputs = tensors(dtype=torch.bfloat16)
+def test_lower_precision_stays_near_the_reference(mask, dtype, tolerance):
+    inputs = tensors(key_heads=2, dtype=dtype)
     exact = run(reference_attention, *(x.double() for x in inputs), mask)
     for ours, reference in zip(run(attention, *inputs, mask), exact, strict=True):
-        assert ours.dtype == torch.bfloat16
-        torch.testing.assert_close(ours.double(), reference, rtol=2e-2, atol=3e-2)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), reference, **tolerance)
+
+
+@pytest.mark.parametrize("mask", [BlockCausal(16), BlockCausal(300)], ids=str)
+def test_tensors_may_lie_in_memory_in_any_way(mask):
+    q, k, v, weight = (x.mT.contiguous().mT for x in tensors())
+    for ours, reference in zip(
+        run(attention, q, k, v, weight, mask), run(reference_attention, q, k, v, weight, mask), strict=True
+    ):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
+
+
+def test_no_mask_is_as_high_as_the_sequence(monkeypatch):
+    shapes, kernel = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors, attn_mask=None, **options):
+        shapes.append((0, 0) if attn_mask is None else attn_mask.shape[-2:])
+        return kernel(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for mask in (Window(200), BlockCausal(16, 3), BlockCausal(16, 3, prefix_lengths=torch.tensor([2, 0]))):
+        attention(*tensors(n=600, m=601)[:3], mask)
+    assert 100 < max(rows for rows, _ in shapes) <= 128
+    assert max(keys for rows, keys in shapes if rows) > 500
 
 
 def test_block_causal_mask_is_what_its_words_say():
@@ -89,6 +118,21 @@ def test_pairs_are_counted_as_the_mask_has_them(mask):
         assert pairs(mask, n, 301) == dense_mask(mask, n, 301).sum()
 
 
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (lambda: Window(0), "at least 1"),
+        (lambda: BlockCausal(0), "blocks of 0 tokens"),
+        (lambda: BlockCausal(1, prefix=-1), "a prefix of -1"),
+        (lambda: BlockCausal(1, prefix=2, prefix_lengths=torch.tensor(1)), "one number per sample"),
+        (lambda: BlockCausal(1, prefix=2, length=1), "length 1 counts the prefix of 2 too"),
+    ],
+)
+def test_masks_that_mean_nothing_are_refused(mask, said):
+    with pytest.raises(ValueError, match=said):
+        mask()
+
+
 def test_shapes_that_do_not_fit_are_refused():
     q, k = torch.zeros(1, 4, 6, 8), torch.zeros(1, 3, 6, 8)
     with pytest.raises(ValueError, match="do not fit each other"):
@@ -96,3 +140,6 @@ def test_shapes_that_do_not_fit_are_refused():
     for mask in (Causal(), BlockCausal(2), Full()):
         with pytest.raises(ValueError, match="6 queries of 4 keys"):
             attention(q, q[:, :, :4], q[:, :, :4], mask)
+    ragged = BlockCausal(2, prefix=2, prefix_lengths=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="prefix_lengths of 2 samples do not fit a batch of 1"):
+        attention(q, q, q, ragged)

@@ -120,6 +120,18 @@ def flash_attn_func(
     return reference_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
 
 
+def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+    """xformers', of ``(b, n, heads, d)`` with a key head for every head."""
+    assert query.shape[2] == key.shape[2] == value.shape[2]
+    inputs = (x.transpose(1, 2) for x in (query, key, value))
+    return reference_attention(*inputs, attn_bias or Full()).transpose(1, 2)
+
+
+def local_attention(window_left, window_right):
+    assert window_right == 0
+    return Window(window_left + 1)
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
@@ -127,6 +139,14 @@ def stand_in(monkeypatch):
     interface._flash_attn_forward, interface._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    xformers, bias = ModuleType("xformers.ops"), ModuleType("xformers.ops.fmha.attn_bias")
+    xformers.memory_efficient_attention = memory_efficient_attention
+    bias.LowerTriangularFromBottomRightMask = Causal
+    bias.LocalAttentionFromBottomRightMask = local_attention
+    for name in ("xformers", "xformers.ops.fmha"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "xformers.ops", xformers)
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", bias)
     monkeypatch.setattr(backends, "missing", lambda backend, device: None)
 
 
@@ -160,11 +180,21 @@ def test_kernels_that_take_no_mask_give_the_reference(kernel, mask, key_heads, m
     compare(run(ours, *inputs, mask), run(reference_attention, *inputs, mask), EXACT)
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", [mask for mask in MASKS if isinstance(mask, BlockCausal)], ids=str)
 @pytest.mark.usefixtures("stand_in")
 def test_flash_in_half_precision_gives_the_reference(mask):
     inputs = tensors(key_heads=2, dtype=torch.bfloat16)
     ours = run(attention, *inputs, mask, backend="flash")
+    compare(ours, run(reference_attention, *(x.double() for x in inputs), mask), ROUNDED)
+
+
+@pytest.mark.parametrize("backend", ["flash", "xformers"])
+@pytest.mark.parametrize("n", [1, 40, 301])
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(1), Window(40), Window(1000)], ids=str)
+@pytest.mark.usefixtures("stand_in")
+def test_one_call_says_the_masks_that_have_one(backend, mask, n):
+    inputs = tensors(key_heads=2, n=n, dtype=torch.bfloat16)
+    ours = run(attention, *inputs, mask, backend=backend)
     compare(ours, run(reference_attention, *(x.double() for x in inputs), mask), ROUNDED)
 
 
@@ -182,21 +212,42 @@ def test_flex_visits_the_tiles_that_somebody_sees(mask, n):
     pad = (0, -301 % flex.TILE, 0, -n % flex.TILE)
     visited = found.to_dense()[0, 0].bool()
     wanted = torch.nn.functional.pad(seen, pad).unflatten(1, (-1, flex.TILE)).unflatten(3, (-1, flex.TILE))
-    assert not (wanted.any(4).any(2).any(0) & ~visited).any()
     full, numbers = torch.zeros_like(visited), found.full_kv_num_blocks[0, 0]
     for row, number in enumerate(numbers.tolist()):
         full[row, found.full_kv_indices[0, 0, row, :number].long()] = True
     assert not (full & ~wanted.all(4).all(2).all(0)).any()
+    some, every = (x.repeat_interleave(flex.TILE, 0).repeat_interleave(flex.TILE, 1)[:n, :301] for x in (visited, full))
+    computed = found.mask_mod(torch.arange(2)[:, None, None], 0, torch.arange(n)[:, None], torch.arange(301))
+    computed = every | (some & computed)
+    real = seen.any(-1)  # the padding of a prefix sees some of itself, and its outputs are made 0
+    assert torch.equal((computed & real[..., None]).expand(2, n, 301), seen.expand(2, n, 301))
+    assert computed.any(-1).all()
     if mask == Causal() or (isinstance(mask, BlockCausal) and mask.prefix_lengths is None):
         assert torch.equal(visited, wanted.any(4).any(2).any(0))
 
 
-def test_flex_computes_on_a_cpu_what_the_reference_does():
-    mask = BlockCausal(16, prefix=130, prefix_lengths=torch.tensor([70, 0]), length=290)
+def test_flex_compiles_a_shape_once_and_computes_on_a_cpu_what_the_reference_does():
     q, k, v, _ = tensors(key_heads=2, d=32, dtype=torch.float32)
-    with torch.no_grad():
-        ours = attention(q, k, v, mask, backend="flex")
-    torch.testing.assert_close(ours, reference_attention(q, k, v, mask), rtol=0, atol=1e-5)
+    torch.compiler.reset()
+    for lengths, stance in (([70, 0], "default"), ([130, 3], "fail_on_recompile")):
+        mask = BlockCausal(16, prefix=130, prefix_lengths=torch.tensor(lengths), length=290)
+        with torch.no_grad(), torch.compiler.set_stance(stance):
+            ours = attention(q, k, v, mask, backend="flex")
+        torch.testing.assert_close(ours, reference_attention(q, k, v, mask), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 0])], ids=["whole", "ragged"])
+def test_flex_makes_a_block_mask_once_for_each_shape(lengths):
+    def made(block=16, prefix=4, n=300, m=301, lengths=lengths, device="cpu"):
+        return flex.block_mask(BlockCausal(block, prefix, lengths), n, m, torch.device(device))
+
+    for other in ({"block": 8}, {"prefix": 5}, {"n": 299}, {"m": 302}, {"device": "meta"}):
+        first = made()
+        assert made() is first
+        assert made(**other) is not first
+    if lengths is not None:
+        first = made()
+        assert made(lengths=lengths.clone()) is not first
 
 
 def call(device="cpu", dtype=torch.float32, head_width=64, queries=64, keys=64, mask=None, differentiates=True):
@@ -229,15 +280,50 @@ def test_cuda_takes_the_first_that_can(monkeypatch):
     assert best() == best(mask=BlockCausal(256)) == "flex"
     assert best(mask=Full()) == best(dtype=half, head_width=12, mask=Causal()) == "sdpa"
     assert best(dtype=half, mask=BlockCausal(256), queries=9) == "flex"
-    assert refusal("xformers", call("cuda")) == "xformers has no single call for block-causal attention"
+    for step in (BlockCausal(16), Window(9)):  # of decoding: no two have the same shape
+        assert best(mask=step, queries=9, differentiates=False) == "sdpa"
+    assert best(dtype=half, mask=Window(9), queries=9, differentiates=False) == "flash"
     monkeypatch.setattr(backends, "missing", lambda backend, device: f"{backend} is not installed")
     assert best(dtype=half) == best(dtype=half, mask=Full()) == "sdpa"
+
+
+REFUSED = [
+    ("flash", {"dtype": torch.float32}, "fp16 and bf16, not float32"),
+    ("flash", {"head_width": 264}, "multiples of 8 up to 256 wide, not 264"),
+    ("flash", {"head_width": 60}, "multiples of 8 up to 256 wide, not 60"),
+    ("flash", {"queries": 9}, "block-causal attention of 9 queries that are the last of 64"),
+    ("flex", {"dtype": torch.float64}, "not compute in fp64"),
+    ("flex", {"head_width": 8}, "at least 16 wide on CUDA, not 8"),
+    ("xformers", {}, "no single call for block-causal attention"),
+    ("xformers", {"mask": Causal(), "dtype": torch.float64}, "not compute in fp64"),
+    ("xformers", {"mask": Causal(), "head_width": 60}, "multiples of 8 wide, not 60"),
+    ("xformers", {"mask": Window(9), "dtype": torch.float32}, "windows in fp16 and bf16 alone"),
+    ("xformers", {"mask": Window(9), "head_width": 264}, "up to 256 wide"),
+]
+
+
+@pytest.mark.parametrize(("backend", "what", "reason"), REFUSED)
+def test_calls_beyond_a_kernel_are_refused_and_those_at_its_limits_are_not(backend, what, reason, monkeypatch):
+    monkeypatch.setattr(backends, "missing", lambda backend, device: None)
+    assert reason in refusal(backend, call("cuda", **{"dtype": torch.bfloat16, **what}))
+    for width in (16, 256):
+        for mask in (Full(), Causal(), Window(9)):
+            assert refusal(backend, call("cuda", dtype=torch.bfloat16, head_width=width, queries=9, mask=mask)) is None
+    assert refusal("flash", call("cuda", dtype=torch.float16, queries=64)) is None
+    assert refusal("flex", call("cuda", head_width=300, queries=9)) is None
+    assert refusal("xformers", call("cuda", head_width=512, mask=Causal())) is None
 
 
 def test_old_and_broken_packages_are_no_backends(monkeypatch):
     monkeypatch.setattr(backends, "version", lambda name: {"flash-attn": "2.6.3", "xformers": "0.0.30"}[name])
     assert backends.missing.__wrapped__("flash", "cuda") == "flash-attn 2.6.3 is older than 2.7"
     assert backends.missing.__wrapped__("xformers", "cuda").startswith("xformers 0.0.30 cannot be imported: No module")
+    assert backends.missing.__wrapped__("flex", "mps") == "FlexAttention knows no mps"
+    monkeypatch.setattr(backends, "_no_package", lambda *package: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "not compute capability (7, 5)" in backends.missing.__wrapped__("flash", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert backends.missing.__wrapped__("flash", "cuda") is None
 
 
 def test_a_small_call_tells_what_works_here(monkeypatch):

@@ -15,7 +15,7 @@ from stpredict.attention.reference import dense_mask
 
 
 @pytest.mark.parametrize("pieces", [by_rows, by_columns])
-@pytest.mark.parametrize(("block", "prefix"), [(1, 0), (5, 0), (5, 7), (32, 0), (40, 3), (300, 9), (3, 40)])
+@pytest.mark.parametrize(("block", "prefix"), [(1, 0), (5, 0), (5, 7), (32, 0), (40, 3), (300, 9), (3, 40), (5, 131)])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(("chunk", "staircases"), [(16, True), (32, True), (32, False)])
 def test_the_pieces_are_every_pair_once(pieces, block, prefix, ragged, chunk, staircases):
@@ -24,6 +24,9 @@ def test_the_pieces_are_every_pair_once(pieces, block, prefix, ragged, chunk, st
     seen = torch.zeros(n, n, dtype=torch.int)
     for piece in pieces(n, mask, SimpleNamespace(chunk=chunk, staircases=staircases)):
         rows, keys = torch.arange(n)[piece.rows], torch.arange(n)[piece.keys]
+        assert len(rows) > 0
+        assert len(keys) > 0 or piece.shape == "ragged"
+        assert piece.shape != "staircase" or len(rows) // piece.tiles <= chunk
         for tile_rows, tile_keys in zip(rows.chunk(piece.tiles), keys.chunk(piece.tiles), strict=True):
             part = torch.ones(len(tile_rows), len(tile_keys), dtype=torch.int)
             part = {
@@ -51,10 +54,36 @@ def test_tensors_without_memory_pass():
         with mode:
             q = torch.empty(2, 4, 301, 8, device=device, requires_grad=True)
             k = torch.empty(2, 2, 301, 8, device=device, requires_grad=True)
-            out = attention(q, k, k, BlockCausal(16))
+            out = attention(q, k, k, BlockCausal(16), backend="flash")
             out.sum().backward()
         assert out.shape == q.grad.shape == (2, 4, 301, 8)
         assert k.grad.shape == k.shape
+
+
+@pytest.mark.parametrize("n", [70, 512, 520])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([2, 0])], ids=["whole", "ragged"])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_lie_in_memory_as_compiled_code_is_told(n, lengths, key_heads, dtype):
+    prefix = 0 if lengths is None else 3
+    inputs = [torch.randn(2, heads, n, 8, dtype=dtype) for heads in (4, key_heads, key_heads)]
+    for block in (16, 300):
+        masked = lengths, block, prefix, "torch_cpu"
+        out, lse = torch.ops.stpredict.block_causal_attention(*inputs, *masked)
+        tensors = [out, *inputs, lengths, out, lse]
+        found = torch.ops.stpredict.block_causal_attention_backward(*tensors, *masked[1:])
+        with FakeTensorMode() as mode:
+            told = torch.ops.stpredict.block_causal_attention_backward(
+                *(x if x is None else mode.from_tensor(x) for x in tensors), *masked[1:]
+            )
+        for ours, theirs in zip(found, told, strict=True):
+            assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+
+
+def test_an_output_that_was_overwritten_gives_no_wrong_gradients():
+    q = torch.randn(1, 2, 70, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        attention(q, q, q, BlockCausal(16)).mul_(2).sum().backward()
 
 
 def _gradients(function, *inputs):
@@ -78,7 +107,9 @@ def test_recomputation_and_compilation_change_nothing():
 def test_autocast_computes_in_its_type():
     q = torch.randn(1, 2, 64, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert attention(q, q, q, BlockCausal(16)).dtype == torch.bfloat16
+        for mask in (BlockCausal(16), BlockCausal(16, length=48)):
+            assert attention(q, q, q, mask).dtype == torch.bfloat16
+            assert attention(q[:, :, -16:], q, q, mask).dtype == torch.bfloat16
 
 
 def test_operators_are_well_formed():
