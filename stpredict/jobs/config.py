@@ -256,6 +256,11 @@ class GenerateConfig(JobConfig):
     clips: int = Field(32, ge=1, description="to make, or held-out ones to continue (all of them if there are fewer)")
     batch_size: int = Field(16, ge=1, description="clips per rank and forward")
     sampling: SamplingConfig = SamplingConfig()
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        exclude_if=lambda value: value == "fp32",
+        description="of the prior: bf16 reads half as much a step, and what it rounds may depend on the batch",
+    )
     pictures: int = Field(8, ge=0, description="clips written as .mp4 and .gif beside the truth")
 
     harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)

@@ -34,6 +34,7 @@ from stpredict.sampling.stopwatch import Stopwatch
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.clips import clips_for
 from stpredict.tokenizers.config import CausalCnnConfig
+from stpredict.training.precision import TYPES
 from stpredict.training.ranks import Ranks, join_ranks
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def run(config: GenerateConfig, run: Run) -> None:
     check_space(run.path, 4 * config.clips * clip.frames * math.prod(clip.size) * clip.channels)
     with join_ranks() as ranks:
         tokenizer.to(ranks.device)
-        prior.to(ranks.device)
+        prior.to(ranks.device, TYPES[config.precision])
         if data is None:
             make_samples(config, numbers, tokenizer, prior, prior_export, told, run, ranks)
             return

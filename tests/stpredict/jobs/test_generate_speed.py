@@ -16,6 +16,7 @@ from stpredict.jobs.config import GenerateConfig
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Run
+from stpredict.training.precision import TYPES
 from stpredict.training.ranks import Ranks
 from tests.stpredict.tokenized import GRID, VAL
 
@@ -34,7 +35,7 @@ class OneOf(Ranks):
 def generated(tokenizer, shards, tmp_path, monkeypatch):
     """``generated(conditioning, …)`` is the run, and the batch and new tokens of every forward of the prior."""
     _, export, fingerprint = load_tokenizer(tokenizer)
-    forward, calls = NextBlockPrior.forward, []
+    forward, calls, computed_in = NextBlockPrior.forward, [], set()
 
     @contextmanager
     def join_ranks():
@@ -43,9 +44,11 @@ def generated(tokenizer, shards, tmp_path, monkeypatch):
     def slow(self, ids, *args, **kwargs):
         time.sleep(DELAY_S if calls else FIRST_S)
         calls.append(tuple(ids.shape))
-        return forward(self, ids, *args, **kwargs)
+        logits = forward(self, ids, *args, **kwargs)
+        computed_in.add(logits.dtype)
+        return logits
 
-    def generated(conditioning: str, given_frames: int, **sampling) -> tuple[Run, list]:
+    def generated(conditioning: str, given_frames: int, precision: str = "fp32", **sampling) -> tuple[Run, list]:
         model = NextBlockConfig(
             layers=1, width=32, heads=1, mlp_width=48, block=(1, 2, 4), conditioning={"kind": conditioning}
         )
@@ -62,10 +65,9 @@ def generated(tokenizer, shards, tmp_path, monkeypatch):
         run.update_status(kind="generate")
         data = {"data": {"shards": shards, "workers": 0}} if given_frames else {"clips": VAL}
         settings = {"batch_size": 2, "pictures": 0, "sampling": sampling, "given_frames": given_frames, **data}
-        generate.run(
-            GenerateConfig(run=run.path, prior=tmp_path / "prior", tokenizer=tokenizer, **settings),
-            run,
-        )
+        where = {"run": run.path, "prior": tmp_path / "prior", "tokenizer": tokenizer}
+        generate.run(GenerateConfig(**where, **settings, precision=precision), run)
+        assert computed_in == {TYPES[precision]}
         return run, calls
 
     return generated
@@ -95,6 +97,12 @@ def test_speed_is_that_of_sampling_all_clips_without_the_warm_up(
     assert len(calls) == 2 + 2 * steps
     assert calls[:2] == calls[2:4]  # warmed up with the shapes that follow, of guidance twice as many
     assert calls[0][0] == (4 if sampling else 2)
+
+
+def test_a_prior_samples_in_bf16_where_it_is_asked_to(generated):
+    run, calls = generated("class", 0, precision="bf16", guidance=2)
+    assert len(calls) == 2 + 2 * 6
+    assert read_index(run).keys
 
 
 def test_an_index_of_earlier_has_no_speed_and_is_read(generated):
