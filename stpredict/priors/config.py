@@ -135,6 +135,11 @@ class NextBlockConfig(Config):
     def _heads_divide(self):
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        if self.width // self.heads < 2 * self.rope_axes:
+            raise ValueError(
+                f"heads of {self.width // self.heads} channels have no two for each of {self.rope_axes} axes of "
+                "rotary positions: take fewer heads, or rope_axes 1"
+            )
         return self
 
 

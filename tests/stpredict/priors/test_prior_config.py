@@ -1,4 +1,4 @@
-"""``data`` of a prior: cached latents unless ``kind`` says otherwise, and errors that name the key."""
+"""``data`` of a prior: cached latents unless ``kind`` says otherwise, and errors that name the key; sizes of heads."""
 
 import pytest
 
@@ -46,3 +46,22 @@ def test_kind_decides_and_what_is_written_loads_again_to_the_same(tmp_path, data
 def test_what_is_wrong_is_named_by_its_key(tmp_path, data, message):
     with pytest.raises(UsageError, match=message):
         loaded(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{width: 10, heads: 3}", "even multiple of heads"),
+        ("{width: 6, heads: 2}", "even multiple of heads"),
+        ("{width: 8, heads: 2}", "heads of 4 channels have no two for each of 3 axes"),
+    ],
+)
+def test_heads_that_cannot_be_rotated_are_refused(tmp_path, model, message):
+    with pytest.raises(UsageError, match=message):
+        loaded(tmp_path, f"{{latents: a}}\nmodel: {model}")
+
+
+def test_the_narrowest_heads(tmp_path):
+    for axes, width in ((3, 6), (1, 2)):
+        model = f"{{width: {width}, heads: 1, rope_axes: {axes}}}"
+        assert loaded(tmp_path, f"{{latents: a}}\nmodel: {model}").model.rope_axes == axes
