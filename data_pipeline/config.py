@@ -6,7 +6,16 @@ Torch-free, like every ``config.py`` of the project: a login node reads these in
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    create_model,
+    model_validator,
+)
 
 
 class Config(BaseModel):
@@ -125,7 +134,7 @@ class ClipConfig(Config):
     """
 
     frames: int = Field(17, ge=1)
-    size: tuple[int, int] = Field((64, 64), description="height and width in pixels")
+    size: tuple[PositiveInt, PositiveInt] = Field((64, 64), description="height and width in pixels")
     fps: float | None = Field(None, gt=0, description="frames per second, picked by timestamp; default: every frame")
     stride: int = Field(1, ge=1, description="take every n-th frame (of those at fps, where that is given)")
     start: Literal["random", "centre", "first"] = "random"

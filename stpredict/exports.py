@@ -151,6 +151,8 @@ def find_export(path: Path) -> Path:
         if has_weights(folder) and (folder / CONFIG).is_file():
             return folder
     status = Run(path).status()
+    if status is not None and status.kind not in ("tokenizer", "prior"):
+        raise UsageError(f"{path}: a run of kind {status.kind} makes no model; give that of a training, or an export")
     if status is not None:
         raise UsageError(
             f"{path}: this run has no export yet (state: {status.state}); finish it, or `stpredict export`"

@@ -23,7 +23,9 @@ def read_weights(path: Path, key: str) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{key}: {path} is not there") from None
-    except (OSError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
+    except UnpicklingError:  # torch's own words begin with advice to load it unsafely
+        raise UsageError(f"{key}: {path} cannot be read as weights: torch.save wrote no tensors alone") from None
+    except (OSError, RuntimeError, SafetensorError, EOFError) as error:
         raise UsageError(f"{key}: {path} cannot be read as weights: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{key}: {path} holds a {type(found).__name__}, not weights by name")

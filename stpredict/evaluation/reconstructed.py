@@ -14,6 +14,7 @@ from data_pipeline.errors import UsageError
 from stpredict.run import Run
 
 ARRAYS = ("truth", "reconstruction", "truth_tokens")
+AGAIN = "run the reconstruct job again"
 
 
 class ReconstructedIndex(BaseModel):
@@ -67,28 +68,34 @@ class Reconstruction(BaseModel):
 
 
 def is_reconstructed(run: Run) -> bool:
-    """Whether ``run`` is a reconstruct job's, by its index.json."""
+    """Whether ``run`` is a reconstruct job's. UsageError where its status.json is damaged."""
+    status = run.status()
+    return status is not None and status.kind == "reconstruct"
+
+
+def read_reconstructed_index(run: Run) -> ReconstructedIndex:
+    """UsageError where the run has no index.json, or a damaged one."""
+    path = run.samples / "index.json"
     try:
-        return '"reconstructed"' in (run.samples / "index.json").read_text()
+        return ReconstructedIndex.model_validate_json(path.read_bytes())
     except OSError:
-        return False
+        raise UsageError(f"{path}: not there; finish the reconstruct job of {run.path} first") from None
+    except ValidationError as error:
+        raise UsageError(f"{path}: damaged ({error.errors()[0]['msg']}); {AGAIN}") from None
 
 
 def read_reconstructed(run: Run) -> Reconstructed:
     """UsageError where a file is missing or damaged, or they do not fit each other."""
-    again = "run the reconstruct job again"
+    index = read_reconstructed_index(run)
     try:
-        index = ReconstructedIndex.model_validate_json((run.samples / "index.json").read_bytes())
         arrays = {name: np.load(run.samples / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    except ValidationError as error:
-        raise UsageError(f"{run.samples / 'index.json'}: damaged ({error.errors()[0]['msg']}); {again}") from None
     except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"{run.samples}: {str(error).splitlines()[0]}; {again}") from None
+        raise UsageError(f"{run.samples}: {str(error).splitlines()[0]}; {AGAIN}") from None
     truth, tokens = arrays["truth"], arrays["truth_tokens"]
     if arrays["reconstruction"].shape != truth.shape or not len(index.keys) == len(truth) == len(tokens):
-        raise UsageError(f"{run.samples}: the arrays are not of the same {len(index.keys)} clips; {again}")
+        raise UsageError(f"{run.samples}: the arrays are not of the same {len(index.keys)} clips; {AGAIN}")
     if tokens.max() >= index.codebook_size:
-        raise UsageError(f"{run.samples}: truth_tokens.npy holds ids from {index.codebook_size} on; {again}")
+        raise UsageError(f"{run.samples}: truth_tokens.npy holds ids from {index.codebook_size} on; {AGAIN}")
     return Reconstructed(index, **arrays)
 
 

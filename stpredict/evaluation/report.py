@@ -12,7 +12,9 @@ from typing import Any
 from markupsafe import Markup
 
 from stpredict.evaluation.charts import as_svg, frame_chart, training_chart
+from stpredict.evaluation.generated import Index
 from stpredict.evaluation.page import render
+from stpredict.evaluation.reconstructed import ReconstructedIndex
 from stpredict.evaluation.run_facts import TRAINING, RunFacts, read_facts
 from stpredict.jobs.start import command_of
 from stpredict.run import write_atomically
@@ -43,7 +45,7 @@ def write_report(title: str, runs: dict[str, Path], out: Path) -> Path:
 
 
 def _pictures(facts: list[RunFacts]) -> list[dict[str, Any]]:
-    """The first GIFs of each generate run, as many as the page has room for."""
+    """The first GIFs of each generate or reconstruct run, as many as the page has room for."""
     groups, room = [], PICTURE_BYTES
     for run in facts:
         if run.index is None:
@@ -54,9 +56,21 @@ def _pictures(facts: list[RunFacts]) -> list[dict[str, Any]]:
             if len(data) > room:
                 break
             room -= len(data)
-            shown.append({"key": path.stem.partition("_")[2], "uri": _data_uri("image/gif", data)})
-        groups.append({"run": run, "shown": shown, "left_out": len(paths) - len(shown)})
+            shown.append({"key": path.stem.partition("_")[2] or path.stem, "uri": _data_uri("image/gif", data)})
+        what = _pictured(run.index)
+        groups.append({"run": run, "what": what, "shown": shown, "left_out": len(paths) - len(shown)})
     return groups
+
+
+def _pictured(index: Index | ReconstructedIndex) -> str:
+    if isinstance(index, ReconstructedIndex):
+        return "Held-out clips, side by side: the truth, and the tokenizer's reconstruction of it."
+    if not index.given_frames:
+        return "Clips made from nothing, side by side; where the prior is told a class, a row for each."
+    return (
+        f"Held-out clips, side by side: the truth, the prediction (its first {index.given_frames} frames are given), "
+        "and the tokenizer's reconstruction of the truth."
+    )
 
 
 def _training(run: RunFacts) -> dict[str, Any]:
@@ -84,8 +98,8 @@ def _missing(facts: list[RunFacts]) -> list[tuple[str, str]]:
     """(name, what is missing), one line each."""
     lines = [(run.name, problem) for run in facts for problem in run.problems]
     kinds = {run.kind for run in facts}
-    if "generate" not in kinds:
-        lines.append(("pictures", "no generate run among these"))
+    if not kinds & {"generate", "reconstruct"}:
+        lines.append(("pictures", "no generate or reconstruct run among these"))
     if "evaluate" not in kinds:
         lines.append(("measurements", "no evaluate run among these"))
     if not kinds & set(TRAINING):

@@ -14,7 +14,12 @@ import yaml
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import Manifest, read_manifest
 from stpredict.evaluation.generated import Index, read_index
-from stpredict.evaluation.reconstructed import Reconstruction, read_metrics
+from stpredict.evaluation.reconstructed import (
+    ReconstructedIndex,
+    Reconstruction,
+    read_metrics,
+    read_reconstructed_index,
+)
 from stpredict.evaluation.results import Evaluation, read_evaluation
 from stpredict.run import Run, Status
 
@@ -35,7 +40,7 @@ class RunFacts:
     precision: str | None = None  # of a training run
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl of a training run
     manifests: dict[str, Manifest] = field(default_factory=dict)  # split → what a shard or encode run holds
-    index: Index | None = None  # of a generate run
+    index: Index | ReconstructedIndex | None = None  # of a generate or reconstruct run
     evaluation: Evaluation | None = None  # of an evaluate run, or
     reconstruction: Reconstruction | None = None
 
@@ -100,6 +105,8 @@ def _read_work(facts: RunFacts) -> None:
                 facts.problems.append("no manifest yet")
         case "generate":
             facts.index = _attempt(facts, read_index, run)
+        case "reconstruct":
+            facts.index = _attempt(facts, read_reconstructed_index, run)
         case "evaluate":
             path = run.path / "metrics.json"
             facts.reconstruction = read_metrics(path)

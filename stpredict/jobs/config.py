@@ -261,6 +261,10 @@ class GenerateConfig(JobConfig):
         exclude_if=lambda value: value == "fp32",
         description="of the prior: bf16 reads half as much a step, and what it rounds may depend on the batch",
     )
+    # Left out where there is none: runs that are older than the key are runs without.
+    tiling: TilingConfig = Field(
+        WHOLE, exclude_if=lambda value: value == WHOLE, description="of the tokenizer, for videos too large for it"
+    )
     pictures: int = Field(8, ge=0, description="clips written as .mp4 and .gif beside the truth")
 
     harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)

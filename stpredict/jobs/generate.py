@@ -47,6 +47,7 @@ def run(config: GenerateConfig, run: Run) -> None:
     data = clips_for(config.data, config.tokenizer, tokenizer_export) if config.data else None
     clip = data.clip if data else tokenizer_export.clip
     _check(config, clip, tokenizer_export.model, prior_export, fingerprint)
+    config.tiling.check(tokenizer_export.model, "tiling")
     told = prefixes_of(config, prior_export)
     numbers = class_numbers(config, prior_export) if data is None else []
     labels = _labels(config.prior, data, prior_export) if data and told else None
@@ -142,7 +143,8 @@ def _continue_clips(
             continue
         clips, keys = batch["clip"][real], list(compress(batch["key"], real))
         video = to_video(clips.to(ranks.device))
-        tokens = tokenizer.encode(video)  # for the reconstruction: only the given frames go into the prompt
+        # For the reconstruction: only the given frames go into the prompt.
+        tokens = tokenizer.encode(video, config.tiling)
         seeds = [seed_of(config.seed, key) for key in keys]
         recorded = recording if len(keys) == config.batch_size else None
         told = ()
@@ -150,16 +152,17 @@ def _continue_clips(
             labels = numbers[batch["label"][real]].to(ranks.device)
             told = prefixes.of(labels), prefixes.of(torch.full_like(labels, -1))
         if not batches_timed:
-            given = tokenizer.encode(video[:, :, : config.given_frames])
-            tokenizer.decode(warm_up(recorded, prior, given, config.sampling, seeds, *told))
+            given = tokenizer.encode(video[:, :, : config.given_frames], config.tiling)
+            tokenizer.decode(warm_up(recorded, prior, given, config.sampling, seeds, *told), config.tiling)
         with watch.timing("tokenizing"):
-            given = tokenizer.encode(video[:, :, : config.given_frames])
+            given = tokenizer.encode(video[:, :, : config.given_frames], config.tiling)
         with watch.timing("sampling"):
             predicted = continue_tokens(prior, given, config.sampling, seeds, *told, recording=recorded)
         with watch.timing("decoding"):
-            decoded = tokenizer.decode(predicted)
+            decoded = tokenizer.decode(predicted, config.tiling)
         batches_timed, clips_timed = batches_timed + 1, clips_timed + len(keys)
-        prediction, reconstruction = (to_clip(frames).cpu() for frames in (decoded, tokenizer.decode(tokens)))
+        again = tokenizer.decode(tokens, config.tiling)
+        prediction, reconstruction = (to_clip(frames).cpu() for frames in (decoded, again))
         prediction[:, : config.given_frames] = clips[:, : config.given_frames]
         arrays = (clips, prediction, reconstruction, tokens.cpu(), batch["index"][real], keys)
         for name, array in zip(parts, arrays, strict=True):

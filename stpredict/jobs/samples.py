@@ -79,11 +79,11 @@ def make_samples(
         wanted = prior, nothing, config.sampling, [seed_of(config.seed, key) for key in keys], *told
         recorded = recording if len(keys) == config.batch_size else None
         if not start:
-            tokenizer.decode(warm_up(recorded, *wanted))
+            tokenizer.decode(warm_up(recorded, *wanted), config.tiling)
         with watch.timing("sampling"):
             tokens = continue_tokens(*wanted, recording=recorded)
         with watch.timing("decoding"):
-            clips = to_clip(tokenizer.decode(tokens))
+            clips = to_clip(tokenizer.decode(tokens, config.tiling))
         for name, array in zip(parts, (clips.cpu(), tokens.cpu(), index, keys), strict=True):
             parts[name].append(np.asarray(array))
         if progress:

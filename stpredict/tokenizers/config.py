@@ -1,7 +1,7 @@
 """Configs of the tokenizers."""
 
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -31,8 +31,8 @@ class CausalCnnConfig(Config):
     )
     middle_blocks: int = Field(4, ge=0)
     groups: int = Field(32, ge=1, description="groups of every GroupNorm, per frame")
-    levels: tuple[PositiveInt, ...] = Field(
-        (8, 8, 8, 5, 5, 5), description="of FSQ; their product is the codebook size"
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (8, 8, 8, 5, 5, 5), min_length=1, description="of FSQ; their product is the codebook size"
     )
 
     @model_validator(mode="after")

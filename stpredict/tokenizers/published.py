@@ -41,8 +41,8 @@ def from_published(found: Mapping[str, Any], model: CausalCnnTokenizer, where: s
 
     UsageError, which begins with ``where``, where weights are missing, left over, or of another size.
     """
-    found = found.get("model_state_dict", found)
-    found = {name.removeprefix(PREFIX): tensor for name, tensor in found.items() if torch.is_tensor(tensor)}
+    inside = found.get("model_state_dict", found)
+    found = {str(name).removeprefix(PREFIX): tensor for name, tensor in inside.items() if torch.is_tensor(tensor)}
     names, shapes = published_names(model), dict(model.named_parameters())
     state = {}
     for ours, theirs in names.items():

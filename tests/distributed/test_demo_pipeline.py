@@ -17,6 +17,7 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.order import Share
 from data_pipeline.stream import clip_evaluation_batches, latent_evaluation_batches
 from data_pipeline.transforms import to_video
+from stpredict.evaluation.reconstructed import read_reconstructed
 from stpredict.exports import find_export, load_prior, load_tokenizer
 from stpredict.run import Run
 from tests.distributed.command import started, stpredict
@@ -195,6 +196,16 @@ def other_tokenizer(demo, tmp_path_factory) -> Path:
     return folder
 
 
+def test_two_ranks_reconstruct_all_held_out_clips_between_them(demo, tmp_path):
+    run, _ = demo
+    job = ["generate", "configs/tokenizers/reconstruct.yaml", f"run={tmp_path / 'r'}", f"tokenizer={run / 'tokenizer'}"]
+    done = stpredict(*job, f"data.shards={run / 'shards'}", "resources.processes=2", "batch_size=1", "pictures=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = read_reconstructed(Run(tmp_path / "r"))
+    assert len(set(found.index.keys)) == read_manifest(run / "shards" / "val").samples > 2
+    assert all(clip.any() for clip in found.truth)
+
+
 def test_bad_inputs_are_one_line_and_exit_2(demo, other_tokenizer, tmp_path):
     run, _ = demo
     empty = tmp_path / "empty"
@@ -202,6 +213,8 @@ def test_bad_inputs_are_one_line_and_exit_2(demo, other_tokenizer, tmp_path):
     latents, tokenizer = run / "latents", run / "tokenizer"
     generate = ["generate", "configs/priors/generate.yaml", f"run={tmp_path / 'g'}", f"prior={run / 'prior'}"]
     generate += [f"data.shards={run / 'shards'}", "resources.processes=1"]
+    reconstruct = ["generate", "configs/tokenizers/reconstruct.yaml", f"run={tmp_path / 'r'}"]
+    reconstruct += [f"data.shards={run / 'shards'}", "resources.processes=1"]
     prior = ["train", "configs/priors/demo.yaml", f"data.latents={latents}", "resources.processes=1"]
     trials = {
         "another tokenizer": [*prior, f"run={tmp_path / 'p'}", f"tokenizer={other_tokenizer}"],
@@ -223,6 +236,9 @@ def test_bad_inputs_are_one_line_and_exit_2(demo, other_tokenizer, tmp_path):
         "given_frames: a clip of 4 frames": [*prior, f"run={tmp_path}/q", f"tokenizer={tokenizer}", "given_frames=4"],
         "no run with a complete checkpoint": ["export", empty, tmp_path / "e"],
         "no complete checkpoint of step 7; there are 4, 6": ["export", tokenizer, tmp_path / "e", "--step", "7"],
+        "a clip of 17 frames of 60x64 does not fit": [*reconstruct, f"tokenizer={tokenizer}", "data.clip.size=[60,64]"],
+        "holds a prior, a tokenizer is needed here": [*reconstruct, f"tokenizer={run / 'prior'}"],
+        "a run of kind shard makes no model": [*reconstruct, f"tokenizer={run / 'shards'}"],
         "did you mean 'optimizer'": [*prior, f"tokenizer={tokenizer}", "training.optimiser.lr=1"],
     }
     for message, arguments in trials.items():

@@ -103,7 +103,7 @@ def test_damaged_small_files_do_not_stop_the_page(pipeline, tmp_path):
 
 def test_no_runs_at_all_is_still_a_page(tmp_path):
     page = write_report("x", {"a": tmp_path / "a"}, tmp_path / "report.html").read_text()
-    assert "no generate run" in page
+    assert "no generate or reconstruct run" in page
     assert "no training run" in page
     assert "unknown (no checkpoint among these runs)" in page
 

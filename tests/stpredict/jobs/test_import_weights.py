@@ -157,6 +157,8 @@ def test_an_import_computes_what_theirs_does_on_pixels_from_0_to_1(published, tm
     assert find_export(tmp_path / "run") == tmp_path / "run" / "export"
     model, export, _ = load_tokenizer(tmp_path / "run")
     assert (export.clip.frames, export.step) == (5, 0)
+    modes = {path.stat().st_mode for path in (tmp_path / "run" / "export").iterdir()}
+    assert len(modes) == 1  # whoever may read the config may read the weights
     model = model.double()
     video = torch.rand(2, 3, 5, 8, 8, dtype=torch.float64)
     z = their_network(made_up(), "encoder_layers", ENCODER, video)
@@ -200,6 +202,21 @@ def test_weights_of_another_network_are_refused_and_nothing_is_written(published
     more["model_state_dict"]["module.discr.weight"] = torch.zeros(1)
     torch.save(more, published)
     with pytest.raises(UsageError, match=r"discr\.weight has no place in this network"):
+        import_tokenizer(published, config(tmp_path / "run"))
+
+
+def test_clips_that_the_network_cannot_take_are_refused(published, tmp_path):
+    other = config(tmp_path / "run")
+    clip = other.data.clip.model_copy(update={"size": (9, 8)})
+    other = other.model_copy(update={"data": other.data.model_copy(update={"clip": clip})})
+    with pytest.raises(UsageError, match=r"data\.clip: a clip of 5 frames of 9x8 does not fit this tokenizer"):
+        import_tokenizer(published, other)
+
+
+def test_what_is_no_run_of_an_import_is_not_overwritten(published, tmp_path):
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "export" / "notes.txt").touch()
+    with pytest.raises(UsageError, match="holds other things than an export"):
         import_tokenizer(published, config(tmp_path / "run"))
 
 

@@ -1,5 +1,6 @@
 """A tokenizer's reconstructions: the files, and what is measured of them."""
 
+import html
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,15 @@ import torch
 
 from data_pipeline.errors import UsageError
 from data_pipeline.transforms import to_clip, to_video
+from stpredict.evaluation import reconstruction
 from stpredict.evaluation.reconstructed import read_metrics, read_reconstructed
+from stpredict.evaluation.report import write_report
 from stpredict.evaluation.run_facts import read_facts
 from stpredict.exports import load_tokenizer
 from stpredict.jobs import evaluate, reconstruct
 from stpredict.jobs.config import EvaluateConfig, ReconstructConfig
+from stpredict.losses.config import LpipsConfig
+from stpredict.losses.perceptual import Lpips
 from stpredict.run import Run
 from tests.stpredict.conftest import OneOf
 from tests.stpredict.tokenized import CLIP, GRID, VAL
@@ -36,7 +41,7 @@ def reconstructed(tokenizer, shards, tmp_path, monkeypatch):
     def reconstructed(**config) -> Run:
         run = Run(tmp_path / "reconstruction")
         run.update_status(kind="reconstruct")
-        data = {"shards": shards, "workers": 0}
+        data = {"shards": shards, "workers": 0, "clip": config.pop("clip", {})}
         reconstruct.run(ReconstructConfig(run=run.path, tokenizer=tokenizer, data=data, **config), run)
         return run
 
@@ -68,9 +73,10 @@ def test_arrays_are_every_held_out_clip_its_tokens_and_what_becomes_of_them(reco
     ]
 
 
-def test_they_are_measured_over_all_frames(reconstructed, tmp_path, write_made_up_vgg):
+def test_they_are_measured_over_all_frames(reconstructed, tmp_path, write_made_up_vgg, monkeypatch):
     run = reconstructed(clips=2)
     found = read_reconstructed(run)
+    monkeypatch.setattr(reconstruction, "CHUNK_VALUES", 1)  # one clip at a time
     out = measured(run, tmp_path, lpips={"trunk": write_made_up_vgg})
     metrics = read_metrics(out.path / "metrics.json")
     error = (found.truth.astype(float) - found.reconstruction) / 255
@@ -81,16 +87,46 @@ def test_they_are_measured_over_all_frames(reconstructed, tmp_path, write_made_u
     share = np.unique(found.truth_tokens, return_counts=True)[1] / found.truth_tokens.size
     assert metrics.codes_used == len(share)
     assert metrics.codebook_entropy_bits == pytest.approx(-(share * np.log2(share)).sum())
-    assert metrics.lpips > 0
+    videos = [to_video(torch.from_numpy(array.copy())) for array in (found.reconstruction, found.truth)]
+    assert metrics.lpips == pytest.approx(Lpips(LpipsConfig(trunk=write_made_up_vgg))(*videos).mean().item(), rel=1e-4)
+    colour = found.truth.astype(float).mean(axis=(1, 2, 3), keepdims=True)
+    constant = (((found.truth - colour) / 255) ** 2).mean(axis=(2, 3, 4))
+    assert metrics.constant_frame_psnr == pytest.approx((-10 * np.log10(constant)).mean())
     assert f"PSNR {metrics.psnr:.2f} dB" in metrics.in_words()
     facts = read_facts("measured", out.path)
     assert facts.reconstruction == metrics
     assert not [problem for problem in facts.problems if "damaged" in problem]
 
 
+def test_a_report_shows_their_pictures(reconstructed, tmp_path):
+    run = reconstructed(pictures=2)
+    run.update_status(state="done")
+    page = write_report("x", {"reconstruction": run.path}, tmp_path / "report.html").read_text()
+    keys = read_reconstructed(run).index.keys
+    assert [key in page for key in keys] == [True, True, False]
+    assert page.count('src="data:image/gif;base64,') == 2
+    assert "the truth, and the tokenizer's reconstruction of it" in html.unescape(page)
+    assert "<strong>pictures</strong>" not in page
+    (run.samples / "index.json").unlink()
+    page = write_report("x", {"reconstruction": run.path}, tmp_path / "report.html").read_text()
+    assert "index.json: not there; finish the reconstruct job of" in page
+
+
 def test_without_weights_there_is_no_lpips(reconstructed, tmp_path):
     out = measured(reconstructed(clips=1), tmp_path)
     assert read_metrics(out.path / "metrics.json").lpips is None
+
+
+def test_held_out_clips_go_through_in_parts_and_unaugmented(reconstructed, tokenizer):
+    whole = read_reconstructed(reconstructed())
+    truth, tokens = whole.truth.copy(), whole.truth_tokens.copy()
+    tiled = read_reconstructed(reconstructed(clip={"flip": True}, tiling={"tile": (16, 32)}))
+    np.testing.assert_array_equal(tiled.truth, truth)
+    assert not np.array_equal(tiled.truth_tokens, tokens)
+    ids = torch.from_numpy(tiled.truth_tokens.astype(np.int64))
+    assert not np.array_equal(to_clip(load_tokenizer(tokenizer)[0].decode(ids)).numpy(), tiled.reconstruction)
+    with pytest.raises(UsageError, match="tiling: 12 pixels: sides of tiles"):
+        reconstructed(tiling={"tile": (12, 32)})
 
 
 def test_what_does_not_fit_is_named(reconstructed, tmp_path):

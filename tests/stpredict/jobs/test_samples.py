@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from data_pipeline.errors import UsageError, UserError
 from stpredict.config import as_yaml
 from stpredict.evaluation.generated import read_generated, read_index
+from stpredict.evaluation.report import write_report
 from stpredict.exports import PriorExport, load_tokenizer
 from stpredict.jobs import generate
 from stpredict.jobs.config import GenerateConfig
@@ -91,6 +92,9 @@ def test_every_class_gets_its_share_and_the_index_says_which(export, made):
         assert (run.samples / name).stat().st_size > 1000
     speed = read_index(run).speed
     assert (speed.clips, speed.batches, speed.forward_steps, speed.predicted_frames) == (7, 3, 6, 35)
+    page = write_report("x", {"samples": run.path}, run.path / "report.html").read_text()
+    assert "Clips made from nothing, side by side" in page
+    assert "<figcaption>classes</figcaption>" in page
     with pytest.raises(UsageError, match="made from nothing; there is no truth"):
         read_generated(run)
 
@@ -139,6 +143,23 @@ def test_told_clips_are_continued_as_their_class(export, made, shards):
     assert len(generated.prediction) == VAL
     without = made(prior, data=data, given_frames=1, sampling={"guidance": 0, "temperature": 0})
     assert not np.array_equal(read_generated(without).prediction, generated.prediction)
+
+
+def test_the_tokenizer_takes_videos_in_parts(export, made, shards):
+    """Tiles change frames a little where norms are those of a tile, and with them the tokens that are given."""
+    tiling = {"tile": (16, 32), "overlap": 8, "latent_frames": 1}
+    of_nothing, prior = export(kind="none"), export(kind="class")
+    samples, tiled = (made(of_nothing, clips=2, **some).samples for some in ({}, {"tiling": tiling}))
+    np.testing.assert_array_equal(np.load(tiled / "tokens.npy"), np.load(samples / "tokens.npy"))
+    assert not np.array_equal(np.load(tiled / "prediction.npy"), np.load(samples / "prediction.npy"))
+    data = {"shards": shards, "workers": 0}
+    runs = [made(prior, data=data, given_frames=1, **some) for some in ({}, {"tiling": tiling})]
+    whole, parts = map(read_generated, runs)
+    np.testing.assert_array_equal(parts.truth, whole.truth)
+    for name in ("prediction", "reconstruction", "truth_tokens"):
+        assert not np.array_equal(getattr(parts, name), getattr(whole, name))
+    with pytest.raises(UsageError, match="tiling: 12 pixels: sides of tiles and their overlap have to be multiples"):
+        made(prior, data=data, given_frames=1, tiling={"tile": (12, 16)})
 
 
 def test_bad_wishes_are_named(export, made, shards):

@@ -29,6 +29,18 @@ def test_convolution_equals_its_sum_over_replicated_edges(stride):
         torch.testing.assert_close(out[0, :, t, h, w], expected)
 
 
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+def test_a_convolution_starts_as_an_orthogonal_map_of_the_newest_taps_with_a_little_noise(stride):
+    torch.manual_seed(0)
+    conv = CausalConv3d(4, 48, stride=stride)
+    t, h, w = stride
+    kept = conv.weight[:, :, 3 - t :, 1 : 1 + h, 1 : 1 + w]
+    matrix = kept.flatten(1).detach()
+    torch.testing.assert_close(matrix.T @ matrix, torch.eye(matrix.shape[1]), atol=0.15, rtol=0)
+    assert 0 < conv.weight[:, :, 3 - t - 1].std() < 0.02
+    assert not conv.bias.any()
+
+
 def test_down_and_upsampling_keep_the_first_frame_apart():
     x = torch.randn(1, 4, 17, 8, 8)
     small = CausalDownsample(4, (2, 2, 2))(x)

@@ -26,6 +26,18 @@ def test_any_size_has_the_logits_that_are_counted(sides):
     assert logits[0].numel() == discriminator.logits(*sides)
 
 
+def test_the_network_written_out():
+    torch.manual_seed(0)
+    discriminator, x = PatchDiscriminator(TINY, 3), torch.randn(2, 3, 5, 16, 16)
+    convs = [layer for layer in discriminator.network if isinstance(layer, torch.nn.Conv3d)]
+    assert all(conv.weight.std().item() == pytest.approx(0.02, rel=0.15) and not conv.bias.any() for conv in convs)
+    expected = F.leaky_relu(F.conv3d(x, convs[0].weight, stride=2, padding=2), 0.2)
+    for conv, stride in zip(convs[1:-1], (2, 1), strict=True):
+        expected = F.leaky_relu(F.group_norm(F.conv3d(expected, conv.weight, stride=stride, padding=2), 2), 0.2)
+    expected = F.conv3d(expected, convs[-1].weight, padding=2)
+    torch.testing.assert_close(discriminator(x), expected)
+
+
 def test_a_videos_logits_depend_on_no_other_video():
     torch.manual_seed(0)
     discriminator, videos = PatchDiscriminator(TINY, 1), torch.randn(3, 1, 5, 16, 16)

@@ -132,7 +132,7 @@ def test_planned_on_the_meta_device_it_needs_no_weights():
     ("broken", "message"),
     [
         (lambda path: None, r"trunk: .*trunk\.pth is not there"),
-        (lambda path: path.write_text("<html>"), r"trunk: .*cannot be read as weights"),
+        (lambda path: path.write_text("<html>"), r"trunk: .*cannot be read as weights: torch\.save wrote"),
         (lambda path: torch.save([1], path), "holds a list, not weights by name"),
         (lambda path: torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path), "features.0.bias is missing"),
         (
@@ -154,6 +154,15 @@ def test_without_a_network_it_says_what_to_do(monkeypatch, tmp_path):
     with pytest.raises(
         UsageError, match=r"cannot be downloaded \(.*fetch .* elsewhere and give its path here, or take"
     ):
+        Lpips(LpipsConfig())
+
+
+def test_a_download_that_is_another_file_is_refused(monkeypatch, tmp_path):
+    """A login page of the network's, say: the URL's name has the hash."""
+    (tmp_path / "vgg16-397923af.pth").write_text("<html>")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(vgg, "URL", (tmp_path / "vgg16-397923af.pth").as_uri())
+    with pytest.raises(UsageError, match=r"cannot be downloaded \(invalid hash value"):
         Lpips(LpipsConfig())
 
 

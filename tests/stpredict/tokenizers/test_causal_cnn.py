@@ -33,7 +33,8 @@ def test_published_size_to_the_parameter():
 
 def test_shapes_through_encoder_and_decoder(tokenizer):
     video = torch.rand(2, 3, 9, 16, 8) * 2 - 1
-    reconstruction, ids = tokenizer(video)
+    reconstruction, ids = tokenizer(4 * video)
+    assert reconstruction.abs().max() > 1
     assert ids.shape == (2, *TINY.grid(9, 16, 8)) == (2, 3, 4, 2)
     assert reconstruction.shape == video.shape
     torch.testing.assert_close(tokenizer.decode(ids), reconstruction.clamp(-1, 1))
@@ -89,6 +90,8 @@ def test_codes_and_ids_are_inverse_over_the_whole_codebook():
         ({"groups": 3}, "multiple of groups"),
         ({"blocks": [1, 1]}, "3 channels need 3 entries in blocks"),
         ({"strides": [[2, 2, 2], [3, 1, 1]]}, "strides must be 1 or 2"),
+        ({"levels": [8, 1]}, "key 'levels.1' is 1; give 2 or more"),
+        ({"levels": []}, "key 'levels' is empty"),
     ],
 )
 def test_configs_that_do_not_fit_say_why(change, message):
@@ -96,6 +99,15 @@ def test_configs_that_do_not_fit_say_why(change, message):
         validate(CausalCnnConfig, {**TINY.model_dump(), **change}, "model.yaml")
 
 
-def test_a_clip_that_does_not_fit_says_which_do():
+@pytest.mark.parametrize("sides", [(16, 128, 128), (17, 124, 128), (17, 128, 124)])
+def test_a_clip_that_does_not_fit_says_which_do(sides):
     with pytest.raises(ValueError, match=r"1 \+ 4n frames and sides that are multiples of 8"):
-        CausalCnnConfig().grid(16, 128, 128)
+        CausalCnnConfig().grid(*sides)
+
+
+def test_a_decoder_may_have_other_blocks_than_the_encoder():
+    with torch.device("meta"):
+        model = CausalCnnTokenizer(TINY.model_copy(update={"decoder_blocks": (3, 0, 1)}))
+    found = [[type(layer).__name__ for layer in half.stages] for half in (model.encoder, model.decoder)]
+    assert found[0] == ["ResidualBlock", "CausalDownsample"] * 2 + ["ResidualBlock"]
+    assert found[1] == ["ResidualBlock", "CausalUpsample", "CausalUpsample"] + ["ResidualBlock"] * 3

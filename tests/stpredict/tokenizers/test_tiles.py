@@ -9,7 +9,7 @@ from stpredict.config import validate
 from stpredict.layers.causal_conv import FrameGroupNorm
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
 from stpredict.tokenizers.config import CausalCnnConfig, TilingConfig
-from stpredict.tokenizers.tiles import Tiles, in_chunks
+from stpredict.tokenizers.tiles import Tiles, encode_tiles, in_chunks
 
 CONFIGS = {
     "published strides": CausalCnnConfig(
@@ -68,6 +68,14 @@ def test_chunks_of_any_length_by_config(tokenizer):
         assert (tokenizer.decode(ids, tiling) - tokenizer.decode(ids)).abs().max() < 1e-12
     assert torch.equal(tokenizer.encode(video[:, :, :1], TilingConfig(latent_frames=2)), ids[:, :1])
 
+    def seeing(part, past):
+        seen.append(part.shape[2])
+        return tokenizer.encoder(part, past)
+
+    seen: list[int] = []
+    encode_tiles(seeing, video, TilingConfig(latent_frames=2), tokenizer.config)
+    assert seen == [1 + t, 2 * t]
+
 
 @pytest.fixture(scope="module")
 def without_norms() -> CausalCnnTokenizer:
@@ -120,6 +128,7 @@ def test_tiles_cover_the_grid_and_share_the_overlap():
         assert starts[0] == 0
         assert starts[-1] + min(size, side) == side
         assert all(one + size - other >= overlap for one, other in pairwise(starts))
+        assert len(starts) == 1 or (len(starts) - 1) * (size - overlap) + overlap < side  # one less would not do
         ones = tiles.blended(
             lambda x: x.repeat_interleave(4, -2).repeat_interleave(4, -1), torch.ones(1, side, 3), 1, 4
         )
@@ -137,3 +146,9 @@ def test_tilings_that_cannot_be_are_refused():
         UsageError, match="tiling: 68 pixels: sides of tiles and their overlap have to be multiples of 8"
     ):
         TilingConfig(tile=(64, 68)).check(CausalCnnConfig(), "tiling")
+    with pytest.raises(UsageError, match="tiling: 12 pixels: sides of tiles and their overlap"):
+        TilingConfig(tile=(64, 64), overlap=12).check(CausalCnnConfig(), "tiling")
+
+
+def test_tiles_share_a_quarter_of_themselves_unless_told_otherwise():
+    assert Tiles(32, 32, 2, TilingConfig(tile=(32, 48))).overlap == 4

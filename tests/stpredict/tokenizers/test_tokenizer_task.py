@@ -79,6 +79,17 @@ def test_losses_and_metrics_are_means_over_what_they_are_of(shards):
     assert (same["ssim"], same["random_features"]) == (pytest.approx(1), 0)
 
 
+def test_a_perceptual_weight_of_0_is_a_metric_alone_and_small_frames_are_refused(shards):
+    data = ClipDataConfig(shards=shards, clip=ClipConfig(frames=1, size=(8, 8), channels=1))
+    perceptual = {"weight": 0, "network": {"kind": "random_features"}}
+    task = TokenizerTask(MODEL, TokenizerLossConfig.model_validate({"perceptual": perceptual}), data, seed=0)
+    assert task.weights == {"l1": 1}
+    assert "random_features" in task.metrics
+    assert task.networks() == [task.perceptual]
+    with pytest.raises(UsageError, match=r"loss\.perceptual, for data\.clip: LPIPS needs frames of 16x16 at least"):
+        TokenizerTask(MODEL, TokenizerLossConfig.model_validate({"perceptual": {}}), data, seed=0)
+
+
 def test_small_frames_have_no_ssim(shards):
     data = ClipDataConfig(shards=shards, clip=ClipConfig(frames=1, size=(32, 32), channels=1))
     smaller = data.model_copy(update={"clip": data.clip.model_copy(update={"size": (8, 4)})})
