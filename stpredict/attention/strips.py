@@ -29,12 +29,10 @@ def strips(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     out, start = [], m - n
     while start < m:
         stop = min(_stop(mask, start), m)
-        low, high = (
-            (max(0, start + 1 - mask.size), stop) if isinstance(mask, Window) else (0, min(mask.end(stop - 1), m))
-        )
-        allowed = _allowed(mask, start, stop, position[low:high])
+        low = max(0, start + 1 - mask.size) if isinstance(mask, Window) else 0
+        allowed = _allowed(mask, start, stop, position[low:stop])
         rows = slice(start - m + n, stop - m + n)
-        out.append(_attend(q[:, :, rows], k[:, :, low:high], v[:, :, low:high], allowed))
+        out.append(_attend(q[:, :, rows], k[:, :, low:stop], v[:, :, low:stop], allowed))
         start = stop
     return torch.cat(out, dim=2)
 

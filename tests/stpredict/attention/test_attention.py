@@ -1,10 +1,12 @@
 """Every backend against dense softmax attention, forward and backward."""
 
+import itertools
+
 import pytest
 import torch
 
 from stpredict.attention.attention import attention
-from stpredict.attention.masks import BlockCausal, Causal, Full, Window, pairs
+from stpredict.attention.masks import BlockCausal, Causal, Full, Window, pairs, simplest
 from stpredict.attention.reference import dense_mask, reference_attention
 
 MASKS = [
@@ -86,10 +88,13 @@ def test_no_mask_is_as_high_as_the_sequence(monkeypatch):
 
     def watched(*tensors, attn_mask=None, **options):
         shapes.append((0, 0) if attn_mask is None else attn_mask.shape[-2:])
+        assert attn_mask is None or attn_mask.any(-1).all()  # kernels may make NaN of a row that sees nothing
         return kernel(*tensors, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    for mask in (Window(200), BlockCausal(16, 3), BlockCausal(16, 3, prefix_lengths=torch.tensor([2, 0]))):
+    attention(*tensors(n=600, m=601)[:3], Window(200))
+    assert max(keys for _, keys in shapes) == 127 + 200
+    for mask in (BlockCausal(16, 3), BlockCausal(16, 3, prefix_lengths=torch.tensor([2, 0]))):
         attention(*tensors(n=600, m=601)[:3], mask)
     assert 100 < max(rows for rows, _ in shapes) <= 128
     assert max(keys for rows, keys in shapes if rows) > 500
@@ -110,6 +115,15 @@ def test_block_causal_mask_is_what_its_words_say():
     ]
     assert two[1] == [1, 1, 0, 0, 0, 0, 0, 0]
     assert two[6] == [1, 1, 1, 1, 1, 1, 1, 0]
+
+
+def test_the_simplest_mask_says_the_same():
+    masks = [Causal(), *(Window(size) for size in range(1, 9))]
+    masks += [BlockCausal(*sizes) for sizes in itertools.product((1, 2, 3, 9), (0, 1, 2))]
+    for mask, n in itertools.product(masks, range(1, 8)):
+        assert torch.equal(dense_mask(simplest(mask, n, 7), n, 7), dense_mask(mask, n, 7))
+    assert simplest(Window(7), 3, 7) == simplest(BlockCausal(1, 1), 3, 7) == Causal()
+    assert simplest(BlockCausal(4), 3, 7) == Full()
 
 
 @pytest.mark.parametrize("mask", [mask for mask in MASKS if getattr(mask, "prefix_lengths", None) is None], ids=str)

@@ -8,14 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from stpredict.attention import kernels
 from stpredict.attention.attention import attention
 from stpredict.attention.masks import BlockCausal
-from stpredict.attention.rectangles import by_columns, by_rows
+from stpredict.attention.rectangles import block_causal, by_columns, by_rows
 from stpredict.attention.reference import dense_mask
 
 
 @pytest.mark.parametrize("pieces", [by_rows, by_columns])
-@pytest.mark.parametrize(("block", "prefix"), [(1, 0), (5, 0), (5, 7), (32, 0), (40, 3), (300, 9), (3, 40), (5, 131)])
+@pytest.mark.parametrize(("block", "prefix"), [(1, 0), (5, 0), (5, 11), (32, 0), (40, 3), (300, 9), (3, 40), (5, 131)])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(("chunk", "staircases"), [(16, True), (32, True), (32, False)])
 def test_the_pieces_are_every_pair_once(pieces, block, prefix, ragged, chunk, staircases):
@@ -80,6 +81,29 @@ def test_gradients_lie_in_memory_as_compiled_code_is_told(n, lengths, key_heads,
             assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_summed_in_fp32(dtype, monkeypatch):
+    parts = []
+
+    def placed(x):
+        """Where CUDA's kernels put gradients of one sample: as if they were rows of the whole."""
+        return x.new_empty(1, 320, 4, 8).transpose(1, 2)[:, :, : x.shape[2]].copy_(x)
+
+    class Watched(kernels.TorchCpu):
+        chunk = 16
+
+        def backward(self, *of_piece):
+            found = super().backward(*of_piece)
+            parts.append(found[0][:, :, -1].float())  # the last row sees all keys, and so is in every piece
+            return tuple(placed(x) for x in found)
+
+    monkeypatch.setitem(kernels.KERNELS, "watched", Watched())
+    q, k, v = (torch.randn(1, 4, 320, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    block_causal(q, k, v, BlockCausal(16), "watched").square().sum().backward()
+    assert len(parts) == 20
+    assert torch.equal(q.grad[:, :, -1], sum(parts).to(dtype))
+
+
 def test_an_output_that_was_overwritten_gives_no_wrong_gradients():
     q = torch.randn(1, 2, 70, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="inplace"):
@@ -114,6 +138,8 @@ def test_autocast_computes_in_its_type():
 
 def test_operators_are_well_formed():
     inputs = [torch.randn(1, 2, 70, 8, requires_grad=True) for _ in range(3)]
+    _, lse = torch.ops.stpredict.block_causal_attention(*inputs, None, 16, 3, "torch_cpu")
+    assert not lse.requires_grad  # it would be differentiated as a constant
     torch.library.opcheck(torch.ops.stpredict.block_causal_attention.default, (*inputs, None, 16, 3, "torch_cpu"))
     torch.library.opcheck(
         torch.ops.stpredict.block_causal_attention.default, (*inputs, torch.tensor([2]), 16, 3, "torch_cpu")
