@@ -21,6 +21,8 @@ SHAPES = 64
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """As :func:`stpredict.attention.attention.attention`; what the padding of a prefix attends to is left open."""
     tiles = None if isinstance(mask, Full) else block_mask(mask, q.shape[2], k.shape[2], q.device)
+    if not torch.is_grad_enabled():  # for CPUs torch refuses what requires a gradient, also where none will be taken
+        q, k, v = (x.detach() for x in (q, k, v))
     return _compiled()(q, k, v, block_mask=tiles, enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -228,6 +228,7 @@ def test_flex_visits_the_tiles_that_somebody_sees(mask, n):
 
 def test_flex_compiles_a_shape_once_and_computes_on_a_cpu_what_the_reference_does():
     q, k, v, _ = tensors(key_heads=2, d=32, dtype=torch.float32)
+    q.requires_grad_()
     torch.compiler.reset()
     for lengths, stance in (([70, 0], "default"), ([130, 3], "fail_on_recompile")):
         mask = BlockCausal(16, prefix=130, prefix_lengths=torch.tensor(lengths), length=290)
