@@ -212,7 +212,7 @@ class NextBlockPrior(nn.Module):
         elif self.hybrid:
             new, whole = 1, ids.shape[1] == (1 if done else 0)
         else:
-            new, whole = self.start, self.start and tokens == 0
+            new, whole = self.start, self.start and not done
         if not whole:
             raise ValueError(
                 f"got {ids.shape[1]} tokens after {max(0, done - self.prefix - self.start)}: after the prompt give one "

@@ -52,7 +52,7 @@ def draw_by_rejection(logits: Tensor, top_k: int, top_p: float, uniform: Tensor)
         value = rows.logits.gather(-1, drawn[:, None]).squeeze(-1)
         inside, sums = rows.look(value)
         if top_p < 1:
-            inside &= rows.below_share(inside, sums.sum(-1), top_p)
+            inside &= rows.below_share(sums.sum(-1), top_p)
         token[rows.number[inside]] = drawn[inside]
         left[rows.number[inside]] = False
         if inside.all():
@@ -116,9 +116,9 @@ class _Rows:
         self.excluded = torch.where(rows, value, self.excluded)
         self.sums = torch.where(rows[:, None], sums, self.sums)
 
-    def below_share(self, asked: Tensor, mass: Tensor, top_p: float) -> Tensor:
-        """Whether ``mass`` ``(r,)`` is below ``top_p`` of S; right where ``asked``."""
-        while (unclear := asked & (mass >= top_p * self.low) & (mass < top_p * self.high)).any():
+    def below_share(self, mass: Tensor, top_p: float) -> Tensor:
+        """Whether ``mass`` ``(r,)`` above the values looked at last is below ``top_p`` of S."""
+        while (unclear := (mass >= top_p * self.low) & (mass < top_p * self.high)).any():
             part = self[unclear]
             part.bisect()
             self.low[unclear], self.high[unclear] = part.low, part.high
@@ -154,4 +154,4 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(cumulative, target[:, None], right=True)
     weight = weights.gather(-1, index).double()
     rest = 1 - (cumulative.gather(-1, index) - target[:, None]) / weight
-    return index.squeeze(-1), rest.squeeze(-1).clamp(0, 1 - 2**-53)
+    return index.squeeze(-1), rest.squeeze(-1).clamp(min=0)  # rounding may take it below 0, but not to 1

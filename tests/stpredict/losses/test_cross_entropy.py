@@ -69,6 +69,8 @@ def test_autocast_computes_products_in_its_type_and_leaves_gradients_in_that_of_
     for found, reference in ((x.grad, low.grad), (head.weight.grad, low_weight.grad)):
         assert found.dtype == torch.float32
         assert (found - reference).abs().max() <= 2e-2 * reference.abs().max()
+    of_weight = head.weight.grad
+    assert not torch.equal(of_weight, of_weight.bfloat16().float())  # chunks are added up in fp32
 
 
 def test_the_mean_is_that_of_torchs_own_chunked_loss():

@@ -11,8 +11,10 @@ from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 
 GRID = (3, 4, 4)
-# In the last four, three latent frames are not whole blocks; blocks are in order of time all the same.
-SHAPES = [(1, 1, 1), (1, 1, 4), (1, 2, 2), (1, 4, 4), (3, 1, 2), (2, 1, 4), (2, 2, 2), (2, 1, 1), (2, 4, 4)]
+# In the last five, the latent frames are not whole blocks; blocks are in order of time all the same.
+SHAPES = [(1, 1, 1), (1, 1, 4), (1, 2, 2), (1, 4, 4), (3, 1, 2), (2, 1, 4), (2, 2, 2), (2, 1, 1), (2, 4, 4), (3, 1, 4)]
+# Three blocks of 12 tokens, which are no multiple of the 8 in each of the smaller blocks behind them.
+GRIDS = {(3, 1, 4): (5, 3, 4)}
 
 
 # Of what stands before the first block, every kind.
@@ -27,7 +29,7 @@ def prior(block=(1, 1, 4), rope_axes=3, conditioning=KINDS[0]) -> NextBlockPrior
     torch.manual_seed(0)
     size = {"layers": 2, "width": 32, "heads": 2, "mlp_width": 48, "dropout": 0.0}
     config = NextBlockConfig(**size, block=block, rope_axes=rope_axes, conditioning=conditioning)
-    model = NextBlockPrior(config, 50, GRID, classes=3).double().eval()
+    model = NextBlockPrior(config, 50, GRIDS.get(block, GRID), classes=3).double().eval()
     for parameter in model.parameters():  # larger than the initial weights, so that a leak would be seen
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -86,7 +88,7 @@ def test_a_ragged_prefix_is_one_of_its_own_length(block):
     short.load_state_dict(model.state_dict())
     # Positions count from the whole prefix: the same ones for what follows it.
     short.positions = torch.cat([model.positions[:3], model.positions[5:]])
-    sequence, ids = torch.randint(50, (2, 48)), torch.randint(20, (2, 5))
+    sequence, ids = torch.randint(50, (2, model.order.tokens)), torch.randint(20, (2, 5))
     found = model(sequence, ids, torch.tensor([5, 3]))
     torch.testing.assert_close(found[1:], short(sequence[1:], ids[1:, :3]), rtol=0, atol=1e-10)
 
@@ -164,6 +166,18 @@ def test_decoding_refuses_part_of_a_block_and_two_blocks_at_once():
     model(torch.zeros(1, 44, dtype=torch.long), caches=caches)
     with pytest.raises(ValueError, match="got 4 tokens after 44"):  # the last block, which nothing follows
         model(torch.zeros(1, 4, dtype=torch.long), caches=caches)
+    model = prior(conditioning=NONE | HYBRID)
+    caches = model.make_caches(1)
+    with pytest.raises(ValueError, match="got 1 tokens after 0"):  # part of the first block
+        model(torch.zeros(1, 1, dtype=torch.long), caches=caches)
+    model(torch.zeros(1, 0, dtype=torch.long), caches=caches)
+    with pytest.raises(ValueError, match="got 2 tokens after 0"):  # two of its tokens at once
+        model(torch.zeros(1, 2, dtype=torch.long), caches=caches)
+    model = prior(conditioning=NONE)
+    caches = model.make_caches(1)
+    model(torch.zeros(1, 0, dtype=torch.long), caches=caches)
+    with pytest.raises(ValueError, match="got 0 tokens after 0"):  # the start once more
+        model(torch.zeros(1, 0, dtype=torch.long), caches=caches)
 
 
 @pytest.mark.parametrize(

@@ -97,12 +97,15 @@ def test_the_ends_of_the_uniform_numbers_are_drawn_from_what_is_inside():
 
 
 def test_rows_without_an_accepted_try_are_left_and_then_sorted():
-    """Each number but the last draws the least likely of the tokens that were not drawn before, and five are outside;
-    the last one draws the first of the two inside."""
-    logits = torch.tensor([0.3, 0.25, 0.12, 0.11, 0.09, 0.07, 0.06]).log().expand(2, -1)
-    uniform = torch.tensor([[0.9999] * 5 + [0.1], [0.1] * 6], dtype=torch.float64)
-    assert draw_by_rejection(logits, 7, 0.5, uniform[:, :-1])[1].tolist() == [True, False]
+    """Each number but the last draws the least likely of the tokens that were not drawn before, and six are outside;
+    the last one draws the first of the two inside. As one more try, among three, it would draw the second."""
+    logits = torch.tensor([0.3, 0.25, 0.12, 0.1, 0.08, 0.06, 0.05, 0.04]).log().expand(2, -1)
+    uniform = torch.tensor([[0.9999] * 5 + [0.5], [0.1] * 6], dtype=torch.float64)
+    assert draw_by_rejection(logits, 8, 0.5, uniform[:, :-1])[1].tolist() == [True, False]
     assert draw_tokens(logits, SamplingConfig(top_p=0.5), uniform).tolist() == [0, 0]
+    token, left = draw_by_rejection(logits, 8, 0.5, torch.full((2, 7), 0.9999, dtype=torch.float64))
+    assert token.tolist() == [1, 1]  # the seventh is the first to draw from those inside alone
+    assert not left.any()
 
 
 @pytest.mark.parametrize("scale", [0.02, 2.0, 4.0])
