@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import UsageError
+from data_pipeline.stream import clip_evaluation_batches
 from data_pipeline.transforms import to_clip, to_video
 from stpredict.evaluation import reconstruction
 from stpredict.evaluation.reconstructed import read_metrics, read_reconstructed
@@ -129,10 +130,38 @@ def test_held_out_clips_go_through_in_parts_and_unaugmented(reconstructed, token
         reconstructed(tiling={"tile": (12, 32)})
 
 
+def test_a_clip_that_cannot_be_read_is_left_out(reconstructed, monkeypatch):
+    def all_but_the_second(*args, **kwargs):
+        for batch in clip_evaluation_batches(*args, **kwargs):
+            yield batch | {"weight": batch["weight"] * (batch["index"] != 1)}
+
+    whole = read_reconstructed(reconstructed())
+    keys, truth = whole.index.keys, whole.truth.copy()
+    monkeypatch.setattr(reconstruct, "clip_evaluation_batches", all_but_the_second)
+    found = read_reconstructed(reconstructed())
+    assert found.index.keys == [keys[0], *keys[2:]]
+    np.testing.assert_array_equal(found.truth, truth[[0, *range(2, VAL)]])
+
+
+def test_lpips_is_not_measured_of_what_a_prior_made(tmp_path):
+    run = Run(tmp_path / "generated")
+    run.update_status(kind="generate")
+    with pytest.raises(UsageError, match="lpips: of a reconstruct job's run"):
+        measured(run, tmp_path, lpips={})
+
+
 def test_what_does_not_fit_is_named(reconstructed, tmp_path):
     run = reconstructed(clips=1)
     np.save(run.samples / "reconstruction.npy", np.zeros((2, 5, 32, 32, 3), np.uint8))
     with pytest.raises(UsageError, match="the arrays are not of the same 1 clips; run the reconstruct job again"):
+        measured(run, tmp_path)
+    for side, lpips, message in ((6, None, "SSIM needs 7x7 at least"), (8, {}, "lpips: LPIPS needs frames of 16x16")):
+        for name in ("truth", "reconstruction"):
+            np.save(run.samples / f"{name}.npy", np.zeros((1, 5, side, side, 3), np.uint8))
+        with pytest.raises(UsageError, match=message):
+            measured(run, tmp_path, lpips=lpips)
+    np.save(run.samples / "truth_tokens.npy", np.full((1, *GRID), 256))
+    with pytest.raises(UsageError, match=r"truth_tokens\.npy holds ids from 256 on"):
         measured(run, tmp_path)
     index = run.samples / "index.json"
     index.write_text(json.dumps({"kind": "reconstructed"}))

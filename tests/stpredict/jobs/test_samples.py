@@ -20,6 +20,8 @@ from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.priors.prefixes import text_tokenizer_hash
 from stpredict.run import Run
+from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
+from stpredict.tokenizers.config import TilingConfig
 from stpredict.training.ranks import Ranks
 from tests.stpredict.tokenized import GRID, VAL
 
@@ -145,7 +147,7 @@ def test_told_clips_are_continued_as_their_class(export, made, shards):
     assert not np.array_equal(read_generated(without).prediction, generated.prediction)
 
 
-def test_the_tokenizer_takes_videos_in_parts(export, made, shards):
+def test_the_tokenizer_takes_videos_in_parts(export, made, shards, monkeypatch):
     """Tiles change frames a little where norms are those of a tile, and with them the tokens that are given."""
     tiling = {"tile": (16, 32), "overlap": 8, "latent_frames": 1}
     of_nothing, prior = export(kind="none"), export(kind="class")
@@ -153,7 +155,10 @@ def test_the_tokenizer_takes_videos_in_parts(export, made, shards):
     np.testing.assert_array_equal(np.load(tiled / "tokens.npy"), np.load(samples / "tokens.npy"))
     assert not np.array_equal(np.load(tiled / "prediction.npy"), np.load(samples / "prediction.npy"))
     data = {"shards": shards, "workers": 0}
-    runs = [made(prior, data=data, given_frames=1, **some) for some in ({}, {"tiling": tiling})]
+    runs, decode, tilings = [made(prior, data=data, given_frames=1)], CausalCnnTokenizer.decode, []
+    monkeypatch.setattr(CausalCnnTokenizer, "decode", lambda *args: tilings.append(args[2:]) or decode(*args))
+    runs.append(made(prior, data=data, given_frames=1, tiling=tiling))
+    assert set(tilings) == {(TilingConfig(**tiling),)}
     whole, parts = map(read_generated, runs)
     np.testing.assert_array_equal(parts.truth, whole.truth)
     for name in ("prediction", "reconstruction", "truth_tokens"):

@@ -5,6 +5,7 @@ from data_pipeline.config import ClipConfig, ClipDataConfig
 from data_pipeline.errors import UsageError
 from stpredict.config import validate
 from stpredict.jobs.config import TokenizerJobConfig
+from stpredict.layers.causal_conv import CausalUpsample, ResidualBlock
 from stpredict.losses.config import TokenizerLossConfig
 from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.tokenizers.task import TokenizerTask
@@ -86,6 +87,8 @@ def test_a_perceptual_weight_of_0_is_a_metric_alone_and_small_frames_are_refused
     assert task.weights == {"l1": 1}
     assert "random_features" in task.metrics
     assert task.networks() == [task.perceptual]
+    within = {id(module) for layer in task.layers() for module in layer.modules()}
+    assert all(id(m) in within for m in task.model.modules() if isinstance(m, ResidualBlock | CausalUpsample))
     with pytest.raises(UsageError, match=r"loss\.perceptual, for data\.clip: LPIPS needs frames of 16x16 at least"):
         TokenizerTask(MODEL, TokenizerLossConfig.model_validate({"perceptual": {}}), data, seed=0)
 
