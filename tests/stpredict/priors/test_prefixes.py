@@ -66,13 +66,13 @@ def test_names_of_classes_in_words(name, words):
 
 
 def test_texts_are_the_tokens_of_the_file_cut_to_length_and_padded(text_file):
-    found = prefixes(model(kind="text", tokenizer=text_file, vocabulary=60, tokens=3), NAMES)
+    found = prefixes(model(kind="text", tokenizer=text_file, vocabulary=60, tokens=2), NAMES)
     theirs = tokenizers.Tokenizer.from_file(str(text_file))
     for row, length, name in zip(found.ids, found.lengths, NAMES, strict=False):
         ids = theirs.encode(in_words(name)).ids
-        assert length == min(3, len(ids))
-        assert row[:length].tolist() == ids[:3]
-    assert found.ids[-1].tolist() == [60, 0, 0]  # the null prefix has an id of its own
+        assert length == min(2, len(ids))
+        assert row[:length].tolist() == ids[:2]
+    assert found.ids[-1].tolist() == [60, 0]  # the null prefix has an id of its own
     assert found.lengths[-1] == 1
     ids, lengths = found.of(torch.tensor([1, -1]))
     assert torch.equal(ids, found.ids[[1, 3]])
