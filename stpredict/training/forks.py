@@ -22,9 +22,9 @@ def keep_from_forks(tensors: Iterable[Tensor]) -> int:
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors if x.device.type == "cpu"}
     libc, page, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, 0
     for begin, storage in storages.items():
-        first, stop = -(-begin // page) * page, (begin + storage.nbytes()) // page * page  # whole pages
         if storage.nbytes() < LARGE:
             continue
+        first, stop = -(-begin // page) * page, (begin + storage.nbytes()) // page * page  # whole pages
         if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTFORK):
             raise OSError(ctypes.get_errno(), f"madvise: {os.strerror(ctypes.get_errno())}")
         kept += stop - first
