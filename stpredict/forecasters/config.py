@@ -1,0 +1,233 @@
+"""Configs of the forecasters: models from frames to the frames that follow, without latents in between.
+
+``size`` is that of a frame, in pixels or grid points; the names hid_S, hid_T, N_S and N_T are the papers'.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from data_pipeline.config import ClipChanges, ClipConfig, ClipDataConfig, Config, Location, StreamConfig
+from stpredict.quantizers.config import AnyQuantizer
+
+
+class TranslatorConfig(Config):
+    """What every MetaFormer translator has."""
+
+    mlp_ratio: float = Field(8.0, gt=1, description="hidden channels of each block's MLP, as a multiple")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block; it grows linearly from the first one's")
+
+
+class GstaConfig(TranslatorConfig):
+    """Gated spatiotemporal attention (SimVPv2)."""
+
+    kind: Literal["gsta"] = "gsta"
+
+
+class VitConfig(TranslatorConfig):
+    kind: Literal["vit"] = "vit"
+
+
+class SwinConfig(TranslatorConfig):
+    kind: Literal["swin"] = "swin"
+    masked: bool = Field(
+        True, description="shifted windows see no pixels from the other side of the frame; published weights: false"
+    )
+
+
+class UniFormerConfig(TranslatorConfig):
+    kind: Literal["uniformer"] = "uniformer"
+
+
+class MlpMixerConfig(TranslatorConfig):
+    kind: Literal["mlp_mixer"] = "mlp_mixer"
+
+
+class ConvMixerConfig(TranslatorConfig):
+    kind: Literal["conv_mixer"] = "conv_mixer"
+
+
+class PoolFormerConfig(TranslatorConfig):
+    kind: Literal["poolformer"] = "poolformer"
+
+
+class ConvNextConfig(TranslatorConfig):
+    kind: Literal["convnext"] = "convnext"
+
+
+class VanConfig(TranslatorConfig):
+    kind: Literal["van"] = "van"
+
+
+class HorNetConfig(TranslatorConfig):
+    kind: Literal["hornet"] = "hornet"
+
+
+class MogaNetConfig(TranslatorConfig):
+    kind: Literal["moganet"] = "moganet"
+
+
+class TauConfig(TranslatorConfig):
+    """Temporal attention unit."""
+
+    kind: Literal["tau"] = "tau"
+
+
+class IncepUConfig(Config):
+    """SimVP's first translator: grouped convolutions of several sizes in a U."""
+
+    kind: Literal["incepu"] = "incepu"
+    kernels: tuple[PositiveInt, ...] = Field((3, 5, 7, 11), min_length=1)
+    groups: int = Field(8, ge=1)
+
+
+AnyTranslator = Annotated[
+    GstaConfig
+    | IncepUConfig
+    | VitConfig
+    | SwinConfig
+    | UniFormerConfig
+    | MlpMixerConfig
+    | ConvMixerConfig
+    | PoolFormerConfig
+    | ConvNextConfig
+    | VanConfig
+    | HorNetConfig
+    | MogaNetConfig
+    | TauConfig,
+    Field(discriminator="kind"),
+]
+
+
+class ForecasterConfig(Config):
+    """What every forecaster takes and gives."""
+
+    channels: int = Field(1, ge=1, description="of a frame, or variables of a field")
+    input_frames: int = Field(10, ge=1)
+    output_frames: int = Field(10, ge=1, description="more than input_frames: predictions are predicted on from")
+    size: tuple[PositiveInt, PositiveInt] = Field((64, 64), description="height and width of a frame")
+
+    @property
+    def clip(self) -> dict[str, object]:
+        """Keys of the clips that it is trained on."""
+        return {"frames": self.input_frames + self.output_frames, "size": self.size}
+
+
+class SimVPConfig(ForecasterConfig):
+    """SimVP and SimVPv2: encoder, translator, decoder. The defaults are SimVPv2's on Moving MNIST: 46,769,665
+    parameters."""
+
+    kind: Literal["simvp"] = "simvp"
+    hid_S: int = Field(64, ge=2, multiple_of=2, description="channels of encoder and decoder")
+    hid_T: int = Field(512, ge=2, description="channels of the translator")
+    N_S: int = Field(4, ge=2, multiple_of=2, description="convolutions of the encoder, as many of the decoder")
+    N_T: int = Field(8, ge=2, description="blocks of the translator")
+    translator: AnyTranslator = GstaConfig()
+    quantizer: AnyQuantizer | None = None
+    padding: Literal["replicate", "refuse"] = Field(
+        "replicate", description="of frames whose sides the strides do not divide; what is added is cut off again"
+    )
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a frame's side that become one on the translator's grid."""
+        return 2 ** (self.N_S // 2)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of what the translator sees."""
+        height, width = self.size
+        return -(-height // self.stride), -(-width // self.stride)
+
+    @model_validator(mode="after")
+    def _strides_divide(self):
+        height, width = self.size
+        if self.padding == "refuse" and (height % self.stride or width % self.stride):
+            raise ValueError(
+                f"size {height}x{width}: sides must be multiples of {self.stride} (N_S {self.N_S}); or take padding "
+                "replicate"
+            )
+        return self
+
+
+class RecurrentConfig(ForecasterConfig):
+    """Stacked recurrent layers over patches, which predict frame after frame."""
+
+    hidden: tuple[PositiveInt, ...] = Field((128, 128, 128, 128), min_length=1, description="channels of each layer")
+    kernel: int = Field(5, ge=1, description="of all convolutions, odd")
+    patch: int = Field(4, ge=1, description="pixels folded into channels, per side")
+
+
+class ConvLstmConfig(RecurrentConfig):
+    """ConvLSTM (Shi et al. 2015)."""
+
+    kind: Literal["conv_lstm"] = "conv_lstm"
+
+
+class PredRnnConfig(RecurrentConfig):
+    """PredRNN (Wang et al. 2017): spatiotemporal LSTM with a memory that zigzags through the layers."""
+
+    kind: Literal["pred_rnn"] = "pred_rnn"
+
+
+AnyForecaster = Annotated[SimVPConfig | ConvLstmConfig | PredRnnConfig, Field(discriminator="kind")]
+
+
+class UnitScaling(Config):
+    """Frames in [0, 1]: uint8 over 255."""
+
+    kind: Literal["unit"] = "unit"
+
+
+class StandardScaling(Config):
+    """(x - mean) / standard deviation of each channel, by the statistics of the manifest."""
+
+    kind: Literal["standard"] = "standard"
+    statistics: Literal["train", "own"] = Field(
+        "train", description="own: each split by its own, as the published weather results do"
+    )
+
+
+class AffineScaling(Config):
+    """(x - offset) / scale of each channel, or of all alike."""
+
+    kind: Literal["affine"] = "affine"
+    offset: tuple[float, ...] = Field((0.0,), min_length=1)
+    scale: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
+
+
+AnyScaling = Annotated[UnitScaling | StandardScaling | AffineScaling, Field(discriminator="kind")]
+
+
+class ForecasterDataConfig(StreamConfig):
+    """Clips of the model's input and output frames: ``shards`` is a shard job's run, or several in braces."""
+
+    shards: Location
+    clip: ClipChanges = Field(ClipChanges(), description="frames, size and channels are the model's")
+    scaling: AnyScaling | None = Field(None, description="default: unit for uint8, standard for float32")
+    validation: Literal["val", "test"] = Field("val", description="split; test as published code validates, by name")
+
+    def clips(self, model: ForecasterConfig) -> ClipDataConfig:
+        """The clips that ``model`` sees. ValueError where that is no clip."""
+        changes = self.clip.model_dump(exclude_none=True)
+        clip = ClipConfig(**{"resize": "stretch", "channels": 1 if model.channels != 3 else 3} | model.clip | changes)
+        fields = {name: getattr(self, name) for name in StreamConfig.model_fields}
+        return ClipDataConfig(**fields, shards=self.shards, clip=clip)
+
+
+class ForecasterLossConfig(Config):
+    """Weights of the errors of scaled values, means over everything. SVQ is trained with MAE, SimVP with MSE."""
+
+    mse: float = Field(1.0, ge=0)
+    mae: float = Field(0.0, ge=0)
+    differential_divergence: float = Field(
+        0.0, ge=0, description="TAU's: KL divergence of the softmax of frame differences; published: 0.1"
+    )
+    temperature: float = Field(0.1, gt=0, description="of that softmax")
+    commitment: float = Field(1.0, ge=0, description="of what the quantizer adds, where it adds any")
+
+    @model_validator(mode="after")
+    def _something_is_learned(self):
+        if not self.mse and not self.mae:
+            raise ValueError("mse and mae are both 0: give one of them a weight")
+        return self
