@@ -30,6 +30,13 @@ def load_array(encoded: bytes) -> np.ndarray:
     return values
 
 
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The .npy file that holds ``array``, as a member of a shard."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
 def read_npy(encoded: bytes) -> np.ndarray:
     """The numbers in a .npy file: a view of ``encoded``, not to be written to.
 

@@ -103,9 +103,15 @@ class ArraysSource(Config):
 
 
 class MovingDigitsSource(Config):
-    """Moving MNIST's rules (two digits bouncing in 64x64), rendered and encoded as H.264 .mp4 files."""
+    """Moving MNIST's rules (two digits bouncing in 64x64), rendered and encoded as H.264 .mp4 files, or stored as
+    rendered."""
 
     kind: Literal["moving_digits"] = "moving_digits"
+    format: Literal["mp4", "npy"] = Field(
+        "mp4",
+        exclude_if=lambda value: value == "mp4",
+        description="mp4: encoded with losses, RGB; npy: uint8 arrays (t, h, w, 1), exactly as rendered",
+    )
     videos: int = Field(2000, ge=1, description="training videos to render")
     validation_videos: int = Field(64, ge=1)
     frames: int = Field(17, ge=2)

@@ -71,7 +71,7 @@ def plan_shards(
     ``description`` is that of all splits. The same data elsewhere are the same: no path decides what a shard holds.
     """
     order = generator("deal", seed).permutation(len(samples))
-    recipe = {name: value for name, value in source if not isinstance(value, Path)}
+    recipe = {name: value for name, value in source.model_dump().items() if not isinstance(value, Path)}
     keys = [samples[position].key for position in order]
     whole = plan_hash(FORMAT, recipe, description.model_dump(mode="json"), shards, window_bytes, keys)
     description = description.model_copy(update={"plan": whole})

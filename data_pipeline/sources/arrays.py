@@ -4,7 +4,6 @@ A sample is one entry along the axis n, a whole file where there is no such axis
 An .npy is mapped into memory; the member of an .npz is loaded once per process. Nothing is ever unpickled.
 """
 
-import io
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange
 
-from data_pipeline.arrays import read_npy_header
+from data_pipeline.arrays import npy_bytes, read_npy_header
 from data_pipeline.config import ArraysSource
 from data_pipeline.decoders import one_line
 from data_pipeline.errors import DecodeError, UsageError
@@ -84,9 +83,7 @@ def read(config: ArraysSource, sample: SourceSample) -> tuple[str, bytes]:
         frames = np.ascontiguousarray(frames, dtype=item["dtype"])
     if not np.isfinite(frames).all():
         raise DecodeError("has values that are infinite or not a number")
-    member = io.BytesIO()
-    np.save(member, frames, allow_pickle=False)
-    return "npy", member.getvalue()
+    return "npy", npy_bytes(frames)
 
 
 def _range(

@@ -1,4 +1,4 @@
-"""Moving MNIST's rules, rendered and encoded as real video files.
+"""Moving MNIST's rules, rendered and encoded as real video files, or stored as they are rendered.
 
 Digits start at a random place, move in a random direction at constant speed and bounce off the walls; where they
 overlap the brighter pixel wins (Srivastava et al. 2015, arXiv:1502.04681, section 4.1 and the published generator).
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_pipeline.arrays import npy_bytes
 from data_pipeline.config import MovingDigitsSource
 from data_pipeline.errors import UsageError
 from data_pipeline.seeding import generator
@@ -25,25 +26,28 @@ def walk(config: MovingDigitsSource) -> list[SourceSample]:
     """The videos to render: which digits each shows is known beforehand."""
     if config.digit_size > config.size:
         raise UsageError(f"source.digit_size {config.digit_size} is larger than the video, source.size {config.size}")
-    about = config.frames * config.size**2 // 5  # measured: about a twentieth of a byte a pixel
+    pixels = config.frames * config.size**2
+    about = pixels if config.format == "npy" else pixels // 5  # measured: about a twentieth of a byte a pixel
     samples = []
     counts: dict[Split, int] = {"train": config.videos, "val": config.validation_videos}
     for split, count in counts.items():
         _, labels = digit_images(config, split)
         for index in range(count):
             shown, _ = trajectories(config, split, index, len(labels))
-            name, metadata = f"{split}/{index:06d}.mp4", {"digits": labels[shown].tolist()}
+            name, metadata = f"{split}/{index:06d}.{config.format}", {"digits": labels[shown].tolist()}
             samples.append(SourceSample(f"digits-{split}-{index:06d}", split, None, name, metadata, None, index, about))
     return samples
 
 
 def read(config: MovingDigitsSource, sample: SourceSample) -> tuple[str, bytes]:
-    """Renders a video and encodes it."""
-    from data_pipeline.video_files import write_mp4
-
+    """Renders a video: an .mp4 of it, or an .npy uint8 (t, h, w, 1)."""
     digits, _ = digit_images(config, sample.split)
     shown, positions = trajectories(config, sample.split, sample.item, len(digits))
     frames = render(digits[shown], positions, config.size)
+    if config.format == "npy":
+        return "npy", npy_bytes(frames[..., None])
+    from data_pipeline.video_files import write_mp4
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "video.mp4")
         write_mp4(path, np.repeat(frames[..., None], 3, axis=-1), config.fps)

@@ -39,6 +39,31 @@ def test_a_video_shows_the_digits_that_are_named_where_the_trajectories_say():
     assert np.abs(frames.astype(int) - render(digits[shown], positions, 64)).mean() < 4
 
 
+def test_arrays_are_the_frames_as_rendered_and_mp4_files_stay_what_they_were(tmp_path):
+    config = SMALL.model_copy(update={"format": "npy"})
+    arrays = {key: np.load(io.BytesIO(data)) for key, (_, data) in rendered(config).items()}
+    assert arrays.keys() == rendered(SMALL).keys()
+    for sample in walk(config):
+        digits, _ = digit_images(config, sample.split)
+        shown, positions = trajectories(config, sample.split, sample.item, len(digits))
+        array, frames = arrays[sample.key], np.zeros((9, 64, 64), np.uint8)
+        for frame, corners in zip(frames, positions, strict=True):
+            for digit, (top, left) in zip(digits[shown], corners, strict=True):
+                pasted = np.zeros((64, 64), np.uint8)
+                pasted[top : top + 28, left : left + 28] = digit
+                frame[:] = np.maximum(frame, pasted)
+        assert array.dtype == np.uint8
+        np.testing.assert_array_equal(array[..., 0], frames)
+        assert sample.name == f"{sample.split}/{sample.item:06d}.npy"
+    assert "format" not in SMALL.model_dump()  # shards of earlier versions are those of the same plan
+
+
+def test_shards_planned_by_earlier_versions_are_still_the_same_plan():
+    samples = walk(SMALL)
+    plans = plan_shards(SMALL, samples, describe(SMALL, samples), shards=2, window_bytes=2**20, seed=0)
+    assert [plan.hash for plan in plans] == ["e619b8a26ecb2da6", "a3e094c5030437b5"]
+
+
 def test_a_video_depends_on_seed_split_and_index_alone():
     few, many = rendered(SMALL), rendered(SMALL.model_copy(update={"videos": 9}))
     other = rendered(SMALL.model_copy(update={"seed": 1}))
