@@ -3,8 +3,9 @@
 Torch-free, like every ``config.py`` of the project: a login node reads these in milliseconds.
 """
 
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -28,11 +29,15 @@ class Config(BaseModel):
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 
 
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)  # a set has the first two, and the third where its source does
+
+
 class FolderSource(Config):
     """Any folder of videos or images; the class of a video is the name of its sub-folder, where there is one.
 
-    Folders named ``train`` and ``val`` directly under ``path`` are taken as the split; otherwise
-    ``validation_fraction`` of the videos is held out, chosen by a hash of the key.
+    Folders named ``train`` and ``val``, and ``test`` if there is one, directly under ``path`` are taken as the split;
+    otherwise ``validation_fraction`` of the videos is held out, chosen by a hash of the key.
     """
 
     kind: Literal["folder"] = "folder"
@@ -64,12 +69,58 @@ class KthSource(Config):
     path: Path
 
 
-class ArraysSource(Config):
+class CutsConfig(Config):
+    """How a long recording is cut along time into samples: ``sequence`` consecutive steps, or those at ``offsets``.
+
+    A sample starts ``every`` steps; fewer than it spans, and neighbours overlap. Samples of two splits never do.
+    """
+
+    sequence: int | None = Field(None, ge=1, description="cut along time into sequences of so many steps")
+    offsets: tuple[int, ...] = Field(
+        (),
+        exclude_if=lambda value: not value,
+        description="instead of sequence, for frames that are not evenly apart: their steps, such as "
+        "[-17, -11, -5, 0, 1, 7, 13, 19]",
+    )
+    every: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda value: value is None,
+        description="steps from one sample's start to the next; default: as many as it spans",
+    )
+
+    @property
+    def frame_steps(self) -> tuple[int, ...]:
+        """The steps of a sample's frames, from its first one; none where nothing is cut."""
+        return tuple(offset - self.offsets[0] for offset in self.offsets) or tuple(range(self.sequence or 0))
+
+    @property
+    def span(self) -> int:
+        """Steps from a sample's first to its last frame, both included."""
+        return self.frame_steps[-1] + 1
+
+    @property
+    def pace(self) -> int:
+        """Steps from one sample's start to the next."""
+        return self.every or self.span
+
+    @model_validator(mode="after")
+    def _cuts_make_sense(self) -> Self:
+        if self.sequence and self.offsets:
+            raise ValueError("sequence and offsets both say which steps make a sample: leave one of them out")
+        if any(later <= earlier for earlier, later in zip(self.offsets, self.offsets[1:], strict=False)):
+            raise ValueError(f"offsets {list(self.offsets)} must ascend")
+        if self.every and not self.frame_steps:
+            raise ValueError("every says where sequences start: give sequence or offsets too")
+        return self
+
+
+class ArraysSource(CutsConfig):
     """Arrays in .npy or .npz files, stored as (t, h, w, c): uint8 as they are, all other numbers as float32.
 
     With an axis ``n``, each of its entries is a sample; without one, each file is, or ``sequence`` steps of it.
-    ``train`` and ``val`` are ranges, end excluded, of samples, or of steps where ``sequence`` is given; files count on
-    from one to the next in the order of their names. Without either, ``validation_fraction`` is held out: the samples
+    ``train``, ``val`` and ``test`` are ranges, end excluded, of samples, or of steps where time is cut; files count on
+    from one to the next in the order of their names. Without any, ``validation_fraction`` is held out: the samples
     with the lowest hash of the key, or, of sequences, the last in time.
     """
 
@@ -77,12 +128,12 @@ class ArraysSource(Config):
     path: Path = Field(description="a file, a folder of files, or a pattern such as /data/*.npz")
     member: str | None = Field(None, description="name of the array in an .npz; default: its only one")
     axes: str = Field("t h w c", description="axes of the array in its order, of n t h w c; n and c may be absent")
-    sequence: int | None = Field(None, ge=1, description="cut along t into sequences of so many steps")
     dtype: Literal["uint8", "float32"] | None = Field(None, description="default: uint8 stays, all else is float32")
     channels: tuple[str, ...] = Field((), description="names of the channels")
     units: tuple[str, ...] = Field((), description="units of the channels")
     train: tuple[int, int] | None = None
     val: tuple[int, int] | None = None
+    test: tuple[int, int] | None = Field(None, exclude_if=lambda value: value is None)
     validation_fraction: float = Field(0.1, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -90,16 +141,23 @@ class ArraysSource(Config):
         axes = self.axes.split()
         if len(set(axes)) < len(axes) or not {"t", "h", "w"} <= set(axes) <= {"n", "t", "h", "w", "c"}:
             raise ValueError(f"axes is '{self.axes}': give t, h and w, and n and c where there are such, each once")
-        if self.sequence and "n" in axes:
-            raise ValueError("sequence cuts arrays without an axis n; leave one of them out")
+        if self.frame_steps and "n" in axes:
+            what = "sequence cuts" if self.sequence else "offsets cut"
+            raise ValueError(f"{what} arrays without an axis n; leave one of them out")
         if self.units and len(self.units) != len(self.channels):
             raise ValueError(f"{len(self.units)} units for {len(self.channels)} channels: give one each")
-        for split in (self.train, self.val):
-            if split and not 0 <= split[0] < split[1]:
+        for split in self.ranges.values():
+            if not 0 <= split[0] < split[1]:
                 raise ValueError(f"{list(split)} is no range: give its first index and the one after its last")
-        if self.train and self.val and self.train[0] < self.val[1] and self.val[0] < self.train[1]:
-            raise ValueError(f"train {list(self.train)} and val {list(self.val)} overlap")
+        for (name, one), (other_name, other) in combinations(self.ranges.items(), 2):
+            if one[0] < other[1] and other[0] < one[1]:
+                raise ValueError(f"{name} {list(one)} and {other_name} {list(other)} overlap")
         return self
+
+    @property
+    def ranges(self) -> dict[Split, tuple[int, int]]:
+        """Those that are given."""
+        return {split: given for split in SPLITS if (given := getattr(self, split))}
 
 
 class MovingDigitsSource(Config):

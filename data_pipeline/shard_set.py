@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_pipeline.config import Location
 from data_pipeline.errors import UsageError
-from data_pipeline.manifest import Description, Manifest, read_manifest
+from data_pipeline.manifest import Description, Manifest, find_manifest, read_manifest
 from data_pipeline.storage import child, expand, is_local, local_path
 
 
@@ -26,6 +26,13 @@ def read_set(location: Location | Path, split: str) -> ShardSet:
     """
     where = child(location, split)
     runs = tuple(expand(where))
+    if split == "test":  # the others are written of every source
+        for run, folder in zip(expand(location), runs, strict=True):
+            if find_manifest(folder) is None:
+                raise UsageError(
+                    f"{folder}: no shard set here: {run} has no test split; shard it with a source that has one, such "
+                    "as by source.test (docs/data.md)"
+                )
     return _read(where, runs, tuple(_stamp(child(run, "manifest.json")) for run in runs))
 
 

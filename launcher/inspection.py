@@ -14,10 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.config import SPLITS
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifest import Manifest, find_manifest
 from data_pipeline.storage import child, expand, is_local
-from launcher.parts import SPLITS, part_runs
+from launcher.parts import part_runs
 from launcher.progress import bytes_bar
 from launcher.status import rows
 from stpredict.config import differences, flat, load
@@ -50,7 +51,9 @@ def describe(location: str) -> list[Facts]:
     if sets := _sets(location):
         return own + [_set(*found) for found in sets.items()]
     if not is_local(location):
-        raise UsageError(f"{location}: no shard set there: neither it nor train/ or val/ in it has a manifest.json")
+        raise UsageError(
+            f"{location}: no shard set there: it has no manifest.json, nor has train/, val/ or test/ in it"
+        )
     path = Path(location)
     if is_checkpoint(path):
         return [_checkpoint(path)]

@@ -7,6 +7,7 @@ manifests and then the config and status of the whole, as one job would have lef
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.config import SPLITS
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifest import Manifest, fold, write_manifest
 from launcher.rundir import changed_keys, fingerprint, is_done, locked, refuse_foreign
@@ -14,7 +15,6 @@ from stpredict.config import as_yaml, load
 from stpredict.jobs.config import PARTS, AnyJobConfig, JobConfig, PartedJobConfig
 from stpredict.run import Run
 
-SPLITS = ("train", "val")
 FREE = ("part",)  # in which the parts of a run may differ
 WRITTEN = {PARTS, *SPLITS}  # what parts leave in a run before it is merged
 

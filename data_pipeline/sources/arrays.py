@@ -1,6 +1,6 @@
 """Arrays in .npy and .npz files → samples (t, h, w, c): videos in uint8, or physical fields in float32. Torch-free.
 
-A sample is one entry along the axis n, a whole file where there is no such axis, or ``sequence`` consecutive steps.
+A sample is one entry along the axis n, a whole file where there is no such axis, or some steps of its time.
 An .npy is mapped into memory; the member of an .npz is loaded once per process. Nothing is ever unpickled.
 """
 
@@ -21,6 +21,7 @@ from data_pipeline.config import ArraysSource
 from data_pipeline.decoders import one_line
 from data_pipeline.errors import DecodeError, UsageError
 from data_pipeline.manifest import Description
+from data_pipeline.sources.cuts import as_index, splits_in_time
 from data_pipeline.sources.source import SourceSample, Split, hold_out, make_key
 
 
@@ -47,15 +48,14 @@ def walk(config: ArraysSource) -> list[SourceSample]:
         raise UsageError(f"{files[0].path}: {channels} channels; source.channels names {len(config.channels)}")
     if config.dtype == "uint8" and files[0].dtype != np.uint8:
         raise UsageError(f"{files[0].path}: {files[0].dtype}, which uint8 does not hold; leave out source.dtype")
-    if config.train or config.val:
-        return [*_range(config, files, "train", config.train), *_range(config, files, "val", config.val)]
-    samples = _range(config, files, "train", (0, _count(config, files)))
-    if config.sequence is None:
-        return hold_out(samples, config.validation_fraction)
-    last = round(len(samples) * config.validation_fraction)
-    held_out = min(max(1, last), len(samples) - 1) if config.validation_fraction else 0
-    kept = len(samples) - held_out
-    return [*samples[:kept], *(replace(sample, split="val") for sample in samples[kept:])]
+    if config.ranges:
+        found = {split: _range(config, files, split, *wanted) for split, wanted in config.ranges.items()}
+        return [sample for in_split in found.values() for _, sample in in_split]
+    found = _range(config, files, "train", 0, _count(config, files))
+    if not config.frame_steps:
+        return hold_out([sample for _, sample in found], config.validation_fraction)
+    splits = splits_in_time([first for first, _ in found], config.span, config.validation_fraction)
+    return [replace(sample, split=split) for (_, sample), split in zip(found, splits, strict=True) if split]
 
 
 def describe(config: ArraysSource, samples: Sequence[SourceSample]) -> Description:
@@ -74,8 +74,8 @@ def read(config: ArraysSource, sample: SourceSample) -> tuple[str, bytes]:
         raise DecodeError(f"its array cannot be read: {one_line(error)}") from None
     axes, item = config.axes.split(), sample.item
     wanted = {"n": item["first"]}
-    if config.sequence:
-        wanted["t"] = slice(item["first"], item["first"] + config.sequence)
+    if config.frame_steps:
+        wanted["t"] = as_index([item["first"] + step for step in config.frame_steps])
     part = np.asarray(array[tuple(wanted.get(axis, slice(None)) for axis in axes)])
     left = [axis for axis in axes if axis != "n"]
     frames = rearrange(part, f"{' '.join(left)} -> t h w {'c' if 'c' in left else '1'}")
@@ -87,31 +87,32 @@ def read(config: ArraysSource, sample: SourceSample) -> tuple[str, bytes]:
 
 
 def _range(
-    config: ArraysSource, files: Sequence[_File], split: Split, wanted: tuple[int, int] | None
-) -> list[SourceSample]:
-    """The samples in ``wanted``, which counts on from one file to the next."""
-    if wanted is None:
-        return []
-    first, end = wanted
-    what = "steps" if config.sequence else "samples"
+    config: ArraysSource, files: Sequence[_File], split: Split, first: int, end: int
+) -> list[tuple[int, SourceSample]]:
+    """The samples in a range that counts on from one file to the next, and where in it each begins."""
+    what = "steps" if config.frame_steps else "samples"
     if end > (count := _count(config, files)):
         raise UsageError(f"{config.path}: source.{split} ends at {end}, but there are {count} {what}")
-    samples, before, step = [], 0, config.sequence or 1
+    samples, before = [], 0
+    span, pace = (config.span, config.pace) if config.frame_steps else (1, 1)
     for file in files:
         length = _length(config, file)
         start, stop = max(first - before, 0), min(end - before, length)
-        shape = {"c": 1, **file.shape} | ({"t": config.sequence} if config.sequence else {})
+        shape = {"c": 1, **file.shape} | ({"t": len(config.frame_steps)} if config.frame_steps else {})
         size = int(np.prod([shape[axis] for axis in "thwc"]))
         dtype = _dtype(config, file.dtype)
-        for index in range(start, stop - step + 1, step):
+        for index in range(start, stop - span + 1, pace):
             name = f"{file.name}/{index:06d}" if length > 1 else file.name
             item = {"first": index, "dtype": dtype}
-            about = {"steps": [index, index + step]} if config.sequence else {}
+            about = {"steps": [index, index + span]} if config.frame_steps else {}
+            about |= {"offsets": list(config.offsets)} if config.offsets else {}
             taken = size * np.dtype(dtype).itemsize
-            samples.append(SourceSample(make_key(name), split, None, name, about, file.path, item, taken))
+            sample = SourceSample(make_key(name), split, None, name, about, file.path, item, taken)
+            samples.append((before + index, sample))
         before += length
     if not samples:
-        why = f"; source.sequence asks for {config.sequence} steps in one file" if config.sequence else ""
+        how = "source.sequence asks for" if config.sequence else "source.offsets span"
+        why = f"; {how} {config.span} steps in one file" if config.frame_steps else ""
         raise UsageError(f"{config.path}: no sample in {what} {first} to {end}{why}")
     return samples
 
@@ -121,7 +122,7 @@ def _count(config: ArraysSource, files: Sequence[_File]) -> int:
 
 
 def _length(config: ArraysSource, file: _File) -> int:
-    return file.shape["t"] if config.sequence else file.shape.get("n", 1)
+    return file.shape["t"] if config.frame_steps else file.shape.get("n", 1)
 
 
 def _dtype(config: ArraysSource, found: np.dtype) -> str:

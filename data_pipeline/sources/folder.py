@@ -1,7 +1,7 @@
 """Any folder of videos or images. Torch-free.
 
     path/CLASS/**/VIDEO.mp4                      a share of the videos is held out
-    path/train/CLASS/**/VIDEO.mp4, path/val/…    the split is given
+    path/train/CLASS/**/VIDEO.mp4, path/val/…    the split is given, with path/test/… or without
     path/VIDEO.mp4                               no class
 
 Files whose names begin with a dot are ignored. Files are stored in the shards under their own extension; an image is a
@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from data_pipeline.config import FolderSource
+from data_pipeline.config import SPLITS, FolderSource
 from data_pipeline.decode import EXTENSIONS
 from data_pipeline.errors import UsageError
 from data_pipeline.sources.source import SourceSample, Split, hold_out, make_key, media_files
@@ -27,14 +27,17 @@ def walk(config: FolderSource) -> list[SourceSample]:
         raise UsageError(f"{root}: no such folder; source.path must name a folder of videos")
     if not root.is_dir():
         raise UsageError(f"{root}: is a file; source.path must name a folder of videos")
-    given = [split for split in ("train", "val") if (root / split).is_dir()]
-    if len(given) == 1:
-        missing = "val" if given == ["train"] else "train"
-        raise UsageError(f"{root}: has {given[0]}/ but no {missing}/; add it, or give {root / given[0]} as the path")
+    given = [split for split in SPLITS if (root / split).is_dir()]
+    needed = {"train", "val"}
+    if len(one := needed & set(given)) == 1:
+        (there,), (missing,) = one, needed - one
+        raise UsageError(f"{root}: has {there}/ but no {missing}/; add it, or give {root / there} as the path")
+    if not one:  # a class of the name test is a class
+        given = []
     if given:
         others = sorted(path.name for path in root.iterdir() if path.name not in given and path.name[0] != ".")
         if others:
-            log.warning("%s: only train/ and val/ are read; left out: %s", root, ", ".join(others[:10]))
+            log.warning("%s: only train/, val/ and test/ are read; left out: %s", root, ", ".join(others[:10]))
         samples = [sample for split in given for sample in _videos(root, root / split, split)]
     else:
         samples = hold_out(_videos(root, root, "train"), config.validation_fraction)

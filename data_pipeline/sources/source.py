@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from data_pipeline.config import (
     ArraysSource,
@@ -19,13 +19,12 @@ from data_pipeline.config import (
     KthSource,
     MovingDigitsSource,
     Source,
+    Split,
     Ucf101Source,
 )
 from data_pipeline.decode import EXTENSIONS
 from data_pipeline.manifest import Description
 from data_pipeline.seeding import share
-
-Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class SourceSample:
 
 
 def walk(config: Source) -> list[SourceSample]:
-    """The samples of both splits, in a fixed order. UsageError says what is missing, where, and what to do."""
+    """The samples of all splits, in a fixed order. UsageError says what is missing, where, and what to do."""
     from data_pipeline.sources import arrays, folder, kinetics, kth, moving_digits, ucf101
 
     match config:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.config import SPLITS
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import Manifest, read_manifest
 from stpredict.evaluation.generated import Index, read_index
@@ -99,7 +100,7 @@ def _read_work(facts: RunFacts) -> None:
         case "tokenizer" | "prior":
             _read_training(facts)
         case "shard" | "encode":
-            splits = [split for split in ("train", "val") if (run.path / split / "manifest.json").exists()]
+            splits = [split for split in SPLITS if (run.path / split / "manifest.json").exists()]
             facts.manifests = {split: m for split in splits if (m := _attempt(facts, read_manifest, run.path / split))}
             if not splits:
                 facts.problems.append("no manifest yet")

@@ -1,4 +1,4 @@
-"""Data set → WebDataset shards: fills ``run/train`` and ``run/val``.
+"""Data set → WebDataset shards: fills ``run/train`` and ``run/val``, and ``run/test`` where the source has one.
 
 Rank 0 finds the samples and plans the shards, every rank writes its share, rank 0 merges. Where several jobs write one
 set, each plans all of it and writes its part; `stpredict merge` follows. Needs no torch with one process; with several,
@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from data_pipeline.config import SPLITS
 from data_pipeline.disk import check_space
 from data_pipeline.manifest import merge, read_manifest, shard_name
 from data_pipeline.shards import ShardPlan, plan_shards, shard_count, unfinished, write_shards
@@ -22,8 +23,6 @@ from stpredict.jobs.config import ShardConfig
 from stpredict.run import Progress, Run
 
 log = logging.getLogger(__name__)
-
-SPLITS = ("train", "val")
 
 
 class Extent(NamedTuple):

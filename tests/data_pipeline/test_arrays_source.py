@@ -305,3 +305,94 @@ def test_arrays_of_other_shapes_or_types_are_not_one_set(tmp_path):
 def test_configs_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValidationError):
         ArraysSource(path="a.npy", **wrong)
+
+
+def steps_of(samples):
+    """The steps that the samples of each split reach over, counted on over the files a and b of 60 steps."""
+    steps = {}
+    for sample in samples:
+        first, end = sample.metadata["steps"]
+        before = 60 if sample.path.stem == "b" else 0
+        steps.setdefault(sample.split, set()).update(range(before + first, before + end))
+    return steps
+
+
+@pytest.fixture
+def two_recordings(tmp_path):
+    """Two files of 60 steps; the value of each step is its number over both."""
+    for name, first in (("a", 0), ("b", 60)):
+        np.save(tmp_path / f"{name}.npy", np.arange(first, first + 60, dtype=float)[:, None, None] * np.ones((1, 2, 2)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+@pytest.mark.parametrize("cut", [{"sequence": 6}, {"offsets": (-4, -1, 0, 3)}])
+def test_sliding_windows_start_every_so_many_steps_and_hold_those_steps(two_recordings, cut, every):
+    config = ArraysSource(path=two_recordings, axes="t h w", **cut, every=every, train=(0, 40), val=(40, 70))
+    samples, arrays = samples_and_arrays(config)
+    relative = [0, 1, 2, 3, 4, 5] if "sequence" in cut else [0, 3, 4, 7]
+    span, got = relative[-1] + 1, {"train": [], "val": []}
+    for sample, array in zip(samples, arrays, strict=True):
+        frames = array[:, 0, 0, 0].tolist()
+        got[sample.split].append(frames[0])
+        assert frames == [frames[0] + step for step in relative]
+        assert sample.metadata.get("offsets") == (list(cut["offsets"]) if "offsets" in cut else None)
+    assert got["train"] == list(range(0, 40 - span + 1, every))
+    assert got["val"] == [*range(40, 60 - span + 1, every), *range(60, 70 - span + 1, every)]
+
+
+@pytest.mark.parametrize("every", [1, 4, None])
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {"train": (0, 50), "val": (50, 70), "test": (70, 120)},
+        {"validation_fraction": 0.2},
+        {"validation_fraction": 0.7},
+    ],
+)
+def test_no_step_of_a_window_is_in_two_splits(two_recordings, splits, every):
+    steps = steps_of(walk(ArraysSource(path=two_recordings, axes="t h w", sequence=8, every=every, **splits)))
+    assert set(steps) == ({"train", "val", "test"} if "test" in splits else {"train", "val"})
+    for one, other in itertools.combinations(steps, 2):
+        assert max(steps[one]) < min(steps[other])
+
+
+def test_the_hold_out_of_sliding_windows_drops_only_those_that_reach_into_it(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((29, 2, 2)))
+    samples = walk(ArraysSource(path=tmp_path, axes="t h w", sequence=10, every=1, validation_fraction=0.25))
+    starts = {split: [s.item["first"] for s in samples if s.split == split] for split in ("train", "val")}
+    assert starts == {"train": [*range(0, 6)], "val": [*range(15, 20)]}
+
+
+def test_where_all_training_windows_reach_into_validation_that_is_said(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((12, 2, 2)))
+    with pytest.raises(UsageError, match=r"^3 samples of 10 steps: those that are left for training reach into"):
+        walk(ArraysSource(path=tmp_path, axes="t h w", sequence=10, every=1))
+
+
+def test_a_test_range_is_a_split_of_its_own(two_recordings):
+    ranges = {"train": (0, 30), "val": (30, 40), "test": (60, 90)}
+    samples = walk(ArraysSource(path=two_recordings, axes="t h w", sequence=10, **ranges))
+    assert [s.split for s in samples] == ["train"] * 3 + ["val"] + ["test"] * 3
+    with pytest.raises(UsageError, match=r"source\.test ends at 121, but there are 120 steps"):
+        walk(ArraysSource(path=two_recordings, axes="t h w", sequence=10, test=(60, 121)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence": 4, "offsets": (0, 1)}, "sequence and offsets both say"),
+        ({"offsets": (0, 3, 3)}, r"offsets \[0, 3, 3\] must ascend"),
+        ({"every": 2}, "give sequence or offsets too"),
+        ({"axes": "n t h w", "offsets": (0, 1)}, "offsets cut arrays without an axis n"),
+        ({"sequence": 4, "val": (0, 10), "test": (9, 12)}, r"val \[0, 10\] and test \[9, 12\] overlap"),
+    ],
+)
+def test_cuts_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        ArraysSource(path="a.npy", **{"axes": "t h w", **changes})
+
+
+def test_keys_that_are_left_out_leave_configs_of_earlier_versions_what_they_were():
+    saved = ArraysSource(path="a.npy").model_dump()
+    assert not {"offsets", "every", "test"} & set(saved)

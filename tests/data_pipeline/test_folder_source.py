@@ -35,14 +35,23 @@ def test_classes_are_the_folders_and_keys_are_unique_without_dots(tmp_path):
 
 
 def test_given_split_is_taken(tmp_path, caplog):
-    touch(tmp_path, "train/run/1.mp4", "train/walk/2.mp4", "val/run/1.mp4", "test/run/9.mp4")
+    touch(tmp_path, "train/run/1.mp4", "train/walk/2.mp4", "val/run/1.mp4", "more/run/9.mp4")
     samples = walked(tmp_path, fraction=0.5)
     assert [(s.name, s.split, s.label) for s in samples] == [
         ("train/run/1.mp4", "train", "run"),
         ("train/walk/2.mp4", "train", "walk"),
         ("val/run/1.mp4", "val", "run"),
     ]
-    assert "left out: test" in caplog.text
+    assert "left out: more" in caplog.text
+    touch(tmp_path, "test/run/9.mp4")
+    assert [(s.name, s.split) for s in walked(tmp_path, fraction=0.5)][3:] == [("test/run/9.mp4", "test")]
+
+
+def test_a_folder_named_test_without_the_other_splits_is_a_class(tmp_path):
+    touch(tmp_path, "test/1.mp4", "test/2.mp4", "run/3.mp4")
+    samples = walked(tmp_path, fraction=0.3)
+    assert {s.label for s in samples} == {"test", "run"}
+    assert {s.split for s in samples} == {"train", "val"}
 
 
 def test_held_out_videos_stay_held_out_when_others_are_added(tmp_path):
