@@ -43,7 +43,9 @@ class MlpMixerConfig(TranslatorConfig):
     kind: Literal["mlp_mixer"] = "mlp_mixer"
 
 
-class ConvMixerConfig(TranslatorConfig):
+class ConvMixerConfig(Config):
+    """It has no MLP and no drop path."""
+
     kind: Literal["conv_mixer"] = "conv_mixer"
 
 
