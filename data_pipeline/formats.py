@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline import key_json
 from data_pipeline.arrays import cut_array, load_array, read_npy
+from data_pipeline.clips import Plan, clip_indices
 from data_pipeline.config import ClipConfig
 from data_pipeline.decode import EXTENSIONS, decode_clip
 from data_pipeline.errors import DecodeError
@@ -36,7 +37,8 @@ class Clips:
 
     def sample(self, raw: Raw, epoch: int, part: int) -> dict[str, Any]:
         """clip: array (t, h, w, c), uint8 but for float arrays; label: the class's number, -1 where there is none;
-        key: KEY, or KEY-0, KEY-1, … where there are several clips per video."""
+        key: KEY, or KEY-0, KEY-1, … where there are several clips per video; where the .json says when the array
+        begins, minutes: of each frame since 1970, list[int]."""
         members, key = raw["members"], raw["key"]
         if "json" not in members:
             raise DecodeError("its .json is missing")
@@ -44,8 +46,14 @@ class Clips:
         label = key_json.class_of(about)
         rng = generator("clip", self._seed, epoch, key, *((part,) if part else ()))
         where = (part, self.per_count)
+        times = {}
         if "npy" in members:
-            clip = cut_array(load_array(members["npy"]), self._config, rng, where)
+            array = load_array(members["npy"])
+            if "time" in about:
+                again = generator("clip", self._seed, epoch, key, *((part,) if part else ()))
+                cut = clip_indices(len(array), self._config, Plan.draw(again, self._config).start, where)
+                times = {"minutes": key_json.minutes(about, len(array))[cut.start : cut.stop : cut.step]}
+            clip = cut_array(array, self._config, rng, where)
         else:
             encoded = next((members[extension] for extension in EXTENSIONS if extension in members), None)
             if encoded is None:
@@ -53,7 +61,7 @@ class Clips:
             clip = decode_clip(encoded, self._config, rng, key_json.video_info(about), where)
         _expect(clip, self._dtype, self._shape)
         name = f"{key}-{part}" if self.per_count > 1 else key
-        return {"clip": clip, "label": label, "key": name}
+        return {"clip": clip, "label": label, "key": name, **times}
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch

@@ -1,6 +1,7 @@
 """KEY.json, which stands beside every sample in a shard: read as what a stranger may have written. Torch-free."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -28,6 +29,20 @@ def class_of(about: dict[str, Any]) -> int:
     if type(number) is not int:
         raise DecodeError(f"its .json is not as we write it: class is {number!r}")
     return number
+
+
+def minutes(about: dict[str, Any], frames: int) -> list[int]:
+    """Of each of an array's frames since 1970: the first is at ``time`` (ISO text, UTC), each next one ``interval_h``
+    later, or at ``offsets`` times that. DecodeError where it says so in another way."""
+    try:
+        first = datetime.fromisoformat(about["time"]).replace(tzinfo=UTC).timestamp() / 60
+        offsets = about.get("offsets") or range(frames)
+        found = [round(first + 60 * float(about["interval_h"]) * (step - offsets[0])) for step in offsets]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DecodeError(f"its .json is not as we write it: its times: {error!r}") from None
+    if len(found) != frames:
+        raise DecodeError(f"its .json is not as we write it: {len(found)} offsets of {frames} frames")
+    return found
 
 
 def video_info(about: dict[str, Any]) -> VideoInfo | None:

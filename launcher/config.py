@@ -26,7 +26,18 @@ def _a_name(name: str) -> str:
 
 JobName = Annotated[str, AfterValidator(_a_name)]
 JobKind = Literal[
-    "shard", "tokenizer", "encode", "prior", "generate", "reconstruct", "evaluate", "report", "study_report", "merge"
+    "shard",
+    "tokenizer",
+    "encode",
+    "prior",
+    "forecaster",
+    "generate",
+    "reconstruct",
+    "forecast",
+    "evaluate",
+    "report",
+    "study_report",
+    "merge",
 ]
 
 

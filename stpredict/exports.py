@@ -20,6 +20,8 @@ from data_pipeline.config import ClipConfig, Config
 from data_pipeline.disk import temporary_path
 from data_pipeline.errors import UsageError, UserError
 from stpredict.config import as_yaml, canonical_json, load, validate
+from stpredict.forecasters.build import build_forecaster
+from stpredict.forecasters.config import AnyForecaster, AnyScaling
 from stpredict.priors.config import NextBlockConfig
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.run import Run, write_atomically
@@ -54,7 +56,21 @@ class PriorExport(Config):
     model: NextBlockConfig
 
 
-AnyExport = Annotated[TokenizerExport | PriorExport, Field(discriminator="kind")]
+class ForecasterExport(Config):
+    kind: Literal["forecaster"] = "forecaster"
+    format: Literal[1] = 1
+    step: int = Field(0, description="training steps behind the weights")
+    ema: bool = Field(False, description="they are averages over the training (training.ema_decay)")
+    clip: ClipConfig = Field(description="the clips it was trained on")
+    model: AnyForecaster
+    scaling: AnyScaling | None = Field(None, description="as configured")
+    channels: list[str] = Field([], description="names, where the training data have such")
+    units: list[str] = Field([], description="of the channels")
+    offset: tuple[float, ...] = Field(description="of each channel: (x - offset) / scale is what the model sees")
+    scale: tuple[float, ...]
+
+
+AnyExport = Annotated[TokenizerExport | PriorExport | ForecasterExport, Field(discriminator="kind")]
 
 
 def export_checkpoint(
@@ -151,7 +167,7 @@ def find_export(path: Path) -> Path:
         if has_weights(folder) and (folder / CONFIG).is_file():
             return folder
     status = Run(path).status()
-    if status is not None and status.kind not in ("tokenizer", "prior"):
+    if status is not None and status.kind not in ("tokenizer", "prior", "forecaster"):
         raise UsageError(f"{path}: a run of kind {status.kind} makes no model; give that of a training, or an export")
     if status is not None:
         raise UsageError(
@@ -187,6 +203,15 @@ def load_prior(path: Path) -> tuple[NextBlockPrior, PriorExport]:
     if not isinstance(config, PriorExport):
         raise UsageError(f"{folder}: holds a {config.kind}, a prior is needed here")
     return _load(NextBlockPrior(config.model, config.codebook_size, config.grid, len(config.classes)), folder), config
+
+
+def load_forecaster(path: Path) -> tuple[torch.nn.Module, ForecasterExport]:
+    """The forecaster of a run or an export, in evaluation mode, with its config."""
+    folder = find_export(Path(path))
+    config = load(AnyExport, folder / CONFIG)
+    if not isinstance(config, ForecasterExport):
+        raise UsageError(f"{folder}: holds a {config.kind}, a forecaster is needed here")
+    return _load(build_forecaster(config.model), folder), config
 
 
 @torch.no_grad()

@@ -212,7 +212,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
     return {
         "parameters": size.parameters,
         "embedding_parameters": size.embedding_parameters,
-        "macs_forward": size.flops_forward / 2,
+        "macs_forward": size.macs_forward,
         "flops_forward": size.flops_forward,
         "tokens_per_sample": size.tokens,
         "batch_size": found.planned.config.training.batch_size,

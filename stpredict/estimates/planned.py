@@ -10,7 +10,10 @@ from data_pipeline.config import ClipConfig
 from data_pipeline.errors import UsageError
 from stpredict.estimates.judging import Judging, plan_judging
 from stpredict.estimates.tokenizing import Tokenizing, plan_tokenizing
-from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
+from stpredict.forecasters.config import UnitScaling
+from stpredict.forecasters.scaling import Scaling
+from stpredict.forecasters.task import ForecasterTask
+from stpredict.jobs.config import ForecasterJobConfig, PriorJobConfig, TokenizerJobConfig
 from stpredict.priors.config import LatentConfig, TokenizedClipsConfig
 from stpredict.priors.data import PlannedLatents
 from stpredict.priors.task import PriorTask
@@ -18,7 +21,7 @@ from stpredict.tokenizers.config import CausalCnnConfig
 from stpredict.tokenizers.task import TokenizerTask
 from stpredict.training.task import Batch, Task
 
-TrainConfig = TokenizerJobConfig | PriorJobConfig
+TrainConfig = TokenizerJobConfig | PriorJobConfig | ForecasterJobConfig
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ def plan_training(config: TrainConfig, tokenizer: tuple[CausalCnnConfig, ClipCon
                 sample = {"latent": torch.empty(latent.grid, dtype=torch.int64)}
                 if task.prefixes:
                     sample["label"] = torch.empty((), dtype=torch.int64)
+            case ForecasterJobConfig():
+                channels = config.model.channels
+                scaling = Scaling((0.0,) * channels, (1.0,) * channels)
+                task = ForecasterTask(config.model, config.loss, config.data, (scaling, scaling), config.seed)
+                clip = config.data.clips(config.model).clip
+                video = config.data.scaling is None or isinstance(config.data.scaling, UnitScaling)
+                dtype = torch.uint8 if video else torch.float32
+                sample = {"clip": torch.empty(clip.frames, *clip.size, channels, dtype=dtype)}
     judging = None
     if isinstance(config, TokenizerJobConfig):
         judging = plan_judging(config, task, partial(_batch, sample))

@@ -55,7 +55,7 @@ class Row:
         return {
             "name": self.name,
             "parameters": self.size.parameters,
-            "macs_forward": self.size.flops_forward / 2,
+            "macs_forward": self.size.macs_forward,
             "flops": FORWARDS_PER_STEP * self.size.flops_forward * self.budget.samples,
             "budget": asdict(self.budget),
             "gpu": self.machine.gpu.name,

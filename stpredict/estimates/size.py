@@ -11,7 +11,8 @@ from stpredict.training.flops import FORWARDS_PER_STEP, ShapesOnly, count_flops
 
 @dataclass(frozen=True)
 class Size:
-    """``flops_forward`` and ``tokens`` are one sample's; a multiply-add counts as two FLOPs.
+    """``flops_forward``, ``macs_forward`` and ``tokens`` are one sample's. FLOPs are those that are computed, a
+    multiply-add counting as two; multiply-adds are those of the architecture as published, which may have more.
 
     Backward, every product is made twice: for the gradient of its input, and of its weight. Nobody asks for that of
     the first layer's input where it is data, which is counted all the same, as the engine counts it for its MFU: 0.1 %
@@ -22,6 +23,7 @@ class Size:
     embedding_parameters: int
     tokens: int
     flops_forward: float
+    macs_forward: float
 
     @property
     def flops_backward(self) -> float:
@@ -31,11 +33,13 @@ class Size:
 def size_of(planned: Planned) -> Size:
     task = planned.task
     tables = [table.weight for table in task.model.modules() if isinstance(table, torch.nn.Embedding)]
+    flops = _flops_of_forward(planned)
     return Size(
         parameters=sum(p.numel() for p in task.model.parameters()),
         embedding_parameters=sum(p.numel() for p in tables),
         tokens=task.tokens(planned.batch(1)),
-        flops_forward=_flops_of_forward(planned),
+        flops_forward=flops,
+        macs_forward=flops / 2 + task.macs_saved(),
     )
 
 

@@ -36,6 +36,7 @@ TRAIN, VALIDATION = "#3b82f6", "#e5484d"
 PANELS = {
     "tokenizer": {"loss": "loss", "psnr": "PSNR (dB)", "codes_used": "codes in use"},
     "prior": {"cross_entropy": "cross-entropy (nats)", "accuracy": "accuracy of the likeliest token"},
+    "forecaster": {"loss": "loss (of scaled values)", "mse": "MSE per value", "mae": "MAE per value"},
 }
 MOST_POINTS = 1000
 

@@ -24,7 +24,7 @@ from stpredict.evaluation.reconstructed import (
 from stpredict.evaluation.results import Evaluation, read_evaluation
 from stpredict.run import Run, Status
 
-TRAINING = ("tokenizer", "prior")
+TRAINING = ("tokenizer", "prior", "forecaster")
 
 
 @dataclass
@@ -97,7 +97,7 @@ def _read_config(facts: RunFacts) -> None:
 def _read_work(facts: RunFacts) -> None:
     run = facts.run
     match facts.kind:
-        case "tokenizer" | "prior":
+        case "tokenizer" | "prior" | "forecaster":
             _read_training(facts)
         case "shard" | "encode":
             splits = [split for split in SPLITS if (run.path / split / "manifest.json").exists()]

@@ -208,6 +208,7 @@ class ForecasterDataConfig(StreamConfig):
     clip: ClipChanges = Field(ClipChanges(), description="frames, size and channels are the model's")
     scaling: AnyScaling | None = Field(None, description="default: unit for uint8, standard for float32")
     validation: Literal["val", "test"] = Field("val", description="split; test as published code validates, by name")
+    made_with: str | None = Field(None, description="how the shards are made: said where they are missing")
 
     def clips(self, model: ForecasterConfig) -> ClipDataConfig:
         """The clips that ``model`` sees. ValueError where that is no clip."""
@@ -215,6 +216,14 @@ class ForecasterDataConfig(StreamConfig):
         clip = ClipConfig(**{"resize": "stretch", "channels": 1 if model.channels != 3 else 3} | model.clip | changes)
         fields = {name: getattr(self, name) for name in StreamConfig.model_fields}
         return ClipDataConfig(**fields, shards=self.shards, clip=clip)
+
+
+class ForecastDataConfig(StreamConfig):
+    """Held-out clips for a trained forecaster: ``shards`` is a shard job's run, or several in braces."""
+
+    shards: Location
+    split: Literal["val", "test", "train"] | None = Field(None, description="default: test where there is one, or val")
+    clip: ClipChanges = Field(ClipChanges(), description="where it differs from what the forecaster was trained on")
 
 
 class ForecasterLossConfig(Config):

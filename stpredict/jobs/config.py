@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.config import ClipDataConfig, Config, Source
+from stpredict.forecasters.config import AnyForecaster, ForecastDataConfig, ForecasterDataConfig, ForecasterLossConfig
 from stpredict.losses.config import LpipsConfig, TokenizerLossConfig
 from stpredict.priors.config import LatentConfig, NextBlockConfig, PriorDataConfig
 from stpredict.sampling.config import SamplingConfig
@@ -236,6 +237,20 @@ class PriorJobConfig(TrainingJobConfig):
     model: NextBlockConfig = NextBlockConfig()
 
 
+class ForecasterJobConfig(TrainingJobConfig):
+    """Trains a forecaster on clips: its input frames, and the output frames that follow."""
+
+    kind: Literal["forecaster"] = "forecaster"
+    data: ForecasterDataConfig
+    model: AnyForecaster
+    loss: ForecasterLossConfig = ForecasterLossConfig()
+
+    @model_validator(mode="after")
+    def _clips_are_whole(self) -> Self:
+        self.data.clips(self.model)
+        return self
+
+
 class GenerateConfig(JobConfig):
     """Continues videos: the first ``given_frames`` of each clip are given, the rest is predicted. With ``given_frames``
     0, makes videos from nothing: a prior must be trained for that, and may be told ``classes``."""
@@ -294,6 +309,25 @@ class ReconstructConfig(JobConfig):
     harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)
 
 
+class ForecastConfig(JobConfig):
+    """What a forecaster makes of held-out clips, beside the truth: what it is judged by."""
+
+    kind: Literal["forecast"] = "forecast"
+    forecaster: Path = Field(description="run or export of a forecaster")
+    data: ForecastDataConfig
+    output_frames: int | None = Field(
+        None, ge=1, description="horizon, where it is not that of the training; predictions are predicted on from"
+    )
+    swap: dict[Literal["encoder", "translator", "decoder"], Path] = Field(
+        {}, description="parts whose weights come from another run or export of such a forecaster"
+    )
+    clips: int | None = Field(None, ge=1, description="held-out clips (default: all)")
+    batch_size: int = Field(16, ge=1, description="clips per rank and forward")
+    pictures: int = Field(8, ge=0, description="clips drawn beside the truth")
+
+    harmless: ClassVar[tuple[str, ...]] = (*JobConfig.harmless, *LOADING)
+
+
 class EvaluateConfig(JobConfig):
     """PSNR, SSIM and MSE of generated frames, beside repeating the last given frame and the reconstruction; or of a
     tokenizer's reconstructions, with LPIPS and the use of the codebook."""
@@ -335,8 +369,10 @@ AnyJobConfig = Annotated[
     | TokenizerJobConfig
     | EncodeConfig
     | PriorJobConfig
+    | ForecasterJobConfig
     | GenerateConfig
     | ReconstructConfig
+    | ForecastConfig
     | EvaluateConfig
     | ReportConfig
     | StudyReportConfig,

@@ -21,20 +21,28 @@ MODULES = {
     "shard": "stpredict.jobs.shard",
     "tokenizer": "stpredict.jobs.train",
     "prior": "stpredict.jobs.train",
+    "forecaster": "stpredict.jobs.train",
     "encode": "stpredict.jobs.encode",
     "generate": "stpredict.jobs.generate",
     "reconstruct": "stpredict.jobs.reconstruct",
+    "forecast": "stpredict.jobs.forecast",
     "evaluate": "stpredict.jobs.evaluate",
     "report": "stpredict.jobs.report",
     "study_report": "stpredict.jobs.study_report",
 }
 # The command for each kind of job that is not called like its command.
-COMMANDS = {"tokenizer": "train", "prior": "train", "reconstruct": "generate"}
+COMMANDS = {
+    "tokenizer": "train",
+    "prior": "train",
+    "forecaster": "train",
+    "reconstruct": "generate",
+    "forecast": "generate",
+}
 # Jobs that save at a step boundary when they are asked to stop. The others are left wherever they are: what they have
 # finished is kept.
-SAVING = {"tokenizer", "prior"}
+SAVING = {"tokenizer", "prior", "forecaster"}
 # Of the others, those that keep nothing of what they have not finished; out of time, each start is like the one before.
-STARTING_OVER = {"generate", "reconstruct", "evaluate", "report", "study_report"}
+STARTING_OVER = {"generate", "reconstruct", "forecast", "evaluate", "report", "study_report"}
 MOST_STARTS = 4
 EXIT_PREEMPTED = 75
 FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up"}

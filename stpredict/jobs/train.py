@@ -1,4 +1,4 @@
-"""Trains a tokenizer or a prior: the config says which. Ends with an export of the last step."""
+"""Trains a tokenizer, a prior or a forecaster: the config says which. Ends with an export of the last step."""
 
 import os
 
@@ -7,7 +7,9 @@ import torch
 from data_pipeline.shard_set import read_set
 from stpredict.config import flat
 from stpredict.exports import export_checkpoint, load_tokenizer
-from stpredict.jobs.config import FORCE, PriorJobConfig, TokenizerJobConfig
+from stpredict.forecasters.scaling import read_scalings
+from stpredict.forecasters.task import ForecasterTask
+from stpredict.jobs.config import FORCE, ForecasterJobConfig, PriorJobConfig, TokenizerJobConfig
 from stpredict.jobs.requeue import requeue
 from stpredict.priors.config import given_latent_frames
 from stpredict.priors.data import TrainedTokenizer, check_latent, open_data
@@ -20,7 +22,7 @@ from stpredict.training.ranks import join_ranks
 from stpredict.training.signals import sparing_children
 from stpredict.training.task import Task
 
-TrainConfig = TokenizerJobConfig | PriorJobConfig
+TrainConfig = TokenizerJobConfig | PriorJobConfig | ForecasterJobConfig
 
 
 def run(config: TrainConfig, run: Run) -> None:
@@ -54,3 +56,6 @@ def build_task(config: TrainConfig) -> Task:
             task = PriorTask(config.model, data, tokenizer, given, config.loss_from, config.seed)
             check_latent(config.latent, data, task.prefixes)
             return task
+        case ForecasterJobConfig():
+            scalings = read_scalings(config.data, config.model.channels, config.data.validation)
+            return ForecasterTask(config.model, config.loss, config.data, scalings, config.seed)

@@ -1,6 +1,6 @@
 """Configs of the quantizers that stand between a forecaster's encoder and its translator, or after that."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,9 @@ from data_pipeline.config import Config
 
 class QuantizerConfig(Config):
     """What every quantizer has."""
+
+    #: Whether it adds to the loss what keeps latents close to codes.
+    commits: ClassVar[bool] = False
 
     place: Literal["before", "after"] = Field("before", description="the translator")
 

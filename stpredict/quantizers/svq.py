@@ -91,6 +91,12 @@ class Svq(nn.Module):
         hidden = 0 if isinstance(self.mlp, nn.Identity) else channels * width
         return locations * (hidden + width * codes + codes * channels)
 
+    def macs_saved(self, locations: int) -> int:
+        """Of those, what is not computed for so many locations at once: the product of the factors is made once."""
+        codes, width = self.codes.weight.shape
+        channels = self.codebook.shape[1]
+        return locations * (width * codes + codes * channels - width * channels) - width * codes * channels
+
 
 def drawn_codebook(codes: int, channels: int, init: str) -> Tensor:
     """fp32 ``(codes, channels)``, by one of the four ways of the paper's table 9 (gains as in its authors' code)."""

@@ -22,7 +22,11 @@ from stpredict.studies.config import TrialConfig
 from stpredict.studies.divergence import how_it_diverged
 from stpredict.training.scale import Scale, read_scale
 
-METRICS = {"tokenizer": "mse", "prior": "cross_entropy"}  # of a validation: what is less the better a model is
+METRICS = {
+    "tokenizer": "mse",
+    "prior": "cross_entropy",
+    "forecaster": "mse",
+}  # of a validation: what is less the better a model is
 
 
 @dataclass

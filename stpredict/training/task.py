@@ -94,6 +94,10 @@ class Task(ABC):
         engine counts them."""
         return None
 
+    def macs_saved(self) -> float:
+        """Multiply-adds of one sample's forward pass that papers count and this model does without."""
+        return 0.0
+
     def adversarial_step(self, judge: Forward, batch: Batch) -> Sums:
         """The sum of each of the model's adversarial terms over a batch that ``training_step`` has seen. ``judge``
         calls the discriminator, whose parameters get no gradient here. Not called before the discriminator's start."""

@@ -1,0 +1,214 @@
+"""What a forecaster makes of held-out clips: given, true and predicted frames as arrays, and pictures.
+
+The arrays are written clip by clip, so that seventeen thousand windows need no memory. What they are is said in
+evaluation/forecasts.py.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+
+from data_pipeline.config import ClipConfig, ClipDataConfig, StreamConfig
+from data_pipeline.disk import check_space
+from data_pipeline.errors import UsageError
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Share
+from data_pipeline.shard_set import read_set
+from data_pipeline.stream import clip_evaluation_batches
+from stpredict.config import validate
+from stpredict.evaluation.forecasts import ARRAYS, ForecastIndex
+from stpredict.exports import ForecasterExport, load_forecaster
+from stpredict.forecasters.config import StandardScaling
+from stpredict.forecasters.scaling import Scaling, scaling_of
+from stpredict.jobs.config import ForecastConfig
+from stpredict.run import Progress, Run, write_atomically
+from stpredict.sampling.stopwatch import Stopwatch
+from stpredict.training.ranks import join_ranks
+from stpredict.training.task import Batch
+
+log = logging.getLogger(__name__)
+SPLITS = ("test", "val")  # of which the first that is there is forecast
+
+
+def run(config: ForecastConfig, run: Run) -> None:
+    forecaster, export = _assembled(config)
+    split = config.data.split or _split(config)
+    data = _clips(config, export)
+    manifest = read_set(config.data.shards, split).manifest
+    scaling = _scaling(config, export, manifest, split)
+    model = forecaster.config
+    count = manifest.samples * data.clip.per_video
+    count = min(config.clips or count, count)
+    frame = (*model.size, model.channels)
+    stored = np.dtype(manifest.dtype)
+    shapes = {"given": (model.input_frames, *frame)} | dict.fromkeys(ARRAYS[1:], (model.output_frames, *frame))
+    types = {"given": stored, "truth": stored, "prediction": np.dtype(np.float32)}
+    check_space(run.path, count * sum(math.prod(shapes[name]) * types[name].itemsize for name in ARRAYS))
+    with join_ranks() as ranks:
+        if ranks.is_main:
+            run.samples.mkdir(parents=True, exist_ok=True)
+            for name in ARRAYS:
+                open_memmap(run.samples / f"{name}.npy", "w+", types[name], (count, *shapes[name]))
+        ranks.barrier()
+        arrays = {name: open_memmap(run.samples / f"{name}.npy", "r+") for name in ARRAYS}
+        forecaster.to(ranks.device)
+        progress = Progress(run, count, "clip") if ranks.is_main else None
+        watch, timed = Stopwatch(ranks.device), 0
+        found: dict[int, tuple[str, list[int]]] = {}
+        share = Share(ranks.rank, ranks.size, config.batch_size)
+        for number, batch in enumerate(_batches(data, split, config, share, count)):
+            real = batch["weight"] > 0
+            rows = batch["index"][real].tolist()
+            if not rows:
+                continue
+            clips = batch["clip"][real].to(ranks.device)
+            given = scaling.scaled(clips[:, : model.input_frames])
+            with torch.no_grad(), watch.timing("forecasting" if number else "warming up"):
+                predicted = forecaster(given).frames
+            timed += len(rows) if number else 0
+            values = (clips[:, : model.input_frames], clips[:, model.input_frames :], scaling.physical(predicted))
+            for name, of_clips in zip(ARRAYS, values, strict=True):
+                arrays[name][rows] = of_clips.cpu().numpy()
+            times = batch["minutes"][real].tolist() if "minutes" in batch else [[]] * len(rows)
+            found |= dict(zip(rows, zip(compress(batch["key"], real), times, strict=True), strict=True))
+            if progress:
+                progress.update(min(count, len(found) * ranks.size), "forecasting")
+        for array in arrays.values():
+            array.flush()
+        found = {row: of_row for part in ranks.gather(found) for row, of_row in part.items()}
+        if ranks.is_main:
+            seconds = watch.seconds["forecasting"] / timed if timed else None
+            _finish(config, run, arrays, dict(sorted(found.items())), export, manifest, scaling, model, seconds)
+        ranks.barrier()
+
+
+def _assembled(config: ForecastConfig) -> tuple[torch.nn.Module, ForecasterExport]:
+    """The forecaster, for the horizon that is asked for and with the parts that come from others. UsageError where
+    those do not fit."""
+    forecaster, export = load_forecaster(config.forecaster)
+    for part, path in config.swap.items():
+        if not hasattr(forecaster, part):
+            raise UsageError(f"swap.{part}: {config.forecaster} is a {export.model.kind}, which has no {part}")
+        other, _ = load_forecaster(path)
+        try:
+            getattr(forecaster, part).load_state_dict(getattr(other, part).state_dict())
+        except (AttributeError, RuntimeError):
+            raise UsageError(f"swap.{part}: {path}: its {part} has other layers than {config.forecaster}") from None
+    if config.output_frames:
+        forecaster.config = forecaster.config.model_copy(update={"output_frames": config.output_frames})
+    return forecaster, export
+
+
+def _split(config: ForecastConfig) -> str:
+    """The first of SPLITS that the shards have."""
+    for split in SPLITS:
+        try:
+            read_set(config.data.shards, split)
+            return split
+        except UsageError:
+            continue
+    raise UsageError(f"{config.data.shards}: has no split {' or '.join(SPLITS)}; make the shards first")
+
+
+def _clips(config: ForecastConfig, export: ForecasterExport) -> ClipDataConfig:
+    """Those that the forecaster was trained on, with what ``config`` changes and the frames that it needs."""
+    frames = export.model.input_frames + (config.output_frames or export.model.output_frames)
+    changes = {"frames": frames} | config.data.clip.model_dump(exclude_none=True)
+    clip = validate(ClipConfig, export.clip.model_dump() | changes, "data.clip")
+    if (clip.frames, clip.size) != (frames, export.model.size):
+        raise UsageError(
+            f"data.clip: {clip.frames} frames of {clip.size[0]}x{clip.size[1]}; {config.forecaster} takes "
+            f"{export.model.input_frames} and gives {frames - export.model.input_frames} of "
+            f"{export.model.size[0]}x{export.model.size[1]}"
+        )
+    fields = {name: getattr(config.data, name) for name in StreamConfig.model_fields}
+    return ClipDataConfig(**fields, shards=config.data.shards, clip=clip.unaugmented)
+
+
+def _scaling(config: ForecastConfig, export: ForecasterExport, manifest: Manifest, split: str) -> Scaling:
+    """That of the training, or the split's own where the training was asked for such. UsageError where the set holds
+    other channels than the forecaster was trained on."""
+    own = scaling_of(export.scaling, export.model.channels, f"{config.data.shards}/{split}", manifest)
+    if isinstance(export.scaling, StandardScaling) and export.scaling.statistics == "own":
+        return own
+    if export.channels and manifest.channels and export.channels != manifest.channels:
+        raise UsageError(
+            f"{config.data.shards}: holds {', '.join(manifest.channels)}; {config.forecaster} was trained on "
+            f"{', '.join(export.channels)}"
+        )
+    return Scaling(export.offset, export.scale)
+
+
+def _batches(data: ClipDataConfig, split: str, config: ForecastConfig, share: Share, count: int) -> Iterator[Batch]:
+    return clip_evaluation_batches(data, split, seed=config.seed, share=share, samples=range(count))
+
+
+def _finish(
+    config: ForecastConfig,
+    run: Run,
+    arrays: dict[str, np.ndarray],
+    found: dict[int, tuple[str, list[int]]],
+    export: ForecasterExport,
+    manifest: Manifest,
+    scaling: Scaling,
+    model,
+    seconds: float | None,
+) -> None:
+    if not found:
+        raise UsageError(f"{run.path}: not one held-out clip could be read; look at the log for their names")
+    rows = list(found)
+    if len(rows) < len(arrays["truth"]):  # some could not be read
+        wanted = len(arrays["truth"])
+        log.warning("%d of %d clips could not be read and are left out", wanted - len(rows), wanted)
+        for name in ARRAYS:
+            read = arrays[name][rows]
+            np.save(run.samples / f"{name}.npy", read)
+            arrays[name] = read
+    keys, minutes = zip(*found.values(), strict=True)
+    names = list(manifest.channels) or _channel_names(model.channels)
+    index = ForecastIndex(
+        keys=list(keys),
+        data="frames" if manifest.dtype == "uint8" else "field",
+        channels=names,
+        units=list(manifest.units) or [""] * len(names),
+        offset=list(scaling.offset),
+        scale=list(scaling.scale),
+        latitudes=getattr(manifest, "latitudes", None),
+        **_times(minutes, model.input_frames),
+        forecaster=_name(model),
+        forecaster_step=export.step,
+        input_frames=model.input_frames,
+        output_frames=model.output_frames,
+        seconds_per_sample=seconds,
+    )
+    write_atomically(run.samples / "index.json", index.model_dump_json(indent=1) + "\n")
+    log.info("%d clips and their forecasts in %s", len(rows), run.samples)
+
+
+def _times(minutes: tuple[list[int], ...], input_frames: int) -> dict[str, Any]:
+    """Of what each sample's frames show, as the index has it; nothing where it is not known."""
+    if not minutes[0]:
+        return {}
+    first = minutes[0]
+    leads = [(later - first[input_frames - 1]) / 60 for later in first[input_frames:]]
+    times = [datetime.fromtimestamp(60 * of[input_frames], UTC).replace(tzinfo=None) for of in minutes]
+    regular = all(math.isclose(lead, leads[0] * number) for number, lead in enumerate(leads, 1))
+    return {"times": times, "interval_h": leads[0], "leads_h": None if regular else leads}
+
+
+def _name(model) -> str:
+    """As papers call it: the translator, and the quantizer where there is one."""
+    parts = [model.translator.kind if model.kind == "simvp" else model.kind]
+    parts += [model.quantizer.kind] if getattr(model, "quantizer", None) else []
+    return " + ".join(parts)
+
+
+def _channel_names(channels: int) -> list[str]:
+    return {1: ["grey"], 3: ["red", "green", "blue"]}.get(channels, [f"channel {n}" for n in range(channels)])
