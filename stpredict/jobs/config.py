@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from data_pipeline.config import ClipDataConfig, Config, Source
+from data_pipeline.config import ClipDataConfig, Config, Location, Source
 from stpredict.forecasters.config import AnyForecaster, ForecastDataConfig, ForecasterDataConfig, ForecasterLossConfig
 from stpredict.losses.config import LpipsConfig, TokenizerLossConfig
 from stpredict.priors.config import LatentConfig, NextBlockConfig, PriorDataConfig
@@ -329,15 +329,33 @@ class ForecastConfig(JobConfig):
 
 
 class EvaluateConfig(JobConfig):
-    """PSNR, SSIM and MSE of generated frames, beside repeating the last given frame and the reconstruction; or of a
-    tokenizer's reconstructions, with LPIPS and the use of the codebook."""
+    """PSNR, SSIM and MSE of generated frames, beside repeating the last given frame and the reconstruction; of a
+    tokenizer's reconstructions, with LPIPS and the use of the codebook; or of a forecaster's predictions by the field's
+    metrics, per lead time, beside persistence and climatology."""
 
     kind: Literal["evaluate"] = "evaluate"
-    generated: Path = Field(description="run of a generate or reconstruct job")
-    # Left out where there is none: runs that are older than the key are runs without.
+    generated: Path = Field(description="run of a generate, reconstruct or forecast job")
+    # The others are left out where there are none: runs that are older than these keys are runs without.
     lpips: LpipsConfig | None = Field(
-        None, exclude_if=lambda value: value is None, description="also LPIPS, of reconstructions; {} downloads VGG16"
+        None,
+        exclude_if=lambda value: value is None,
+        description="also LPIPS, of reconstructions and of forecasts of video; {} downloads VGG16, {network: alexnet} "
+        "AlexNet",
     )
+    climatology: Location | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="shards whose split train says what is usual: a yardstick for forecasts of fields",
+    )
+    others: dict[str, Path] = Field(
+        {}, exclude_if=lambda value: not value, description="name → run of another forecast of the same samples"
+    )
+
+    @model_validator(mode="after")
+    def _names_are_free(self):
+        if taken := [name for name in self.others if name in ("prediction", "persistence", "climatology")]:
+            raise ValueError(f"others: {taken[0]} is the name of a row of the table already; give it another")
+        return self
 
 
 class ReportConfig(JobConfig):

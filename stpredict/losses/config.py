@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 from data_pipeline.config import ClipConfig, Config
 from data_pipeline.errors import UsageError
 
-VGG_SMALLEST = 16  # pixels per side: four times halved
+LPIPS_SMALLEST = {"vgg16": 16, "alexnet": 31}  # pixels per side: four times halved; strides of 4, 2 and 2
 
 
 class PatchGanConfig(Config):
@@ -41,21 +41,28 @@ class AdversarialLossConfig(Config):
 
 
 class LpipsConfig(Config):
-    """LPIPS with VGG16, whose weights are in neither this repository nor its dependencies."""
+    """LPIPS with VGG16 or AlexNet, whose weights are in neither this repository nor its dependencies."""
 
     kind: Literal["lpips"] = "lpips"
+    # Left out where it is VGG16: runs that are older than the key are runs with it.
+    network: Literal["vgg16", "alexnet"] = Field(
+        "vgg16",
+        exclude_if=lambda value: value == "vgg16",
+        description="losses take VGG16; papers on frame prediction print the LPIPS of AlexNet",
+    )
     trunk: Path | None = Field(
-        None, description="VGG16's weights in torchvision's layout, .pth or .safetensors; default: downloaded"
+        None, description="the network's weights in torchvision's layout, .pth or .safetensors; default: downloaded"
     )
     heads: Path | None = Field(
         None, description="weights of the features' channels in the lpips package's layout; default: torchmetrics' copy"
     )
 
     def check_clip(self, clip: ClipConfig, where: str) -> None:
-        """UsageError where VGG16 cannot look at its frames."""
-        if min(clip.size) < VGG_SMALLEST:
+        """UsageError where the network cannot look at its frames."""
+        smallest = LPIPS_SMALLEST[self.network]
+        if min(clip.size) < smallest:
             raise UsageError(
-                f"{where}: LPIPS needs frames of {VGG_SMALLEST}x{VGG_SMALLEST} at least, clips have {clip.size[0]}x"
+                f"{where}: LPIPS needs frames of {smallest}x{smallest} at least, clips have {clip.size[0]}x"
                 f"{clip.size[1]}; take loss.perceptual.network={{kind: random_features}}, or loss.perceptual=null"
             )
 

@@ -11,10 +11,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stpredict.foreign_weights import place, read_weights
+from stpredict.losses import alexnet, vgg
 from stpredict.losses.config import LpipsConfig, RandomFeaturesConfig
-from stpredict.losses.vgg import WIDTHS, vgg16
 
 KEY = "loss.perceptual.network"
+#: By its name in the config: the network, the channels of its five maps, and its heads among torchmetrics' files.
+_TRUNKS = {
+    "vgg16": (vgg.vgg16, vgg.WIDTHS, "vgg.pth"),
+    "alexnet": (alexnet.alexnet, alexnet.WIDTHS, "alex.pth"),
+}
 #: Of LPIPS: the mean and standard deviation of ImageNet's colours, for pixels in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 EPSILON = 1e-10
@@ -57,18 +62,20 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class Lpips(FeatureDistance):
-    """LPIPS 0.1 with VGG16 (Zhang et al. 2018). One channel is shown to it as grey."""
+    """LPIPS 0.1 with VGG16 or AlexNet (Zhang et al. 2018). One channel is shown to it as grey. ``key`` is what its
+    config is called in errors."""
 
     name = "lpips"
 
-    def __init__(self, config: LpipsConfig):
+    def __init__(self, config: LpipsConfig, key: str = KEY):
         super().__init__()
-        self.trunk = vgg16(config.trunk, f"{KEY}.trunk")
+        make, widths, file = _TRUNKS[config.network]
+        self.trunk = make(config.trunk, f"{key}.trunk")
         with torch.device("meta"):
-            self.heads = _Heads()
+            self.heads = _Heads(widths)
         if not torch.empty(()).is_meta:
-            path = config.heads or Path(str(files("torchmetrics"))) / "functional/image/lpips_models/vgg.pth"
-            place(read_weights(path, f"{KEY}.heads"), self.heads, f"{KEY}.heads: {path}")
+            path = config.heads or Path(str(files("torchmetrics"))) / "functional/image/lpips_models" / file
+            place(read_weights(path, f"{key}.heads"), self.heads, f"{key}.heads: {path}")
         self.requires_grad_(False)
         self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1))
@@ -83,9 +90,9 @@ class Lpips(FeatureDistance):
 class _Heads(nn.Module):
     """Named as in the lpips package, where a dropout comes before each."""
 
-    def __init__(self):
+    def __init__(self, widths: tuple[int, ...]):
         super().__init__()
-        for scale, width in enumerate(WIDTHS):
+        for scale, width in enumerate(widths):
             head = nn.Module()
             head.model = nn.ModuleDict({"1": nn.Conv2d(width, 1, 1, bias=False)})
             setattr(self, f"lin{scale}", head)

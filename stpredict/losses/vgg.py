@@ -1,14 +1,11 @@
 """The convolutions of VGG16 (Simonyan and Zisserman 2015), with torchvision's names, and no torchvision."""
 
 from pathlib import Path
-from urllib.error import URLError
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.errors import UsageError
-from stpredict.foreign_weights import first_line, place, read_weights
+from stpredict.losses.pretrained import pretrained
 
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's IMAGENET1K_V1; its name has its hash
 #: Channels of the 3x3 convolutions between the poolings.
@@ -45,25 +42,6 @@ class Vgg16(nn.Module):
 
 
 def vgg16(path: Path | None, key: str) -> Vgg16:
-    """With the weights of a file in torchvision's layout (``features.0.weight``, …; others in it are ignored), else
-    downloaded once, by torch.hub. UsageError, naming the config's ``key``, where they cannot be had or do not fit.
-
-    On the meta device it has no weights.
-    """
-    planned = torch.empty(()).is_meta
-    with torch.device("meta"):  # no random numbers are drawn for what is loaded
-        model = Vgg16()
-    if not planned:
-        weights = read_weights(path, key) if path else _download(key)
-        place(weights, model, f"{key}: {path or URL}")
-    return model.requires_grad_(False)
-
-
-def _download(key: str) -> dict[str, Tensor]:
-    try:
-        return torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
-    except (URLError, OSError, RuntimeError) as error:
-        raise UsageError(
-            f"{key}: VGG16's weights cannot be downloaded ({first_line(error)}): fetch {URL} elsewhere and give its "
-            "path here, or take loss.perceptual.network={kind: random_features}, which needs none"
-        ) from None
+    """With the weights of a file in torchvision's layout (``features.0.weight``, …), else downloaded once; see
+    ``pretrained``."""
+    return pretrained(Vgg16, "VGG16", URL, path, key)
