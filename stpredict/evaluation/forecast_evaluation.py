@@ -241,7 +241,7 @@ def _summary(
         input_frames=index.input_frames,
         output_frames=index.output_frames,
         channels=index.channels,
-        units=index.units,
+        units=["grey levels"] * len(index.units) if index.data == "frames" else index.units,
         leads_h=index.leads,
         methods=methods,
         differences=[d for other in tables if other != PREDICTION for d in differences(tables, other, index, grid)],

@@ -35,7 +35,7 @@ class ForecastIndex(BaseModel):
     keys: list[str] = Field(min_length=1)
     data: Literal["frames", "field"]  # uint8 video, or physical values in float32
     channels: list[str] = Field(min_length=1)  # names: grey; red, green, blue; t2m, …
-    units: list[str]  # K; "" where it is not known; grey levels of frames
+    units: list[str]  # K; "" where it is not known, and of frames
     offset: list[float]
     scale: list[float]
     latitudes: list[float] | None = None  # degrees north of each row of the grid
