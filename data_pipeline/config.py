@@ -3,6 +3,7 @@
 Torch-free, like every ``config.py`` of the project: a login node reads these in milliseconds.
 """
 
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -160,6 +161,66 @@ class ArraysSource(CutsConfig):
         return {split: given for split in SPLITS if (given := getattr(self, split))}
 
 
+def _date(text: str) -> str:
+    if not re.fullmatch(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d)?)?)?)?", text):
+        raise ValueError(f"{text!r} is no date; write 2010, 2010-01, 2010-01-31 or 2010-01-31T18")
+    return text
+
+
+# YAML takes 2010 for a number.
+_Date = Annotated[str, BeforeValidator(lambda value: str(value)), AfterValidator(_date)]
+
+
+class AxisNames(Config):
+    """What a netCDF file calls the axes of its fields, where that is none of the usual names."""
+
+    time: str | None = None
+    level: str | None = None
+    latitude: str | None = None
+    longitude: str | None = None
+
+
+class NetcdfSource(CutsConfig):
+    """Fields in netCDF files (3 or 4), by the names of their variables, stored as (t, h, w, c) in float32.
+
+    The variables are the channels, in their order; of fields on several levels, each of ``levels`` is one: u_500. A
+    variable's files follow each other in time; different variables may stand in different files. ``train``, ``val``
+    and ``test`` are times, first and last, both included: ["2010", "2015"] ends with 2015. Without any, the last
+    ``test_fraction`` of the samples and the ``validation_fraction`` before them are held out.
+    """
+
+    kind: Literal["netcdf"] = "netcdf"
+    path: Path = Field(description="a file, a folder with what is below it, or a pattern such as /data/{u,v}_wind/*.nc")
+    variables: tuple[str, ...] = Field(min_length=1, description="names in the files, such as [t2m]")
+    levels: tuple[float, ...] = Field((), description="of variables that have levels, in the files' unit (hPa)")
+    axes: AxisNames = AxisNames()
+    units: dict[str, str] = Field({}, description="of a variable, instead of what the files say")
+    fill: float | None = Field(
+        None, allow_inf_nan=False, description="put where values are missing; without it, those are refused"
+    )
+    train: tuple[_Date, _Date] | None = None
+    val: tuple[_Date, _Date] | None = None
+    test: tuple[_Date, _Date] | None = None
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    test_fraction: float = Field(0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fields_make_sense(self) -> Self:
+        if not self.frame_steps:
+            raise ValueError("give sequence, the steps of a sample, or offsets")
+        for names in (self.variables, self.levels):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{list(names)} names one twice")
+        if strange := self.units.keys() - set(self.variables):
+            raise ValueError(f"units of {min(strange)}, which variables does not name")
+        return self
+
+    @property
+    def ranges(self) -> dict[Split, tuple[str, str]]:
+        """Those that are given."""
+        return {split: given for split in SPLITS if (given := getattr(self, split))}
+
+
 class MovingDigitsSource(Config):
     """Moving MNIST's rules (two digits bouncing in 64x64), rendered and encoded as H.264 .mp4 files, or stored as
     rendered."""
@@ -183,7 +244,7 @@ class MovingDigitsSource(Config):
 
 
 Source = Annotated[
-    FolderSource | Ucf101Source | KineticsSource | KthSource | ArraysSource | MovingDigitsSource,
+    FolderSource | Ucf101Source | KineticsSource | KthSource | ArraysSource | NetcdfSource | MovingDigitsSource,
     Field(discriminator="kind"),
 ]
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipeline.config import ClipConfig, Location
 from data_pipeline.disk import renamed
@@ -77,9 +77,10 @@ class Description(_Record):
     was dealt, the same in whichever job wrote a shard: shards of other sets are told by it.
 
     kind clips: samples are encoded videos, or arrays (t, h, w, c) of type ``dtype`` whose channels have names and
-    units; latents: samples are token ids of shape ``grid`` (T', H', W'), below ``codebook_size``, or floats of
-    ``latent_channels`` channels (C, T', H', W'), made by the tokenizer whose hash is ``fingerprint`` from clips cut by
-    ``clip``; ``dtype`` bfloat16 stands in the files as its bits, in uint16.
+    units, and whose rows, of fields on such a grid, lie at ``latitudes`` in degrees north; latents: samples are token
+    ids of shape ``grid`` (T', H', W'), below ``codebook_size``, or floats of ``latent_channels`` channels
+    (C, T', H', W'), made by the tokenizer whose hash is ``fingerprint`` from clips cut by ``clip``; ``dtype`` bfloat16
+    stands in the files as its bits, in uint16.
     """
 
     kind: Literal["clips", "latents"]
@@ -88,6 +89,7 @@ class Description(_Record):
     dtype: Literal["uint8", "uint16", "uint32", "float32", "bfloat16"] = "uint8"
     channels: list[str] = []
     units: list[str] = []
+    latitudes: list[float] | None = Field(None, exclude_if=lambda value: value is None)
     fingerprint: str | None = None
     grid: tuple[int, int, int] | None = None
     codebook_size: int | None = None

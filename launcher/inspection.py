@@ -137,6 +137,7 @@ def _set(location: str, manifest: Manifest) -> Facts:
         "classes": ", ".join(manifest.classes),
         "type of arrays": manifest.dtype if manifest.channels or manifest.moments else None,
         **_channels(manifest),
+        "latitudes": (rows := manifest.latitudes) and f"{rows[0]:g} to {rows[-1]:g} degrees north",
         "token grid": manifest.grid and " x ".join(map(str, manifest.grid)),
         "codebook": manifest.codebook_size,
         "clip": manifest.clip and json.dumps(manifest.clip.model_dump(mode="json")),
