@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from stpredict.evaluation.units import four_digits
+
 PREDICTION, PERSISTENCE, CLIMATOLOGY = "prediction", "persistence", "climatology"
 OWN_NAMES = (PREDICTION, PERSISTENCE, CLIMATOLOGY)
 
@@ -117,10 +119,14 @@ class ForecastEvaluation(BaseModel):
             return [str(number) for number in range(1, self.output_frames + 1)]
         return [f"+{lead:g} h" for lead in self.leads_h]
 
-    @property
-    def shown(self) -> list[str]:
+    def of(self, method: str, channel: str | None = None) -> dict[str, Values]:
+        """The metrics of a method over all channels, or of one of several."""
+        scores = self.methods[method]
+        return scores.metrics if channel is None else scores.channels[channel]
+
+    def shown_of(self, channel: str | None = None) -> list[str]:
         """Metrics for a table: those of SHOWN that were measured."""
-        return [name for name in SHOWN[self.data] if name in self.methods[PREDICTION].metrics]
+        return [name for name in SHOWN[self.data] if name in self.of(PREDICTION, channel)]
 
     def _difference(self, other: str) -> Difference:
         return next(d for d in self.differences if (d.other, d.metric) == (other, self.headline))
@@ -182,35 +188,30 @@ def read_forecast_metrics(path: Path) -> ForecastEvaluation | None:
         return None
 
 
-def shown_value(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"  # noqa: RUF001
-
-
 def as_text(evaluation: ForecastEvaluation) -> str:
     """The verdict, the means of every method as a table, those of each channel where there are several, and notes."""
     e = evaluation
     console = Console(width=160)
     with console.capture() as capture:
         console.print(f"means over {e.samples:,} samples, {e.output_frames} frames after {e.input_frames} given ones:")
-        console.print(_table(e, {name: method.metrics for name, method in e.methods.items()}))
+        console.print(_table(e))
         for channel, unit in zip(e.channels, e.units, strict=True):
             if len(e.channels) > 1:
-                of_channel = {name: method.channels[channel] for name, method in e.methods.items()}
                 console.print(f"{channel}:", markup=False)
-                console.print(_table(e, of_channel, unit))
+                console.print(_table(e, channel, unit))
     climatology = [f"climatology: {e.climatology}"] if e.climatology else []
     return "\n".join([e.verdict(), *e.comparisons(), capture.get().rstrip(), *climatology, *e.notes])
 
 
-def _table(e: ForecastEvaluation, rows: dict[str, dict[str, Values]], unit: str | None = None) -> Table:
-    shown = [name for name in SHOWN[e.data] if name in rows[PREDICTION]]
+def _table(e: ForecastEvaluation, channel: str | None = None, unit: str | None = None) -> Table:
+    shown = e.shown_of(channel)
     table = Table("method", *(e.title(name, unit) for name in shown))
-    speeds = {name: e.methods[name].seconds_per_sample for name in rows}
-    if timed := any(speeds.values()):
+    if timed := any(scores.seconds_per_sample for scores in e.methods.values()):
         table.add_column("ms per sample")
-    for method, values in rows.items():
-        speed = [shown_value(speeds[method] and 1000 * speeds[method])] if timed else []
-        table.add_row(method, *(shown_value(values[name].overall) for name in shown), *speed)
+    for method, scores in e.methods.items():
+        seconds = scores.seconds_per_sample
+        speed = [four_digits(seconds and 1000 * seconds)] if timed else []
+        table.add_row(method, *(four_digits(e.of(method, channel)[name].overall) for name in shown), *speed)
     return table
 
 

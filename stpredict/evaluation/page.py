@@ -11,7 +11,7 @@ from stpredict.evaluation import units
 from stpredict.evaluation.run_facts import RunFacts
 
 TEMPLATES = (Path(__file__).parent, Path(__file__).parents[1] / "studies")
-FORMS = (units.duration, units.bytes, units.count, units.power, units.formula)
+FORMS = (units.duration, units.bytes, units.count, units.power, units.formula, units.four_digits)
 FEW = 6  # runs that are named one by one
 
 

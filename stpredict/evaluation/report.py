@@ -12,6 +12,8 @@ from typing import Any
 from markupsafe import Markup
 
 from stpredict.evaluation.charts import as_svg, frame_chart, training_chart
+from stpredict.evaluation.forecast_charts import lead_time_chart
+from stpredict.evaluation.forecasts import ForecastIndex
 from stpredict.evaluation.generated import Index
 from stpredict.evaluation.page import render
 from stpredict.evaluation.reconstructed import ReconstructedIndex
@@ -35,6 +37,7 @@ def write_report(title: str, runs: dict[str, Path], out: Path) -> Path:
         total_s=sum(run.wall_s or 0 for run in facts),
         pictures=_pictures(facts),
         evaluations=[(run, _svg(frame_chart(run.evaluation), run)) for run in facts if run.evaluation],
+        forecasts=[_forecast(run) for run in facts if run.forecast],
         trainings=[_training(run) for run in facts if run.kind in TRAINING],
         data=[(run, split, manifest) for run in facts for split, manifest in run.manifests.items()],
         missing=_missing(facts),
@@ -45,24 +48,38 @@ def write_report(title: str, runs: dict[str, Path], out: Path) -> Path:
 
 
 def _pictures(facts: list[RunFacts]) -> list[dict[str, Any]]:
-    """The first GIFs of each generate or reconstruct run, as many as the page has room for."""
+    """The first pictures of each generate, reconstruct or forecast run, as many as the page has room for."""
     groups, room = [], PICTURE_BYTES
     for run in facts:
         if run.index is None:
             continue
-        paths, shown = sorted(run.run.samples.glob("*.gif")), []
+        paths, shown = _picture_files(run), []
         for path in paths[:MOST_PICTURES]:
             data = path.read_bytes()
             if len(data) > room:
                 break
             room -= len(data)
-            shown.append({"key": path.stem.partition("_")[2] or path.stem, "uri": _data_uri("image/gif", data)})
+            shown.append(
+                {"key": path.stem.partition("_")[2] or path.stem, "uri": _data_uri(f"image/{path.suffix[1:]}", data)}
+            )
         what = _pictured(run.index)
         groups.append({"run": run, "what": what, "shown": shown, "left_out": len(paths) - len(shown)})
     return groups
 
 
-def _pictured(index: Index | ReconstructedIndex) -> str:
+def _picture_files(run: RunFacts) -> list[Path]:
+    """GIFs, or the PNGs of a field's forecasts, which are not played."""
+    return sorted(run.run.samples.glob("*.gif")) or sorted(run.run.samples.glob("*.png"))
+
+
+def _pictured(index: Index | ReconstructedIndex | ForecastIndex) -> str:
+    if isinstance(index, ForecastIndex):
+        if index.data == "frames":
+            return f"Held-out clips, side by side: the truth, and the forecast after {index.input_frames} given frames."
+        return (
+            f"Held-out samples: the last of {index.input_frames} given frames, the truth that followed, the forecast, "
+            "and its error."
+        )
     if isinstance(index, ReconstructedIndex):
         return "Held-out clips, side by side: the truth, and the tokenizer's reconstruction of it."
     if not index.given_frames:
@@ -71,6 +88,12 @@ def _pictured(index: Index | ReconstructedIndex) -> str:
         f"Held-out clips, side by side: the truth, the prediction (its first {index.given_frames} frames are given), "
         "and the tokenizer's reconstruction of the truth."
     )
+
+
+def _forecast(run: RunFacts) -> dict[str, Any]:
+    maps = run.run.path / "error_maps.png"
+    uri = _data_uri("image/png", maps.read_bytes()) if maps.is_file() else None
+    return {"run": run, "e": run.forecast, "chart": _svg(lead_time_chart(run.forecast), run), "maps": uri}
 
 
 def _training(run: RunFacts) -> dict[str, Any]:
@@ -98,18 +121,13 @@ def _missing(facts: list[RunFacts]) -> list[tuple[str, str]]:
     """(name, what is missing), one line each."""
     lines = [(run.name, problem) for run in facts for problem in run.problems]
     kinds = {run.kind for run in facts}
-    if not kinds & {"generate", "reconstruct"}:
-        lines.append(("pictures", "no generate or reconstruct run among these"))
+    if not kinds & {"generate", "reconstruct", "forecast"}:
+        lines.append(("pictures", "no generate, reconstruct or forecast run among these"))
     if "evaluate" not in kinds:
         lines.append(("measurements", "no evaluate run among these"))
     if not kinds & set(TRAINING):
         lines.append(("training curves", "no training run among these"))
-    lines += [(run.name, "no .gif in its samples") for run in facts if run.index and not _has_pictures(run)]
-    return lines
-
-
-def _has_pictures(run: RunFacts) -> bool:
-    return any(run.run.samples.glob("*.gif"))
+    return lines + [(run.name, "no pictures in its samples") for run in facts if run.index and not _picture_files(run)]
 
 
 def _command(run: RunFacts) -> str:

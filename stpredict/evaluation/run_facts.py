@@ -14,6 +14,8 @@ import yaml
 from data_pipeline.config import SPLITS
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import Manifest, read_manifest
+from stpredict.evaluation.forecast_scores import ForecastEvaluation, read_forecast_metrics
+from stpredict.evaluation.forecasts import ForecastIndex, read_forecast_index
 from stpredict.evaluation.generated import Index, read_index
 from stpredict.evaluation.reconstructed import (
     ReconstructedIndex,
@@ -41,9 +43,10 @@ class RunFacts:
     precision: str | None = None  # of a training run
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl of a training run
     manifests: dict[str, Manifest] = field(default_factory=dict)  # split → what a shard or encode run holds
-    index: Index | ReconstructedIndex | None = None  # of a generate or reconstruct run
+    index: Index | ReconstructedIndex | ForecastIndex | None = None  # of a generate, reconstruct or forecast run
     evaluation: Evaluation | None = None  # of an evaluate run, or
-    reconstruction: Reconstruction | None = None
+    reconstruction: Reconstruction | None = None  # or
+    forecast: ForecastEvaluation | None = None
 
     @property
     def wall_s(self) -> float | None:
@@ -108,10 +111,12 @@ def _read_work(facts: RunFacts) -> None:
             facts.index = _attempt(facts, read_index, run)
         case "reconstruct":
             facts.index = _attempt(facts, read_reconstructed_index, run)
+        case "forecast":
+            facts.index = _attempt(facts, read_forecast_index, run)
         case "evaluate":
             path = run.path / "metrics.json"
-            facts.reconstruction = read_metrics(path)
-            if not facts.reconstruction:
+            facts.reconstruction, facts.forecast = read_metrics(path), read_forecast_metrics(path)
+            if not facts.reconstruction and not facts.forecast:
                 facts.evaluation = _attempt(facts, read_evaluation, path)
 
 

@@ -36,6 +36,11 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
+def four_digits(value: float | None) -> str:
+    """Of a measurement; a dash where it is not defined."""
+    return "\N{EN DASH}" if value is None else f"{value:.4g}"
+
+
 def power(value: float, digits: int = 3) -> str:
     """2.62e15 → 2.62·10¹⁵."""
     if value == 0 or not math.isfinite(value):

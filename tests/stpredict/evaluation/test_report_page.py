@@ -1,16 +1,23 @@
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from stpredict.evaluation import report
+from stpredict.evaluation.forecast_pictures import write_forecast_pictures
+from stpredict.evaluation.forecast_scores import read_forecast_metrics
+from stpredict.evaluation.forecasts import read_forecasts
 from stpredict.evaluation.report import write_report
 from stpredict.evaluation.results import read_evaluation
+from stpredict.jobs import evaluate
 from stpredict.jobs import report as job
-from stpredict.jobs.config import ReportConfig
+from stpredict.jobs.config import EvaluateConfig, ReportConfig
 from stpredict.run import Run
 from tests.processes import succeeding
+from tests.stpredict.evaluation.made_forecasts import field, hourly, video, write_forecasts
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ def test_damaged_small_files_do_not_stop_the_page(pipeline, tmp_path):
 
 def test_no_runs_at_all_is_still_a_page(tmp_path):
     page = write_report("x", {"a": tmp_path / "a"}, tmp_path / "report.html").read_text()
-    assert "no generate or reconstruct run" in page
+    assert "no generate, reconstruct or forecast run" in page
     assert "no training run" in page
     assert "unknown (no checkpoint among these runs)" in page
 
@@ -143,3 +150,52 @@ class _References(HTMLParser):
     def handle_starttag(self, tag, attributes):
         names = ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
         self.found += [value for name, value in attributes if name in names]
+
+
+@pytest.fixture
+def forecast_runs(tmp_path) -> dict[str, Path]:
+    """A forecast of a field and one of video, with pictures, and the evaluation of each."""
+    runs = {}
+    for name, made, about in (
+        ("field", field(channels=2), {"units": ["K", "m"], "channels": ["t2m", "<b>z"], **hourly(5)}),
+        ("video", video(), {"seconds_per_sample": 0.0123}),
+    ):
+        run = write_forecasts(tmp_path / f"{name} forecast", *made, **about)
+        write_forecast_pictures(run.samples, read_forecasts(run).index, *made, count=2)
+        judged = Run(tmp_path / f"{name} evaluate")
+        judged.update_status(kind="evaluate", state="done")
+        evaluate.run(EvaluateConfig(run=judged.path, generated=run.path), judged)
+        runs |= {f"{name} forecast": run.path, f"{name} evaluate": judged.path}
+    return runs
+
+
+def test_the_page_shows_forecasts_their_table_their_curves_and_their_maps(forecast_runs, tmp_path):
+    page = write_report("Forecasts", forecast_runs, tmp_path / "report.html").read_text()
+    references = _References()
+    references.feed(page)
+    assert all(r.startswith(("data:", "#")) for r in references.found)
+    assert len([r for r in references.found if r.startswith("data:image/gif;base64,")]) == 2  # video: they move
+    assert len([r for r in references.found if r.startswith("data:image/png;base64,")]) >= 3  # field, and its maps
+    assert page.count("lead time (h)") >= 2  # a row of curves for each channel
+    assert "predicted frame" in page
+    for name in ("field", "video"):
+        found = read_forecast_metrics(forecast_runs[f"{name} evaluate"] / "metrics.json")
+        for part in (found.verdict(), *found.notes, f"<td>{found.lead_names[-1]}</td>"):
+            assert str(escape(part)).replace("&lt;td&gt;", "<td>").replace("&lt;/td&gt;", "</td>") in page
+        for channel in [None] + (found.channels if name == "field" else []):
+            for metric in found.shown_of(channel):
+                assert f'<td class="number">{found.of("persistence", channel)[metric].overall:.4g}</td>' in page
+    assert "12.3 ms per sample" in page
+    assert "RMSE (m)" in page
+    assert "<b>z" not in page
+    assert "no generate" not in page
+    assert "no evaluate" not in page
+
+
+def test_forecasts_without_pictures_or_with_a_damaged_index_are_named(forecast_runs, tmp_path):
+    for path in (forecast_runs["field forecast"] / "samples").glob("*.png"):
+        path.unlink()
+    (forecast_runs["video forecast"] / "samples" / "index.json").write_text("{")
+    page = write_report("x", forecast_runs, tmp_path / "report.html").read_text()
+    assert "no pictures in its samples" in page
+    assert "index.json: damaged" in page
