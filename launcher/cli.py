@@ -482,25 +482,30 @@ def export(
 @app.command("import")
 def import_(
     weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="the authors' file, .pt or .safetensors")],
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of kind tokenizer: model, clips and run")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML of kind tokenizer or forecaster: model, data and run")
+    ],
     overrides: Overrides = None,
 ) -> None:
-    """Make an export of weights that a paper's authors published, in RUN/export, where encode and generate find it.
+    """Make an export of weights that a paper's authors published, in RUN/export, where other jobs find it.
 
-    NBP's tokenizers so far. Nothing is trained; `training` of the config is not looked at.
+    NBP's tokenizers, and SimVP as OpenSTL saves it. Nothing is trained; `training` of the config is not looked at.
 
     \b
     stpredict import nbp_k600.pt configs/tokenizers/nbp_k600.yaml run=runs/nbp_published
+    stpredict import simvp_gsta.pth configs/forecasters/moving_mnist_gsta.yaml run=runs/openstl data.scaling.kind=unit
     """
     from launcher.jobs import load_job
-    from stpredict.jobs.config import TokenizerJobConfig
+    from stpredict.jobs.config import ForecasterJobConfig, TokenizerJobConfig
 
     job = load_job(config, overrides or (), "train")
-    if not isinstance(job, TokenizerJobConfig):
-        raise UsageError(f"{config} has kind {job.kind}: weights of tokenizers are imported; give one's config")
-    from stpredict.jobs.import_weights import import_tokenizer
+    if not isinstance(job, TokenizerJobConfig | ForecasterJobConfig):
+        raise UsageError(
+            f"{config} has kind {job.kind}: weights of tokenizers and forecasters are imported; give one's config"
+        )
+    from stpredict.jobs.import_weights import import_forecaster, import_tokenizer
 
-    print(import_tokenizer(weights, job))
+    print((import_forecaster if isinstance(job, ForecasterJobConfig) else import_tokenizer)(weights, job))
 
 
 @app.command()

@@ -62,7 +62,7 @@ def scaling_of(config: AnyScaling | None, channels: int, where: str, manifest: M
         case UnitScaling():
             if field:
                 raise UsageError(f"{where}: data.scaling unit is for uint8, the set holds float32; take standard")
-            return Scaling((0.0,) * channels, (255.0,) * channels)
+            return of_grey_levels(channels)
         case StandardScaling():
             if not field:
                 raise UsageError(f"{where}: data.scaling standard is for fields, the set holds uint8; take unit")
@@ -73,11 +73,23 @@ def scaling_of(config: AnyScaling | None, channels: int, where: str, manifest: M
                 name = manifest.channels[number] if manifest.channels else f"number {number}"
                 raise UsageError(f"{where}: channel {name} is the same everywhere; leave it out, or scale by affine")
             return Scaling(tuple(moments.mean), tuple(deviations), *names)
-        case AffineScaling(offset=offset, scale=scale):
-            for name, values in (("offset", offset), ("scale", scale)):
-                if len(values) not in (1, channels):
-                    raise UsageError(f"data.scaling.{name}: {len(values)} values for {channels} channels")
-            return Scaling(offset * (channels // len(offset)), scale * (channels // len(scale)), *names)
+        case AffineScaling() as affine:
+            return as_given(affine, channels, *names)
+
+
+def of_grey_levels(channels: int) -> Scaling:
+    """Of uint8 to [0, 1]."""
+    return Scaling((0.0,) * channels, (255.0,) * channels)
+
+
+def as_given(config: AffineScaling, channels: int, *names: tuple[str, ...]) -> Scaling:
+    """UsageError where there are values for another number of channels."""
+    for name, values in (("offset", config.offset), ("scale", config.scale)):
+        if len(values) not in (1, channels):
+            raise UsageError(f"data.scaling.{name}: {len(values)} values for {channels} channels")
+    return Scaling(
+        config.offset * (channels // len(config.offset)), config.scale * (channels // len(config.scale)), *names
+    )
 
 
 def read_scalings(data: ForecasterDataConfig, channels: int, validation: str) -> tuple[Scaling, Scaling]:
