@@ -36,7 +36,7 @@ TRAIN, VALIDATION = "#3b82f6", "#e5484d"
 PANELS = {
     "tokenizer": {"loss": "loss", "psnr": "PSNR (dB)", "codes_used": "codes in use"},
     "prior": {"cross_entropy": "cross-entropy (nats)", "accuracy": "accuracy of the likeliest token"},
-    "forecaster": {"loss": "loss (of scaled values)", "mse": "MSE per value", "mae": "MAE per value"},
+    "forecaster": {"loss": "loss (scaled values)", "mse": "MSE (scaled values)", "mae": "MAE (scaled values)"},
 }
 MOST_POINTS = 1000
 

@@ -22,7 +22,11 @@ PICTURED = 4
 class ForecasterTask(Task):
     """``scalings``: of the training and of the validation split."""
 
-    metrics = ("loss", "mse", "mae", "rmse", "frame_mse", "frame_mae", "persistence_mse", "persistence_mae")
+    metrics = (
+        "loss",
+        *(f"{of}{name}" for of in ("", "frame_", "persistence_", "physical_") for name in ("mse", "mae")),
+        "physical_rmse",
+    )
 
     def __init__(
         self,
@@ -80,31 +84,34 @@ class ForecasterTask(Task):
         given, truth = self._split(self.validation_scaling.scaled(batch["clip"]))
         prediction = forward(given).frames.float()
         weight = batch["weight"].double()
+        errors = {
+            "": prediction - truth,
+            "persistence_": given[:, :, -1:] - truth,
+            "physical_": (prediction - truth) * self.validation_scaling.of_channels(truth.device),
+        }
         sums = {"clips": weight.sum()}
-        errors = {"": prediction - truth, "persistence_": given[:, :, -1:] - truth}
-        unit = self.validation_scaling.of_channels(truth.device)
         for name, error in errors.items():
-            for what, of in (("mse", torch.square), ("mae", torch.abs)):
-                per_value = of((error * unit).double()).mean(dim=(1, 2, 3, 4))
-                sums[f"{name}{what}"] = (per_value * weight).sum()
-        for what, of in (("mse", torch.square), ("mae", torch.abs)):
-            sums[f"frame_{what}"] = (of(errors[""].double()).sum(dim=(1, 3, 4)).mean(dim=1) * weight).sum()
+            sums[f"{name}mse"] = (error.double().square().mean(dim=(1, 2, 3, 4)) * weight).sum()
+            sums[f"{name}mae"] = (error.double().abs().mean(dim=(1, 2, 3, 4)) * weight).sum()
         if "differential_divergence" in self.weights:
             divergence = differential_divergence(prediction, truth, self.loss.temperature)
-            sums["differential_divergence"] = (divergence.double().sum(dim=1) * weight).sum()
+            steps = max(1, divergence.shape[1])
+            sums["differential_divergence"] = (divergence.double().sum(dim=1) / steps * weight).sum()
         return sums
 
     def validation_metrics(self, sums: Sums) -> dict[str, float]:
-        """``loss``: of the scaled values, as in training but for a quantizer's part. ``mse``, ``mae`` and ``rmse`` are
-        per value, in grey levels or physical units; ``frame_`` are sums over scaled values of a frame, as papers on
-        video print them."""
+        """``loss``, ``mse`` and ``mae`` are of scaled values, as in training; the loss leaves out a quantizer's part.
+        ``frame_``: sums over a frame instead of means, as papers on video print them. ``physical_``: in grey levels or
+        the units of the field. ``persistence_``: of the last given frame, scaled."""
         means = {name: float(value / sums["clips"]) for name, value in sums.items() if name != "clips"}
-        config = self.model.config
-        values = config.channels * math.prod(config.size)
-        divergence = means.pop("differential_divergence", 0.0) / max(1, config.output_frames - 1)
-        loss = self.loss.mse * means["frame_mse"] / values + self.loss.mae * means["frame_mae"] / values
-        loss += self.loss.differential_divergence * divergence
-        return {"loss": loss, "rmse": math.sqrt(means["mse"]), **means}
+        values = self.model.config.channels * math.prod(self.model.config.size)
+        return {
+            "loss": sum(weight * means[name] for name, weight in self.weights.items() if name in means),
+            **means,
+            "physical_rmse": math.sqrt(means["physical_mse"]),
+            "frame_mse": values * means["mse"],
+            "frame_mae": values * means["mae"],
+        }
 
     def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
         given, truth = self._split(self.validation_scaling.scaled(batch["clip"][:PICTURED]))

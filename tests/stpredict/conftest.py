@@ -8,6 +8,7 @@ from stpredict.jobs import encode
 from stpredict.jobs.config import EncodeConfig
 from stpredict.run import Run
 from stpredict.training.ranks import Ranks
+from tests.stpredict.forecasters.fields import make_field_shards, make_video_shards
 from tests.stpredict.tokenized import make_shards, make_tokenizer
 
 
@@ -26,6 +27,16 @@ def tokenizer(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("tokenized"))
+
+
+@pytest.fixture(scope="session")
+def field_shards(tmp_path_factory) -> Path:
+    return make_field_shards(tmp_path_factory.mktemp("field"))
+
+
+@pytest.fixture(scope="session")
+def video_shards(tmp_path_factory) -> Path:
+    return make_video_shards(tmp_path_factory.mktemp("video"))
 
 
 @pytest.fixture

@@ -1,0 +1,138 @@
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from data_pipeline.errors import UsageError
+from stpredict.config import as_yaml
+from stpredict.evaluation.forecasts import read_forecasts
+from stpredict.exports import ForecasterExport, load_forecaster
+from stpredict.forecasters.build import build_forecaster
+from stpredict.forecasters.config import SimVPConfig
+from stpredict.jobs import forecast
+from stpredict.jobs.config import ForecastConfig
+from stpredict.run import Run
+from tests.stpredict.conftest import OneOf
+from tests.stpredict.forecasters.fields import SIZE, STEPS, moving_field
+
+MODEL = {"channels": 2, "input_frames": 2, "output_frames": 3, "size": SIZE, "hid_S": 4, "hid_T": 8, "N_S": 2, "N_T": 2}
+OFFSET, SCALE = (280.0, 5.0), (7.0, 0.4)
+HELD_OUT = moving_field(STEPS, *SIZE)[48:].reshape(2, 6, *SIZE, 2)
+
+
+class Alone(OneOf):
+    def gather(self, value):
+        return [value]
+
+
+def make_forecaster(folder: Path, seed: int = 0, clip: dict | None = None, **changes) -> Path:
+    torch.manual_seed(seed)
+    config = SimVPConfig(**{**MODEL, **changes})
+    clip = {"frames": 5, "size": SIZE, "start": "first", "resize": "stretch", **(clip or {})}
+    export = ForecasterExport(
+        clip=clip, model=config, channels=["warm", "damp"], units=["K", "g/kg"], offset=OFFSET, scale=SCALE, step=7
+    )
+    folder.mkdir(parents=True)
+    save_file(build_forecaster(config).state_dict(), folder / "model.safetensors")
+    (folder / "config.yaml").write_text(as_yaml(export))
+    return folder
+
+
+@pytest.fixture
+def forecasts(tmp_path, field_shards, monkeypatch):
+    """``forecasts(forecaster, …)`` is what a forecast job of that made, done in this process."""
+
+    def forecasts(forecaster: Path, **config):
+        @contextmanager
+        def join_ranks():
+            yield Alone(0, 1, torch.device("cpu"), None)
+
+        monkeypatch.setattr(forecast, "join_ranks", join_ranks)
+        run = Run(tmp_path / f"forecast{len(list(tmp_path.iterdir()))}")
+        run.update_status(kind="forecast")
+        data = {"shards": field_shards, "workers": 0, **config.pop("data", {})}
+        forecast.run(ForecastConfig(run=run.path, forecaster=forecaster, data=data, pictures=1, **config), run)
+        return read_forecasts(run)
+
+    return forecasts
+
+
+def by_truth(given: np.ndarray) -> np.ndarray:
+    """Of each sample its number among the held-out windows."""
+    return np.array([int(np.abs(HELD_OUT[:, : given.shape[1]] - one).sum(axis=(1, 2, 3, 4)).argmin()) for one in given])
+
+
+def test_every_held_out_clip_is_forecast_once_in_physical_units(forecasts, tmp_path):
+    where = make_forecaster(tmp_path / "export")
+    made = forecasts(where, batch_size=1)
+    order = by_truth(made.given)
+    assert sorted(order) == [0, 1]
+    np.testing.assert_array_equal(made.given, HELD_OUT[order][:, :2])
+    np.testing.assert_array_equal(made.truth, HELD_OUT[order][:, 2:5])
+    model, _ = load_forecaster(where)
+    scaled = (torch.from_numpy(HELD_OUT[order][:, :2]) - torch.tensor(OFFSET)) / torch.tensor(SCALE)
+    predicted = model(scaled.permute(0, 4, 1, 2, 3)).frames.permute(0, 2, 3, 4, 1)
+    expected = predicted * torch.tensor(SCALE) + torch.tensor(OFFSET)
+    np.testing.assert_allclose(made.prediction, expected.numpy(), rtol=1e-6)
+    index = made.index
+    assert (index.channels, index.units, index.data) == (["warm", "damp"], ["K", "g/kg"], "field")
+    assert (index.offset, index.scale) == (list(OFFSET), list(SCALE))
+    assert (index.forecaster, index.forecaster_step, len(index.keys)) == ("gsta", 7, 2)
+    assert (index.input_frames, index.output_frames) == (2, 3)
+
+
+def test_another_horizon_rolls_out(forecasts, tmp_path):
+    where = make_forecaster(tmp_path / "export")
+    shorter, longer = forecasts(where), forecasts(where, output_frames=4)
+    assert longer.prediction.shape[1] == longer.truth.shape[1] == longer.index.output_frames == 4
+    rows = [longer.index.keys.index(key) for key in shorter.index.keys]
+    np.testing.assert_array_equal(longer.prediction[rows][:, :2], shorter.prediction[:, :2])
+    np.testing.assert_array_equal(longer.truth[rows][:, :3], shorter.truth)
+
+
+def test_parts_come_from_another_training(forecasts, tmp_path):
+    """SimVPv2's figure 11."""
+    one, other = make_forecaster(tmp_path / "one", 1), make_forecaster(tmp_path / "other", 2)
+    made = forecasts(one, swap={"translator": other})
+    model, second = load_forecaster(one)[0], load_forecaster(other)[0]
+    model.translator = second.translator
+    scaled = (torch.from_numpy(np.array(made.given)) - torch.tensor(OFFSET)) / torch.tensor(SCALE)
+    predicted = model(scaled.permute(0, 4, 1, 2, 3)).frames.permute(0, 2, 3, 4, 1)
+    expected = (predicted * torch.tensor(SCALE) + torch.tensor(OFFSET)).numpy()
+    np.testing.assert_allclose(made.prediction, expected, rtol=1e-6)
+    assert np.abs(made.prediction - forecasts(one).prediction).max() > 1e-3
+    wider = make_forecaster(tmp_path / "wider", hid_T=16)
+    with pytest.raises(UsageError, match=r"swap\.translator: .*wider: its translator has other layers than .*one"):
+        forecasts(one, swap={"translator": wider})
+
+
+def test_what_does_not_fit_the_forecaster_is_refused_in_a_line(forecasts, tmp_path, video_shards):
+    where = make_forecaster(tmp_path / "export")
+    with pytest.raises(UsageError, match=r"data\.clip: 5 frames of 8x8; .*export takes 2 and gives 3 of 12x16"):
+        forecasts(where, data={"clip": {"size": (8, 8)}})
+    with pytest.raises(UsageError, match=r"val: holds video of 1 or 3 channels, model\.channels is 2"):
+        forecasts(where, data={"shards": video_shards})
+    with pytest.raises(UsageError, match=r"nowhere: has no split test or val"):
+        forecasts(where, data={"shards": "nowhere"})
+    config = where / "config.yaml"
+    config.write_text(config.read_text().replace("- damp", "- dry"))
+    with pytest.raises(UsageError, match=r"holds warm, damp; .*export was trained on warm, dry"):
+        forecasts(where)
+
+
+def test_video_is_stored_as_it_is_and_predicted_in_grey_levels(forecasts, tmp_path, video_shards):
+    where = make_forecaster(tmp_path / "export", channels=1, size=(16, 16), clip={"size": (16, 16), "channels": 1})
+    config = where / "config.yaml"
+    text = config.read_text()
+    for old, new in (("offset:\n- 280.0\n- 5.0", "offset:\n- 0.0"), ("scale:\n- 7.0\n- 0.4", "scale:\n- 255.0")):
+        assert old in text
+        text = text.replace(old, new)
+    config.write_text(text.replace("channels:\n- warm\n- damp", "channels: []"))
+    made = forecasts(where, data={"shards": video_shards})
+    assert (made.truth.dtype, made.prediction.dtype, made.index.data) == (np.uint8, np.float32, "frames")
+    assert made.index.channels == ["grey"]
+    assert json.loads((made.where / "index.json").read_text())["times"] is None
