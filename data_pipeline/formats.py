@@ -49,7 +49,7 @@ class Clips:
         times = {}
         if "npy" in members:
             array = load_array(members["npy"])
-            if "time" in about:
+            if "time" in about and len(array) > 1:
                 again = generator("clip", self._seed, epoch, key, *((part,) if part else ()))
                 cut = clip_indices(len(array), self._config, Plan.draw(again, self._config).start, where)
                 times = {"minutes": key_json.minutes(about, len(array))[cut.start : cut.stop : cut.step]}

@@ -33,15 +33,15 @@ def class_of(about: dict[str, Any]) -> int:
 
 def minutes(about: dict[str, Any], frames: int) -> list[int]:
     """Of each of an array's frames since 1970: the first is at ``time`` (ISO text, UTC), each next one ``interval_h``
-    later, or at ``offsets`` times that. DecodeError where it says so in another way."""
+    later, or all of them ``hours`` after the first. DecodeError where it says so in another way."""
     try:
         first = datetime.fromisoformat(about["time"]).replace(tzinfo=UTC).timestamp() / 60
-        offsets = about.get("offsets") or range(frames)
-        found = [round(first + 60 * float(about["interval_h"]) * (step - offsets[0])) for step in offsets]
+        hours = about["hours"] if "hours" in about else [about["interval_h"] * frame for frame in range(frames)]
+        found = [round(first + 60 * float(hour)) for hour in hours]
     except (KeyError, TypeError, ValueError) as error:
         raise DecodeError(f"its .json is not as we write it: its times: {error!r}") from None
     if len(found) != frames:
-        raise DecodeError(f"its .json is not as we write it: {len(found)} offsets of {frames} frames")
+        raise DecodeError(f"its .json is not as we write it: times of {len(found)} of {frames} frames")
     return found
 
 

@@ -23,6 +23,7 @@ from data_pipeline.order import Share
 from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_evaluation_batches
 from stpredict.config import validate
+from stpredict.evaluation.forecast_pictures import write_forecast_pictures
 from stpredict.evaluation.forecasts import ARRAYS, ForecastIndex
 from stpredict.exports import ForecasterExport, load_forecaster
 from stpredict.forecasters.config import StandardScaling
@@ -180,7 +181,7 @@ def _finish(
         units=list(manifest.units) or [""] * len(names),
         offset=list(scaling.offset),
         scale=list(scaling.scale),
-        latitudes=getattr(manifest, "latitudes", None),
+        latitudes=manifest.latitudes,
         **_times(minutes, model.input_frames),
         forecaster=_name(model),
         forecaster_step=export.step,
@@ -189,6 +190,7 @@ def _finish(
         seconds_per_sample=seconds,
     )
     write_atomically(run.samples / "index.json", index.model_dump_json(indent=1) + "\n")
+    write_forecast_pictures(run.samples, index, *(arrays[name] for name in ARRAYS), config.pictures)
     log.info("%d clips and their forecasts in %s", len(rows), run.samples)
 
 
