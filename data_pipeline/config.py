@@ -221,6 +221,19 @@ class NetcdfSource(CutsConfig):
         return {split: given for split in SPLITS if (given := getattr(self, split))}
 
 
+class TaxiBjSource(Config):
+    """TaxiBJ: flows of taxis in Beijing, sequences of 8 half hours; ``dataset.npz`` or the original .h5 files.
+
+    The last ``validation_fraction`` of the sequences for training is held out; the test is that of dataset.npz, or the
+    last ``test_days`` of the .h5 files.
+    """
+
+    kind: Literal["taxibj"] = "taxibj"
+    path: Path = Field(description="a file, or the folder of dataset.npz or BJ13_M32x32_T30_InOut.h5, BJ14, …")
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    test_days: int = Field(28, ge=0, description="of the .h5 files; four weeks since the paper")
+
+
 class MovingDigitsSource(Config):
     """Moving MNIST's rules (two digits bouncing in 64x64), rendered and encoded as H.264 .mp4 files, or stored as
     rendered."""
@@ -244,7 +257,14 @@ class MovingDigitsSource(Config):
 
 
 Source = Annotated[
-    FolderSource | Ucf101Source | KineticsSource | KthSource | ArraysSource | NetcdfSource | MovingDigitsSource,
+    FolderSource
+    | Ucf101Source
+    | KineticsSource
+    | KthSource
+    | ArraysSource
+    | NetcdfSource
+    | TaxiBjSource
+    | MovingDigitsSource,
     Field(discriminator="kind"),
 ]
 

@@ -1,7 +1,8 @@
 """A picture of a clip shard set: a row per video or array, spread over the shards; frames from left to right.
 
 Of arrays the first three channels are shown as colours, or the first one where there are fewer: uint8 as it is, fields
-each channel from its least value in the row (black) to its greatest (white).
+each channel from its least value in the row (black) to its greatest (white). Of fields whose channels have names, the
+first ones have a row each instead, dark blue to yellow, with these two values and north at the top.
 """
 
 import logging
@@ -23,10 +24,12 @@ from data_pipeline.manifest import Manifest, read_manifest
 log = logging.getLogger(__name__)
 
 TILE, CAPTION = 96, 14  # pixels
+CHANNELS = 4  # of a sample
 
 
 def contact_sheet(folder: str | Path, columns: int = 8, rows: int = 8) -> Image.Image:
-    """``rows`` videos, or fewer where the set has fewer, with ``columns`` frames of each from its first to its last.
+    """``rows`` videos, or fewer where the set has fewer, with ``columns`` frames of each from its first to its last;
+    of fields whose channels have names, ``rows`` channels of as many samples as that takes.
 
     UsageError if ``folder`` is no clip shard set, UserError if no video in it can be read.
     """
@@ -37,11 +40,12 @@ def contact_sheet(folder: str | Path, columns: int = 8, rows: int = 8) -> Image.
     strips = []
     for sample in _samples(folder, manifest, rows):
         try:
-            strips.append(_row(sample, columns))
+            strips += _rows(sample, columns, manifest)
         except DecodeError as error:
             log.warning("%s: %s is not shown: %s", folder, sample["__key__"], error)
-        if len(strips) == rows:
+        if len(strips) >= rows:
             break
+    strips = strips[:rows]
     if not strips:
         raise UserError(f"{folder}: no video can be read; `stpredict inspect --verify` checks the shards")
     sheet = Image.new("RGB", (columns * TILE, len(strips) * (TILE + CAPTION)), "white")
@@ -50,15 +54,19 @@ def contact_sheet(folder: str | Path, columns: int = 8, rows: int = 8) -> Image.
     return sheet
 
 
-def _row(sample: dict[str, Any], columns: int) -> Image.Image:
-    """DecodeError if a member of ``sample``, as WebDataset gives it, is missing or damaged."""
+def _rows(sample: dict[str, Any], columns: int, manifest: Manifest) -> list[Image.Image]:
+    """One row, or one of each channel. DecodeError if a member of ``sample``, as WebDataset gives it, is missing or
+    damaged."""
     extension = next((extension for extension in ("npy", *EXTENSIONS) if extension in sample), None)
     if extension is None or "json" not in sample:
         raise DecodeError("a member is missing")
     about = key_json.parse(sample["json"])
     data = sample[extension]
+    caption = f"{sample['__key__']}  {about.get('label') or ''}"
+    if extension == "npy" and manifest.channels and manifest.dtype == "float32":
+        return [_strip(tiles, columns, f"{caption}{named}") for named, tiles in _channel_tiles(data, columns, manifest)]
     tiles = _array_tiles(data, columns) if extension == "npy" else _video_tiles(data, about, columns)
-    return _strip(tiles, columns, f"{sample['__key__']}  {about.get('label') or ''}")
+    return [_strip(tiles, columns, caption)]
 
 
 def _video_tiles(encoded: bytes, about: dict[str, Any], columns: int) -> list[Image.Image]:
@@ -76,7 +84,30 @@ def _array_tiles(encoded: bytes, columns: int) -> list[Image.Image]:
         low, high = (edge(frames.astype(np.float64), axis=(0, 1, 2)) for edge in (np.min, np.max))
         frames = ((frames - low) * (255 / np.where(high > low, high - low, 1))).astype(np.uint8)
     images = [Image.fromarray(frame if frame.shape[-1] == 3 else frame[..., 0]).convert("RGB") for frame in frames]
-    return [ImageOps.pad(image, (TILE, TILE), Image.Resampling.NEAREST, color="white") for image in images]
+    return [_tile(image) for image in images]
+
+
+def _channel_tiles(encoded: bytes, columns: int, manifest: Manifest) -> Iterator[tuple[str, list[Image.Image]]]:
+    """Of each channel that is shown what it is, and its tiles."""
+    from matplotlib import colormaps
+
+    field = load_array(encoded)
+    if field.shape[-1] != len(manifest.channels):
+        raise DecodeError(f"{field.shape[-1]} channels where the set has {len(manifest.channels)}")
+    shown, stride = _shown(len(field), columns)
+    latitudes = manifest.latitudes or []
+    northward = len(latitudes) > 1 and latitudes[0] < latitudes[-1]
+    units = manifest.units or [""] * len(manifest.channels)
+    for channel, (name, unit) in enumerate(zip(manifest.channels[:CHANNELS], units, strict=False)):
+        frames = field[::stride][:shown, :: -1 if northward else 1, :, channel].astype(np.float64)
+        low, high = frames.min(), frames.max()
+        levels = (frames - low) / (high - low) if high > low else np.zeros_like(frames)
+        colours = colormaps["viridis"](levels, bytes=True)[..., :3]
+        yield f"{name} {low:.4g} to {high:.4g} {unit}".rstrip(), [_tile(Image.fromarray(frame)) for frame in colours]
+
+
+def _tile(image: Image.Image) -> Image.Image:
+    return ImageOps.pad(image, (TILE, TILE), Image.Resampling.NEAREST, color="white")
 
 
 def _shown(frames: int, columns: int) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def read(config: ArraysSource, sample: SourceSample) -> tuple[str, bytes]:
     """An .npy (t, h, w, c) of the set's type. DecodeError where the file is damaged, or values are infinite or not a
     number."""
     try:
-        array = _open(sample.path, config.member)
+        array = _kept(sample.path, config.member)
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DecodeError(f"its array cannot be read: {one_line(error)}") from None
     axes, item = config.axes.split(), sample.item
@@ -141,7 +141,7 @@ def _files(config: ArraysSource) -> Iterator[_File]:
         raise UsageError(f"{root}: no .npy or .npz there; source.path must name one, a folder of them or a pattern")
     axes = config.axes.split()
     for path in paths:
-        shape, dtype = _header(path, config.member)
+        shape, dtype = array_header(path, config.member)
         if len(shape) != len(axes):
             raise UsageError(f"{path}: has {len(shape)} axes {shape}; source.axes names {len(axes)}: {config.axes}")
         if dtype.kind not in "buif":
@@ -149,8 +149,8 @@ def _files(config: ArraysSource) -> Iterator[_File]:
         yield _File(path, path.relative_to(top).as_posix(), dict(zip(axes, shape, strict=True)), dtype)
 
 
-def _header(path: Path, member: str | None) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array, of which only the first bytes are read."""
+def array_header(path: Path, member: str | None) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array, of which only the first bytes are read. UsageError if there is none."""
     try:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive, archive.open(_member(path, archive, member)) as file:
@@ -172,9 +172,12 @@ def _member(path: Path, archive: zipfile.ZipFile, member: str | None) -> str:
     return f"{member}.npy"
 
 
-@lru_cache(maxsize=1)
-def _open(path: Path, member: str | None) -> np.ndarray:
+def open_array(path: Path, member: str | None) -> np.ndarray:
+    """An array: of an .npy the file itself, as memory; of an .npz a copy."""
     if path.suffix != ".npz":
         return np.load(path, mmap_mode="r", allow_pickle=False)
     with zipfile.ZipFile(path) as archive, archive.open(_member(path, archive, member)) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
+
+
+_kept = lru_cache(maxsize=1)(open_array)

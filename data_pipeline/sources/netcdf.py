@@ -8,11 +8,11 @@ taken. A sample never reaches over a gap in the times, nor into another split.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from glob import has_magic
-from itertools import combinations, groupby
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,9 @@ class _Line:
 
     def pieces(self, steps: np.ndarray) -> list[list[Any]]:
         """The steps in runs of one file each: [file, [index, …]]."""
-        found = ((self.files[self.file[step]], int(self.index[step])) for step in steps)
-        return [[name, [index for _, index in run]] for name, run in groupby(found, key=lambda place: place[0])]
+        file, index = self.file[steps], self.index[steps]
+        runs = np.split(index, np.flatnonzero(np.diff(file)) + 1) if file[0] != file[-1] else [index]
+        return [[self.files[at], run.tolist()] for at, run in zip(dict.fromkeys(file.tolist()), runs, strict=True)]
 
 
 def walk(config: NetcdfSource) -> list[SourceSample]:
@@ -70,11 +71,13 @@ def walk(config: NetcdfSource) -> list[SourceSample]:
     channels = sum(len(found[0].levels) or 1 for found in parts.values())
     frames = np.array(config.frame_steps)
     size = 4 * len(frames) * height * width * channels
-    samples = []
-    for split, start in _starts(config, times, len(steps[config.variables[0]])):
+    starts = _starts(config, times, len(steps[config.variables[0]]))
+    clock, samples = _clock(times, frames), []
+    for split, start in starts:
         taken = start + frames
         pieces = {variable: line.pieces(steps[variable][taken]) for variable, line in lines.items()}
-        name, about = (f"{start:06d}", {}) if times is None else (_text(times[start]), _clock(times[taken]))
+        about = clock(start)
+        name = about.get("time", f"{start:06d}")
         about |= {"offsets": list(config.offsets)} if config.offsets else {}
         path = top / pieces[config.variables[0]][0][0]
         samples.append(SourceSample(make_key(name), split, None, name, about, path, pieces, size))
@@ -309,13 +312,21 @@ def _without_gaps(passed: np.ndarray) -> str:
     return f", with {gaps} gaps" if gaps else ""
 
 
-def _clock(times: np.ndarray) -> dict[str, Any]:
-    """What KEY.json says: the time of the first frame, and the hours from each frame to the next, or, where they
-    differ, of every frame from the first."""
-    hours = (times - times[0]) / _HOUR
-    apart = sorted(set(np.diff(hours).tolist()))
-    even = {"interval_h": apart[0]} if len(apart) == 1 else {"hours": hours.tolist()} if apart else {}
-    return {"time": _text(times[0]), **even}
+def _clock(times: np.ndarray | None, frames: np.ndarray) -> Callable[[int], dict[str, Any]]:
+    """What KEY.json says of the sample that starts at a step: the time of its first frame, and the hours from each
+    frame to the next, or, where they differ, of every frame from the first."""
+    if times is None:
+        return lambda start: {}
+    texts = np.datetime_as_string(times, unit="s")
+
+    def apart(start: int) -> dict[str, Any]:
+        taken = times[start + frames]
+        hours = (taken - taken[0]) / _HOUR
+        between = set(np.diff(hours).tolist())
+        return {"interval_h": between.pop()} if len(between) == 1 else {"hours": hours.tolist()} if between else {}
+
+    even = apart(0) if len(set(np.diff(times).tolist())) == 1 else None  # of all samples
+    return lambda start: {"time": str(texts[start]), **(apart(start) if even is None else even)}
 
 
 def _text(time: np.datetime64) -> str:

@@ -21,6 +21,7 @@ from data_pipeline.config import (
     NetcdfSource,
     Source,
     Split,
+    TaxiBjSource,
     Ucf101Source,
 )
 from data_pipeline.decode import EXTENSIONS
@@ -50,7 +51,7 @@ class SourceSample:
 
 def walk(config: Source) -> list[SourceSample]:
     """The samples of all splits, in a fixed order. UsageError says what is missing, where, and what to do."""
-    from data_pipeline.sources import arrays, folder, kinetics, kth, moving_digits, netcdf, ucf101
+    from data_pipeline.sources import arrays, folder, kinetics, kth, moving_digits, netcdf, taxibj, ucf101
 
     match config:
         case FolderSource():
@@ -65,13 +66,15 @@ def walk(config: Source) -> list[SourceSample]:
             return arrays.walk(config)
         case NetcdfSource():
             return netcdf.walk(config)
+        case TaxiBjSource():
+            return taxibj.walk(config)
         case MovingDigitsSource():
             return moving_digits.walk(config)
 
 
 def describe(config: Source, samples: Sequence[SourceSample]) -> Description:
     """What all of the set's samples have in common: its classes in the order of their numbers, and what arrays hold."""
-    from data_pipeline.sources import arrays, kinetics, kth, netcdf, ucf101
+    from data_pipeline.sources import arrays, kinetics, kth, netcdf, taxibj, ucf101
 
     match config:
         case Ucf101Source():
@@ -84,19 +87,23 @@ def describe(config: Source, samples: Sequence[SourceSample]) -> Description:
             return arrays.describe(config, samples)
         case NetcdfSource():
             return netcdf.describe(config, samples)
+        case TaxiBjSource():
+            return taxibj.describe(config, samples)
         case _:
             return Description(kind="clips", classes=labels(samples))
 
 
 def read(config: Source, sample: SourceSample) -> tuple[str, bytes]:
     """The sample's member of the shard: its extension and its bytes. OSError or DecodeError if it cannot be read."""
-    from data_pipeline.sources import arrays, moving_digits, netcdf
+    from data_pipeline.sources import arrays, moving_digits, netcdf, taxibj
 
     match config:
         case ArraysSource():
             return arrays.read(config, sample)
         case NetcdfSource():
             return netcdf.read(config, sample)
+        case TaxiBjSource():
+            return taxibj.read(config, sample)
         case MovingDigitsSource():
             return moving_digits.read(config, sample)
         case _:

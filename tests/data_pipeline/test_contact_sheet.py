@@ -105,6 +105,32 @@ def test_three_channels_of_a_field_are_colours_each_on_its_own_scale(tmp_path):
     assert (sheet[:, TILE:] == (255, 255, 0)).all()
 
 
+@pytest.mark.parametrize("latitudes", [None, [60.0, 50.0, 40.0, 30.0], [30.0, 40.0, 50.0, 60.0]])
+def test_named_channels_of_a_field_are_rows_of_their_own_with_north_at_the_top(tmp_path, monkeypatch, latitudes):
+    array = np.zeros((1, 2, 4, 4, 2), np.float32)
+    array[:, :, 0, :, 0] = 300  # the first row of the first channel
+    array[:, 1, :, :, 1] = -2.5
+    np.save(tmp_path / "a.npy", array)
+    names = {"channels": ("t2m", "u"), "units": ("K", "m/s")}
+    source = ArraysSource(path=tmp_path / "a.npy", axes="n t h w c", train=(0, 1), **names)
+    samples = walk(source)
+    described = describe(source, samples).model_copy(update={"latitudes": latitudes})
+    write_shards(tmp_path, plan_shards(source, samples, described, shards=1, window_bytes=2**20, seed=0))
+    merge(tmp_path)
+    captions = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, **style: captions.append(text))
+    sheet = np.asarray(contact_sheet(tmp_path, columns=2))
+    assert sheet.shape[:2] == (2 * (TILE + CAPTION), 2 * TILE)
+    assert [caption.split("  ")[1] for caption in captions] == ["t2m 0 to 300 K", "u -2.5 to 0 m/s"]
+    dark, bright = (68, 1, 84), (253, 231, 36)  # the ends of viridis
+    first, second = sheet[CAPTION : CAPTION + TILE], sheet[TILE + 2 * CAPTION :]
+    top, bottom = (dark, bright) if latitudes and latitudes[0] < latitudes[-1] else (bright, dark)
+    assert (first[2, 2] == top).all()
+    assert (first[-2, 2] == bottom).all()
+    assert (second[:, :TILE] == bright).all()
+    assert (second[:, TILE:] == dark).all()
+
+
 def test_images_are_rows_of_one_tile_and_captions_have_key_and_label(tmp_path, monkeypatch):
     for name in ("cats/a", "dogs/b"):
         (tmp_path / name).parent.mkdir()
