@@ -50,18 +50,9 @@ def result_of(config: JobConfig) -> Path:
 
 def _print_result(config: JobConfig) -> None:
     if config.kind == "evaluate":
-        from stpredict.evaluation.forecast_scores import as_text as forecast_text
-        from stpredict.evaluation.forecast_scores import read_forecast_metrics
-        from stpredict.evaluation.reconstructed import read_metrics
-        from stpredict.evaluation.results import as_text, read_evaluation
+        from stpredict.evaluation.said import said_of
 
-        path = config.run / "metrics.json"
-        if forecast := read_forecast_metrics(path):
-            print(forecast_text(forecast))
-        elif reconstruction := read_metrics(path):
-            print(reconstruction.in_words())
-        else:
-            print(as_text(read_evaluation(path)))
+        print(said_of(config.run / "metrics.json"))
     print(result_of(config))
     if isinstance(config, PartedJobConfig) and config.parts > 1 and not whole_is_done(config):
         line = f"part {config.part} of {config.parts} is written; after all of them: stpredict merge {config.run}"

@@ -27,6 +27,7 @@ from stpredict.evaluation.forecasts import ForecastIndex
 log = logging.getLogger(__name__)
 DAYS = 366  # of a year with a 29th of February
 WINDOW = 31  # days around a day of the year, itself included
+_EPOCH = datetime(1970, 1, 1)
 Slot = tuple[int, int]  # minute of the day, day of the year: 0, 0 where there are no times
 
 
@@ -173,19 +174,10 @@ class _Fields:
 
 
 def _times(about: dict[str, Any], frames: int) -> list[datetime] | None:
-    """Of every frame: ``time`` is the first one's; the others follow it every ``interval_h``, or by so many ``hours``.
-    None where nothing is known. DecodeError where that is not as we write it."""
-    if about.get("time") is None or (frames > 1 and not about.keys() & {"hours", "interval_h"}):
+    """Of every frame, in UTC; None where nothing is known of them."""
+    if "time" not in about:
         return None
-    try:
-        first = datetime.fromisoformat(about["time"])
-        hours = about.get("hours") or [about.get("interval_h", 0.0) * number for number in range(frames)]
-        times = [first + timedelta(hours=hour) for hour in hours]
-    except (TypeError, ValueError):
-        raise DecodeError(f"its .json is not as we write it: time {about['time']!r}") from None
-    if len(times) != frames:
-        raise DecodeError(f"its .json is not as we write it: hours of {len(times)} frames, it has {frames}")
-    return times
+    return [_EPOCH + timedelta(minutes=minute) for minute in key_json.minutes(about, frames)]
 
 
 @contextmanager

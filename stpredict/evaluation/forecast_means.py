@@ -5,6 +5,8 @@ A table holds, of n samples, t lead times and c channels: ``square``, ``absolute
 metric's name what is one number per frame, ``(n, t)``. Torch-free.
 """
 
+from datetime import timedelta
+
 import numpy as np
 
 from stpredict.evaluation.forecast_scores import PREDICTION, Difference, Values
@@ -50,9 +52,29 @@ def differences(tables: dict[str, Table], other: str, index: ForecastIndex, grid
     for name in COMPARED:
         if name in one:
             gaps = one[name] - its[name]
-            error = float(gaps.std(ddof=1) / np.sqrt(len(gaps))) if len(gaps) > 1 else None
+            error = standard_error(gaps, blocks(index))
             found.append(Difference(other=other, metric=name, value=float(gaps.mean()), stderr=error))
     return found
+
+
+def blocks(index: ForecastIndex) -> np.ndarray:
+    """Which samples say much the same, by number ``(n,)``: those whose times fall into the same stretch of the length
+    of a sample, given frames included, because windows that start soon after each other overlap. Without times every
+    sample is its own."""
+    if index.times is None or index.leads is None:
+        return np.arange(len(index.keys))
+    hours = np.array([(time - min(index.times)) / timedelta(hours=1) for time in index.times])
+    before = 0 if index.interval_h is None else index.interval_h * index.input_frames
+    return np.floor(hours / (before + index.leads[-1])).astype(int)
+
+
+def standard_error(values: np.ndarray, of_block: np.ndarray) -> float | None:
+    """Of the mean of ``values`` ``(n,)``, from how much the blocks' sums differ from what the mean lets expect; None
+    where there is but one block. With a block for each value it is the usual deviation / root(n)."""
+    sums = np.bincount(np.unique(of_block, return_inverse=True)[1], values - values.mean())
+    if len(sums) < 2:
+        return None
+    return float(np.sqrt(np.square(sums).sum() * len(sums) / (len(sums) - 1)) / len(values))
 
 
 def _per_sample(table: Table, index: ForecastIndex, grid: tuple[int, int]) -> Table:

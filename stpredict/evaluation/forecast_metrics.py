@@ -26,7 +26,7 @@ def absolute_errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def latitude_weights(latitudes: list[float]) -> np.ndarray:
-    """cos(latitude) over its mean: the area that a row's points stand for (WeatherBench, Rasp et al. 2020, eq. 2).
+    """cos(latitude) over its mean: the area that a row's points stand for (WeatherBench, Rasp et al. 2020).
     Degrees; float64 ``(h,)``."""
     weights = np.cos(np.deg2rad(np.asarray(latitudes, dtype=np.float64)))
     return weights / weights.mean()

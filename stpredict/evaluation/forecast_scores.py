@@ -77,13 +77,22 @@ class MethodScores(BaseModel):
 
 
 class Difference(BaseModel):
-    """Of the prediction from another method on the same samples: prediction - other. ``stderr`` is over samples, as if
-    they were independent, which windows that overlap are not; None for a single sample."""
+    """Of the prediction from another method on the same samples: prediction - other. ``stderr`` is over samples, or,
+    where they bear times, over stretches of time as long as one (neighbouring windows overlap, and say much the same);
+    None where there is but one."""
 
     other: str
     metric: str
     value: float
     stderr: float | None
+
+    @property
+    def is_small(self) -> bool:
+        """Of less than two standard errors."""
+        return self.stderr is not None and abs(self.value) < 2 * self.stderr
+
+    def in_words(self) -> str:
+        return f"{self.value:+.3g}" + (f" ± {self.stderr:.2g}" if self.stderr is not None else "")
 
 
 class ForecastEvaluation(BaseModel):
@@ -156,11 +165,10 @@ class ForecastEvaluation(BaseModel):
     def verdict(self) -> str:
         """Whether the prediction beats persistence, and by how much, whichever way it falls."""
         own, copied = self.value(PREDICTION), self.value(PERSISTENCE)
-        difference = self._difference(PERSISTENCE)
-        unit, title = self.in_unit(self.headline), METRICS[self.headline].title
+        difference, unit = self._difference(PERSISTENCE), self.in_unit(self.headline)
         share = f"{abs(difference.value) / copied:.1%}" if copied else "no share that can be named"
-        error = f" ± {difference.stderr:.2g}" if difference.stderr is not None else ""
-        numbers = f"{title} {own:.4g}{unit} against {copied:.4g}{unit}, difference {difference.value:+.3g}{error}{unit}"
+        title = METRICS[self.headline].title
+        numbers = f"{title} {own:.4g}{unit} against {copied:.4g}{unit}, difference {difference.in_words()}{unit}"
         if self.beats_persistence:
             return f"Predictions beat persistence by {share} ({numbers})."
         return f"Predictions do NOT beat persistence: {share} worse ({numbers})."
@@ -171,12 +179,12 @@ class ForecastEvaluation(BaseModel):
         for name in self.methods:
             if name in (PREDICTION, PERSISTENCE):
                 continue
-            d = self._difference(name)
-            better = d.value > 0 if METRICS[self.headline].higher_is_better else d.value < 0
-            error = f" ± {d.stderr:.2g}" if d.stderr is not None else ""
+            difference = self._difference(name)
+            better = difference.value > 0 if METRICS[self.headline].higher_is_better else difference.value < 0
             said = "better than" if better else "NOT better than"
-            title = METRICS[self.headline].title
-            lines.append(f"Prediction is {said} {name}: {title} {d.value:+.3g}{error}{self.in_unit(self.headline)}.")
+            near = ", within two standard errors" if difference.is_small else ""
+            numbers = f"{METRICS[self.headline].title} {difference.in_words()}{self.in_unit(self.headline)}{near}"
+            lines.append(f"Prediction is {said} {name}: {numbers}.")
         return lines
 
 

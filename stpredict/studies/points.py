@@ -14,7 +14,7 @@ import yaml
 
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import find_manifest
-from stpredict.evaluation.generated import Speed
+from stpredict.evaluation.generated import Index, Speed
 from stpredict.evaluation.results import Evaluation
 from stpredict.evaluation.run_facts import TRAINING, RunFacts, read_facts
 from stpredict.run import Run, Status
@@ -110,7 +110,7 @@ class TrialPoints:
     @property
     def speed(self) -> Speed | None:
         """Of its sampling."""
-        found = (job.index.speed for job in self.jobs.values() if job.index and job.index.speed)
+        found = (job.index.speed for job in self.jobs.values() if isinstance(job.index, Index) and job.index.speed)
         return next(found, self.evaluation and self.evaluation.speed)
 
     @property

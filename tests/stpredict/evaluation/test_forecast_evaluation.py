@@ -2,6 +2,7 @@
 
 import csv
 import math
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from stpredict.evaluation.climatology import Climatology, _Mean
 from stpredict.evaluation.forecast_evaluation import evaluate_forecasts
 from stpredict.evaluation.forecast_scores import as_csv, as_text, read_forecast_metrics
 from stpredict.evaluation.forecasts import Forecasts, read_forecasts
+from stpredict.evaluation.said import said_of
 from stpredict.jobs import evaluate
 from stpredict.jobs.config import EvaluateConfig
 from stpredict.losses.config import LpipsConfig
@@ -176,8 +178,26 @@ def test_differences_are_paired_and_their_errors_those_of_means_over_samples():
     assert found["rmse"].value == pytest.approx(np.subtract(*(math.sqrt(s.mean()) for s in squares)))
     assert found["rmse"].stderr == pytest.approx(jackknife, rel=0.02)
     assert any("better than noisier" in line and "NOT" not in line for line in result.comparisons())
+    lines = [d.model_copy(update={"value": value, "stderr": 1.0}) for d in result.differences for value in (1.9, -2.1)]
+    assert [line.is_small for line in lines[:2]] == [True, False]
     alone, _ = evaluate_forecasts(forecasts([x[:1] for x in made]))
     assert alone.differences[0].stderr is None
+
+
+def test_windows_that_overlap_are_not_taken_for_independent():
+    given, truth, _ = field(n=28)
+    worse = np.repeat([1.0, 2.0, 4.0, 3.0], 7).astype(np.float32)[:, None, None, None, None]  # a window is 7 hours long
+    index = {**hourly(28)}
+    other = forecasts((given, truth, truth), **index)
+    result, _ = evaluate_forecasts(forecasts((given, truth, truth + worse), **index), {"exact": other})
+    found = next(d for d in result.differences if (d.other, d.metric) == ("exact", "mae"))
+    assert found.stderr == pytest.approx(np.std([1, 2, 4, 3], ddof=1) / 2, rel=1e-4)
+    known_apart = {"times": [time + k * timedelta(days=1) for k, time in enumerate(index["times"])], "interval_h": 1}
+    apart, _ = evaluate_forecasts(forecasts((given, truth, truth + worse), **known_apart))
+    alone, _ = evaluate_forecasts(forecasts((given, truth, truth + worse)))
+    assert apart.differences == alone.differences
+    short, _ = evaluate_forecasts(forecasts([x[:6] for x in (given, truth, truth + 1)], **hourly(6)))
+    assert short.differences[0].stderr is None
 
 
 def test_units_that_differ_are_not_added_up():
@@ -242,6 +262,7 @@ def test_the_job_writes_its_table_charts_and_maps(tmp_path, caplog):
         )[0]
     )
     assert result.verdict() in caplog.text
+    assert said_of(run.path / "metrics.json") == as_text(result)  # what the command prints
     assert "Prediction is NOT better than twin" in caplog.text
     assert "12" in caplog.text
     for picture in ("lead_times.png", "error_maps.png"):
