@@ -32,11 +32,13 @@ def class_of(about: dict[str, Any]) -> int:
 
 
 def minutes(about: dict[str, Any], frames: int) -> list[int]:
-    """Of each of an array's frames since 1970: the first is at ``time`` (ISO text, UTC), each next one ``interval_h``
-    later, or all of them ``hours`` after the first. DecodeError where it says so in another way."""
+    """Of each of an array's frames since 1970: the first is at ``time`` (ISO text, UTC where it names no zone), each
+    next one ``interval_h`` later, or all of them ``hours`` after the first. DecodeError where it says so in another
+    way."""
     try:
-        first = datetime.fromisoformat(about["time"]).replace(tzinfo=UTC).timestamp() / 60
-        hours = about["hours"] if "hours" in about else [about["interval_h"] * frame for frame in range(frames)]
+        time = datetime.fromisoformat(about["time"])
+        first = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() / 60
+        hours = about.get("hours") or [about["interval_h"] * frame if frame else 0 for frame in range(frames)]
         found = [round(first + 60 * float(hour)) for hour in hours]
     except (KeyError, TypeError, ValueError) as error:
         raise DecodeError(f"its .json is not as we write it: its times: {error!r}") from None

@@ -86,6 +86,11 @@ def test_frames_that_are_not_evenly_apart_have_hours_of_their_own(tmp_path):
     assert found.of(asked, 3)[:, 0, 0, 0].tolist() == [6, 8, 7]
 
 
+def test_samples_of_one_frame_need_no_interval(tmp_path):
+    samples = [(np.full((1, *GRID), value, np.float32), {"time": "2020-01-01T05:00:00"}) for value in (1, 3)]
+    assert read_climatology(write_shards(tmp_path, samples)).of([datetime(2021, 1, 1, 5)], 1)[0, 0, 0, 0] == 2
+
+
 def test_times_with_a_zone_are_compared_in_utc(tmp_path):
     cuts, frames, times = recording(48, 1.0, 12)
     for _, about in cuts:
