@@ -103,11 +103,16 @@ def _channel_tiles(encoded: bytes, columns: int, manifest: Manifest) -> Iterator
         low, high = frames.min(), frames.max()
         levels = (frames - low) / (high - low) if high > low else np.zeros_like(frames)
         colours = colormaps["viridis"](levels, bytes=True)[..., :3]
-        yield f"{name} {low:.4g} to {high:.4g} {unit}".rstrip(), [_tile(Image.fromarray(frame)) for frame in colours]
+        yield f"{name} {low:.4g} to {high:.4g} {unit}".rstrip(), [_framed(frame) for frame in colours]
 
 
-def _tile(image: Image.Image) -> Image.Image:
-    return ImageOps.pad(image, (TILE, TILE), Image.Resampling.NEAREST, color="white")
+def _tile(image: Image.Image, side: int = TILE) -> Image.Image:
+    return ImageOps.pad(image, (side, side), Image.Resampling.NEAREST, color="white")
+
+
+def _framed(frame: np.ndarray) -> Image.Image:
+    """A tile with a white edge: a field seldom ends where the next one begins."""
+    return ImageOps.expand(_tile(Image.fromarray(frame), TILE - 2), 1, "white")
 
 
 def _shown(frames: int, columns: int) -> tuple[int, int]:

@@ -127,8 +127,9 @@ def test_named_channels_of_a_field_are_rows_of_their_own_with_north_at_the_top(t
     top, bottom = (dark, bright) if latitudes and latitudes[0] < latitudes[-1] else (bright, dark)
     assert (first[2, 2] == top).all()
     assert (first[-2, 2] == bottom).all()
-    assert (second[:, :TILE] == bright).all()
-    assert (second[:, TILE:] == dark).all()
+    assert (second[1:-1, 1 : TILE - 1] == bright).all()
+    assert (second[1:-1, TILE + 1 : -1] == dark).all()
+    assert (second[:, [0, TILE - 1, TILE, -1]] == 255).all()
 
 
 def test_images_are_rows_of_one_tile_and_captions_have_key_and_label(tmp_path, monkeypatch):
