@@ -5,6 +5,7 @@ Those of the fitted laws are in law_charts.py.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from statistics import mean, stdev
 
@@ -14,9 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from stpredict.evaluation.charts import INK, LINES, STYLE
+from stpredict.evaluation.forecast_charts import LINES as FORECAST_LINES
 from stpredict.studies.analysis import Group
 from stpredict.studies.compare import Cell
 from stpredict.studies.config import Role
+from stpredict.studies.forecasts import YARDSTICKS, of_trial
 from stpredict.studies.look import COUNT, FLOPS, GREY, PLAIN, Look, log_x, log_y
 from stpredict.studies.places import in_order, numbers_of, short
 from stpredict.studies.points import TrialPoints
@@ -27,6 +30,7 @@ MOST_PANELS = 6
 FEW = 3  # that are named in a legend
 MOST_NAMED = 4  # diverged runs in one chart; the table names them all
 FAINT = 0.25
+_FORECAST = {"rmse": ("rmse", "mae"), "frame_mse": ("frame_mse", "frame_mae")}  # headline → what is drawn of forecasts
 
 
 def curve_chart(
@@ -196,14 +200,19 @@ def _metric(trials: Sequence[TrialPoints]) -> str:
 
 
 def axis_chart(axis: str, cells: Sequence[Cell], look: Look, metric: str) -> Figure | None:
-    """Final loss by the value of ``axis``; beside it, where they were measured, PSNR and SSIM against their
-    yardsticks, and predicted frames per second. A dot for each trial, a line through the means of each colour's."""
+    """Final loss by the value of ``axis``; beside it, where they were measured, PSNR and SSIM or errors of forecasts
+    against their yardsticks, and predicted frames per second. A dot for each trial, a line through the means of each
+    colour's."""
     wanted: dict[str, Measure] = {metric: lambda trial: trial.final_loss}
     wanted |= {
         "PSNR (dB)": lambda trial: trial.evaluation and trial.evaluation.prediction.psnr,
         "SSIM": lambda trial: trial.evaluation and trial.evaluation.prediction.ssim,
         "frames/s of sampling": lambda trial: trial.speed and trial.speed.frames_per_s,
     }
+    forecast = next((trial.forecast for cell in cells for trial in cell.trials if trial.forecast), None)
+    shown = _FORECAST[forecast.headline] if forecast else ()
+    titles = {name: f"{forecast.title(name)} of forecasts" for name in shown}
+    wanted |= {title: partial(of_trial, metric=name) for name, title in titles.items()}
     panels = {title: of for title, of in wanted.items() if any(of(t) is not None for c in cells for t in c.trials)}
     if not panels:
         return None
@@ -219,6 +228,8 @@ def axis_chart(axis: str, cells: Sequence[Cell], look: Look, metric: str) -> Fig
                 own = [cell for cell in cells if cell.colour == colour]
                 _means(panel, own, labels, numbers, of, look, look.colours[colour])
             _yardsticks(panel, title, cells)
+            for name in (name for name, called in titles.items() if called == title):
+                _forecast_yardsticks(panel, name, cells)
             panel.set(
                 title=title, xlabel=f"{axis} (tokens)" if numbers and "x" in labels[0].removeprefix(axis) else axis
             )
@@ -263,12 +274,24 @@ def _yardsticks(panel: Axes, title: str, cells: Sequence[Cell]) -> None:
         return
     for name in ("repeat last frame", "reconstruction"):
         level = mean(getattr(evaluation.methods[name], score) for evaluation in found)
-        style = {**LINES[name], "marker": ""}
-        panel.axhline(level, linewidth=1, **style)
-        panel.annotate(
-            name, (0.99, level), (0, 2), xycoords=panel.get_yaxis_transform(), textcoords="offset points",
-            fontsize=7, color=style["color"], ha="right",
-        )  # fmt: skip
+        _level(panel, name, level, LINES[name])
+
+
+def _forecast_yardsticks(panel: Axes, metric: str, cells: Sequence[Cell]) -> None:
+    for name in YARDSTICKS:
+        found = [of_trial(trial, metric, name) for cell in cells for trial in cell.trials]
+        found = [value for value in found if value is not None]
+        if found:
+            _level(panel, name, mean(found), FORECAST_LINES[name])
+
+
+def _level(panel: Axes, name: str, level: float, line: Mapping[str, str]) -> None:
+    style = {**line, "marker": ""}
+    panel.axhline(level, linewidth=1, **style)
+    panel.annotate(
+        name, (0.99, level), (0, 2), xycoords=panel.get_yaxis_transform(), textcoords="offset points",
+        fontsize=7, color=style["color"], ha="right",
+    )  # fmt: skip
 
 
 def _ticks(panel: Axes, labels: Sequence[str], numbers: Mapping[str, float] | None) -> None:

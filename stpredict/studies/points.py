@@ -14,6 +14,7 @@ import yaml
 
 from data_pipeline.errors import UsageError
 from data_pipeline.manifest import find_manifest
+from stpredict.evaluation.forecast_scores import ForecastEvaluation
 from stpredict.evaluation.generated import Index, Speed
 from stpredict.evaluation.results import Evaluation
 from stpredict.evaluation.run_facts import TRAINING, RunFacts, read_facts
@@ -106,6 +107,10 @@ class TrialPoints:
     @property
     def evaluation(self) -> Evaluation | None:
         return next((job.evaluation for job in self.jobs.values() if job.evaluation), None)
+
+    @property
+    def forecast(self) -> ForecastEvaluation | None:
+        return next((job.forecast for job in self.jobs.values() if job.forecast), None)
 
     @property
     def speed(self) -> Speed | None:

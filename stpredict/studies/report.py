@@ -24,6 +24,7 @@ from stpredict.studies.analyse import analyse
 from stpredict.studies.analysis import Analysis, Estimate, Group
 from stpredict.studies.compare import chosen_of, comparison_of, to_compare
 from stpredict.studies.config import Role
+from stpredict.studies.forecasts import forecast_table
 from stpredict.studies.headline import headline
 from stpredict.studies.look import Look, look_of
 from stpredict.studies.points import TrialPoints, read_trial
@@ -177,5 +178,6 @@ def _comparison(
         "axis": axis,
         "left_out": found.left_out,
         "chart": drawn.add(f"by_{axis}", charts.axis_chart(axis, found.cells, look, metric)),
+        "forecasts": forecast_table(found.cells, look.axis != axis),
         "speed": drawn.add(f"quality_and_speed_by_{axis}", charts.speed_chart(axis, found.cells, look)),
     }

@@ -6,6 +6,7 @@ Numbers are written with all their digits, what is not known as nothing.
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from data_pipeline.disk import renamed
 from stpredict.studies.analysis import Analysis, Estimate
 from stpredict.studies.compare import comparison_of, to_compare
 from stpredict.studies.config import Role
+from stpredict.studies.forecasts import MEASURED, of_trial
 from stpredict.studies.look import Look
 from stpredict.studies.points import TrialPoints
 
@@ -56,7 +58,7 @@ def runs_table(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> Table
         [
             *("trial", *axes, "state", "why", "parameters", "embedding_parameters", "learning_rate", "step", "tokens"),
             *("flops", "metric", "loss", "training_s", "memory_gb", "block_tokens", "psnr", "ssim", "frames_per_s"),
-            *("frames_per_s_with_tokenizer", "run"),
+            *("frames_per_s_with_tokenizer", *(f"forecast_{name}" for name in MEASURED), "run"),
         ],
         [
             [
@@ -66,6 +68,7 @@ def runs_table(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> Table
                 *(trial.metric, trial.final_loss, trial.seconds, trial.memory_gb, trial.block_tokens),
                 *((e.prediction.psnr, e.prediction.ssim) if (e := trial.evaluation) else (None, None)),
                 *((s.frames_per_s, s.frames_per_s_whole) if (s := trial.speed) else (None, None)),
+                *(of_trial(trial, name) for name in MEASURED),
                 str(trial.run.path),
             ]
             for trial in trials
@@ -102,6 +105,7 @@ def _comparisons(
         "psnr": lambda trial: trial.evaluation and trial.evaluation.prediction.psnr,
         "ssim": lambda trial: trial.evaluation and trial.evaluation.prediction.ssim,
         "frames_per_s": lambda trial: trial.speed and trial.speed.frames_per_s,
+        **{f"forecast_{name}": partial(of_trial, metric=name) for name in MEASURED},
     }
     rows = []
     for axis in to_compare(axes, trials):

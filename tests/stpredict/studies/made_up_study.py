@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from stpredict.evaluation.forecast_scores import Difference, ForecastEvaluation, MethodScores, Values
 from stpredict.evaluation.generated import Speed
 from stpredict.evaluation.results import Evaluation, PerFrame, Scores, TokenizerScores
 from stpredict.jobs.config import StudyReportConfig
@@ -101,6 +102,37 @@ def write_blocks(folder: Path, seconds: Mapping[str, float]) -> StudyReportConfi
             runs = {job: folder / f"{name}-{job}" for job in ("prior", "predictions", "evaluation")}
             trials[name] = {"at": {"block": block, "seed": f"seed{seed}"}, "runs": runs}
     return StudyReportConfig(run=folder / "report", axes={"block": "other", "seed": "seed"}, trials=trials)
+
+
+def write_translators(folder: Path, rmse: Mapping[str, float]) -> StudyReportConfig:
+    """A study of translators (label → RMSE of forecasts), each with two seeds 0.2 apart; persistence's is 3 K,
+    climatology's 2 K, and MAEs are half of the RMSEs."""
+    trials = {}
+    for translator, middle in rmse.items():
+        for seed in (0, 1):
+            name = f"{translator}-seed{seed}"
+            write_training(folder / f"{name}-prior", 100_000)
+            evaluated = Run(folder / f"{name}-evaluation")
+            evaluated.update_status(kind="evaluate", state="done")
+            methods = {"prediction": middle + 0.2 * (seed - 0.5), "persistence": 3.0, "climatology": 2.0}
+            evaluation = ForecastEvaluation(
+                data="field", samples=9, input_frames=2, output_frames=2, channels=["t2m"], units=["K"],
+                leads_h=[1, 2], headline="rmse", differences=[_against(method) for method in list(methods)[1:]],
+                methods={method: _errors(value) for method, value in methods.items()},
+            )  # fmt: skip
+            (evaluated.path / "metrics.json").write_text(evaluation.model_dump_json())
+            runs = {job: folder / f"{name}-{job}" for job in ("prior", "evaluation")}
+            trials[name] = {"at": {"translator": translator, "seed": f"seed{seed}"}, "runs": runs}
+    return StudyReportConfig(run=folder / "report", axes={"translator": "other", "seed": "seed"}, trials=trials)
+
+
+def _errors(rmse: float) -> MethodScores:
+    values = {"rmse": rmse, "mae": rmse / 2}
+    return MethodScores(metrics={name: Values(overall=x, per_lead=[x, x]) for name, x in values.items()})
+
+
+def _against(method: str) -> Difference:
+    return Difference(other=method, metric="rmse", value=-1, stderr=0.1)
 
 
 def _evaluation(speed: Speed) -> Evaluation:

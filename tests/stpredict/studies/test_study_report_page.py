@@ -18,6 +18,7 @@ from tests.stpredict.studies.made_up_study import (
     write_blocks,
     write_sizes,
     write_training,
+    write_translators,
 )
 
 SIZES = {"small": 100_000, "middle": 400_000, "large": 1_600_000}
@@ -220,6 +221,28 @@ def test_blocks_are_compared_by_loss_quality_and_speed(tmp_path):
     assert [int(row["block_tokens"]) for row in runs] == [16, 16, 4, 4, 1, 1]
     assert {"by_block.png", "quality_and_speed_by_block.png"} <= {p.name for p in (tmp_path / "report").iterdir()}
     for part in ("By block", "block (tokens)", "repeat last frame", "+1.00"):
+        assert part in page, part
+
+
+def test_forecasts_are_compared_as_papers_print_them_beside_their_yardsticks(tmp_path):
+    config = write_translators(tmp_path, {"gsta": 1.5, "incepu": 2.5})
+    page = write_study_report(config, tmp_path / "report").read_text()
+    first, second = rows_of(tmp_path / "report", "comparisons")
+    assert (first["value"], second["value"]) == ("gsta", "incepu")
+    assert float(first["forecast_rmse"]) == pytest.approx(1.5)
+    assert float(second["forecast_mae"]) == pytest.approx(1.25)
+    assert float(first["forecast_rmse_sd"]) == pytest.approx(0.2 / math.sqrt(2))
+    assert first["forecast_ssim"] == first["psnr"] == ""
+    runs = {row["trial"]: row for row in rows_of(tmp_path / "report", "runs")}
+    assert float(runs["incepu-seed1"]["forecast_rmse"]) == pytest.approx(2.6)
+    for part in (
+        "By translator",
+        "RMSE (K) of forecasts",  # of the chart
+        *(f'<tr><td>{name}</td><td class="number">{n}</td>' for name, n in (("gsta", 2), ("persistence", 4))),
+        '<td class="number">0.75 ± 0.071</td><td class="number">1.5 ± 0.14</td></tr>',
+        '<td class="number">1.5</td><td class="number">3</td></tr>',
+        "<tr><td>climatology</td>",
+    ):
         assert part in page, part
 
 
