@@ -64,10 +64,11 @@ def plan_training(config: TrainConfig, tokenizer: tuple[CausalCnnConfig, ClipCon
                     sample["label"] = torch.empty((), dtype=torch.int64)
             case ForecasterJobConfig():
                 channels = config.model.channels
-                scaling = Scaling((0.0,) * channels, (1.0,) * channels)
-                task = ForecasterTask(config.model, config.loss, config.data, (scaling, scaling), config.seed)
+                same = Scaling((0.0,) * channels, (1.0,) * channels)
+                task = ForecasterTask(config.model, config.loss, config.data, (same, same), config.seed)
                 clip = config.data.clips(config.model).clip
-                video = config.data.scaling is None or isinstance(config.data.scaling, UnitScaling)
+                scaling = config.data.scaling
+                video = channels in (1, 3) if scaling is None else isinstance(scaling, UnitScaling)
                 dtype = torch.uint8 if video else torch.float32
                 sample = {"clip": torch.empty(clip.frames, *clip.size, channels, dtype=dtype)}
     judging = None

@@ -12,7 +12,8 @@ from stpredict.training.flops import FORWARDS_PER_STEP, ShapesOnly, count_flops
 @dataclass(frozen=True)
 class Size:
     """``flops_forward``, ``macs_forward`` and ``tokens`` are one sample's. FLOPs are those that are computed, a
-    multiply-add counting as two; multiply-adds are those of the architecture as published, which may have more.
+    multiply-add counting as two; multiply-adds are counted as papers on such models do
+    (stpredict/forecasters/published_macs.py), to be held against theirs.
 
     Backward, every product is made twice: for the gradient of its input, and of its weight. Nobody asks for that of
     the first layer's input where it is data, which is counted all the same, as the engine counts it for its MFU: 0.1 %
@@ -39,7 +40,7 @@ def size_of(planned: Planned) -> Size:
         embedding_parameters=sum(p.numel() for p in tables),
         tokens=task.tokens(planned.batch(1)),
         flops_forward=flops,
-        macs_forward=flops / 2 + task.macs_saved(),
+        macs_forward=task.published_macs(flops / 2),
     )
 
 

@@ -5,7 +5,6 @@ makes a frame of each; one skip leads from the encoder's first layer to the deco
 encoder and translator, or after that, it is SVQ's model (Chen et al. 2023, arXiv:2312.03406); the skip by-passes it.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from stpredict.forecasters.config import SimVPConfig
 from stpredict.forecasters.translators.build import build_translator
 from stpredict.quantizers.build import build_quantizer
-from stpredict.quantizers.svq import Svq
 
 GROUPS = 2  # of every GroupNorm
 
@@ -101,12 +99,10 @@ class SimVP(nn.Module):
         """In the order of the forward pass: what may be recomputed or compiled one by one."""
         return [*self.encoder.blocks, *self.translator.blocks, *self.decoder.blocks]
 
-    def macs_saved(self) -> float:
-        """Multiply-adds of SVQ as published, for one sample, that this one does without."""
-        if not isinstance(self.quantizer, Svq):
-            return 0.0
-        passes = -(-self.config.output_frames // self.config.input_frames)
-        return self.quantizer.macs_saved(passes * self.config.input_frames * math.prod(self.config.grid))
+    @property
+    def passes(self) -> int:
+        """Times that a forward pass goes through the network, for the whole horizon."""
+        return -(-self.config.output_frames // self.config.input_frames)
 
     def forward(self, frames: Tensor) -> Forecast:
         """Of longer horizons, each ``input_frames`` of them are predicted from those predicted before, with their
@@ -117,7 +113,7 @@ class SimVP(nn.Module):
             raise ValueError(f"frames (c, t, h, w) are {tuple(frames.shape[1:])}, this model takes {wanted}")
         parts: list[Tensor] = []
         commitments: list[Tensor] = []
-        for _ in range(-(-config.output_frames // config.input_frames)):
+        for _ in range(self.passes):
             frames, commitment = self._next(frames)
             parts.append(frames)
             commitments += [] if commitment is None else [commitment]

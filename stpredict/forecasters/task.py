@@ -12,6 +12,7 @@ from stpredict.evaluation.pictures import side_by_side, stacked
 from stpredict.exports import ForecasterExport
 from stpredict.forecasters.build import build_forecaster
 from stpredict.forecasters.config import AnyForecaster, ForecasterDataConfig, ForecasterLossConfig
+from stpredict.forecasters.published_macs import published_macs
 from stpredict.forecasters.scaling import Scaling
 from stpredict.losses.differential_divergence import differential_divergence
 from stpredict.training.task import Batch, Forward, Share, Sums, Task, TrainingBatches
@@ -48,8 +49,8 @@ class ForecasterTask(Task):
     def layers(self) -> Sequence[nn.Module]:
         return self.model.layers()
 
-    def macs_saved(self) -> float:
-        return self.model.macs_saved()
+    def published_macs(self, computed: float) -> float:
+        return published_macs(self.model, computed)
 
     def training_batches(self, share: Share, consumed: Mapping[str, int]) -> TrainingBatches:
         return clip_batches(

@@ -94,9 +94,9 @@ class Task(ABC):
         engine counts them."""
         return None
 
-    def macs_saved(self) -> float:
-        """Multiply-adds of one sample's forward pass that papers count and this model does without."""
-        return 0.0
+    def published_macs(self, computed: float) -> float:
+        """Multiply-adds of one sample as papers print them, of a model whose forward pass takes ``computed``."""
+        return computed
 
     def adversarial_step(self, judge: Forward, batch: Batch) -> Sums:
         """The sum of each of the model's adversarial terms over a batch that ``training_step`` has seen. ``judge``
