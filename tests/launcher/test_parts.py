@@ -60,7 +60,9 @@ def do(config) -> None:
 
 
 def contents(run) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for split in parts.SPLITS for path in (run / split).iterdir()}
+    return {
+        str(path.relative_to(run)): path.read_bytes() for split in ("train", "val") for path in (run / split).iterdir()
+    }
 
 
 def times(folder) -> dict[str, int]:
