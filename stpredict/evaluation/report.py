@@ -23,6 +23,12 @@ from stpredict.run import write_atomically
 
 MOST_PICTURES = 8
 PICTURE_BYTES = 5 * 2**20  # of GIFs in one page; base64 makes a third more of them
+# Of an evaluation of forecasts: what is shown beside its curves, where it is there.
+FORECAST_PICTURES = {
+    "error_maps": "Where the errors are",
+    "quantizer": "What the quantizer does: weights, codes and latents",
+    "feature_maps": "Latents before and after the quantizer",
+}
 
 
 def write_report(title: str, runs: dict[str, Path], out: Path) -> Path:
@@ -91,9 +97,12 @@ def _pictured(index: Index | ReconstructedIndex | ForecastIndex) -> str:
 
 
 def _forecast(run: RunFacts) -> dict[str, Any]:
-    maps = run.run.path / "error_maps.png"
-    uri = _data_uri("image/png", maps.read_bytes()) if maps.is_file() else None
-    return {"run": run, "e": run.forecast, "chart": _svg(lead_time_chart(run.forecast), run), "maps": uri}
+    pictures = {
+        title: _data_uri("image/png", path.read_bytes())
+        for name, title in FORECAST_PICTURES.items()
+        if (path := run.run.path / f"{name}.png").is_file()
+    }
+    return {"run": run, "e": run.forecast, "chart": _svg(lead_time_chart(run.forecast), run), "pictures": pictures}
 
 
 def _training(run: RunFacts) -> dict[str, Any]:

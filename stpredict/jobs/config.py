@@ -347,6 +347,12 @@ class EvaluateConfig(JobConfig):
         exclude_if=lambda value: value is None,
         description="shards whose split train says what is usual: a yardstick for forecasts of fields",
     )
+    quantizer_samples: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda value: value is None,
+        description="also what the forecaster's quantizer does with so many of the samples: quantizer.json, pictures",
+    )
     others: dict[str, Path] = Field(
         {}, exclude_if=lambda value: not value, description="name → run of another forecast of the same samples"
     )

@@ -1,25 +1,36 @@
 """Measures what a generate job wrote: metrics.json, frames.png, and a table in the log; of what a reconstruct job
 wrote, metrics.json and a line; of what a forecast job wrote, metrics.json, lead_times.csv and .png, of fields
-error_maps.png, and a table. One process does it."""
+error_maps.png, and a table; of its forecaster's quantizer, where that is asked for, quantizer.json and pictures. One
+process does it."""
 
 import logging
 import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
 
 from data_pipeline.config import Location
 from data_pipeline.errors import UsageError
+from stpredict.config import load
 from stpredict.evaluation.charts import frame_chart
 from stpredict.evaluation.climatology import Climatology, read_climatology
 from stpredict.evaluation.forecast_charts import error_map_chart, lead_time_chart
 from stpredict.evaluation.forecast_evaluation import evaluate_forecasts
 from stpredict.evaluation.forecast_scores import as_csv
 from stpredict.evaluation.forecast_scores import as_text as forecast_text
-from stpredict.evaluation.forecasts import is_forecast, read_forecasts
+from stpredict.evaluation.forecasts import Forecasts, is_forecast, read_forecasts
 from stpredict.evaluation.frame_prediction import evaluate
 from stpredict.evaluation.generated import read_generated
+from stpredict.evaluation.quantizer_analysis import analyse, feature_maps
+from stpredict.evaluation.quantizer_charts import density_chart, feature_map_chart
+from stpredict.evaluation.quantizer_results import QuantizerAnalysis
 from stpredict.evaluation.reconstructed import is_reconstructed, read_reconstructed
 from stpredict.evaluation.reconstruction import evaluate_reconstruction
 from stpredict.evaluation.results import as_text
-from stpredict.jobs.config import EvaluateConfig
+from stpredict.forecasters.scaling import Scaling
+from stpredict.jobs.config import EvaluateConfig, ForecastConfig
+from stpredict.jobs.forecast import assembled
 from stpredict.run import Progress, Run, write_atomically
 
 log = logging.getLogger(__name__)
@@ -28,9 +39,9 @@ log = logging.getLogger(__name__)
 def run(config: EvaluateConfig, run: Run) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    if (config.climatology or config.others) and not is_forecast(Run(config.generated)):
-        key = "climatology" if config.climatology else "others"
-        raise UsageError(f"{key}: of a forecast job's run; {config.generated} is none")
+    of_forecasts = [key for key in ("climatology", "others", "quantizer_samples") if getattr(config, key)]
+    if of_forecasts and not is_forecast(Run(config.generated)):
+        raise UsageError(f"{of_forecasts[0]}: of a forecast job's run; {config.generated} is none")
     if is_reconstructed(Run(config.generated)):
         _reconstruction(config, run)
         return
@@ -63,6 +74,7 @@ def _forecast(config: EvaluateConfig, run: Run) -> None:
         if found.index.data == "frames":
             raise UsageError(f"climatology: of fields; {config.generated} forecasts video: leave it out")
         usual = _climatology(config.climatology, run)
+    analysed = _quantizer(config, found, run) if config.quantizer_samples else None
     progress = Progress(run, len(found.truth), "sample")
     measured, maps = evaluate_forecasts(
         found, others, usual, config.lpips, lambda done, _: progress.update(done, "measured")
@@ -73,6 +85,38 @@ def _forecast(config: EvaluateConfig, run: Run) -> None:
     if measured.data == "field":
         error_map_chart(measured, maps.bias, maps.rmse).savefig(run.path / "error_maps.png", dpi=150)
     log.info("%s", forecast_text(measured))
+    if analysed:
+        log.info("%s", analysed.in_words())
+
+
+def _quantizer(config: EvaluateConfig, found: Forecasts, run: Run) -> QuantizerAnalysis:
+    """Of the forecaster that made the forecasts; writes quantizer.json, quantizer.png and feature_maps.png."""
+    job = load(ForecastConfig, Run(config.generated).config_path)
+    forecaster, _ = assembled(job)
+    if getattr(forecaster, "quantizer", None) is None:
+        raise UsageError(f"quantizer_samples: {job.forecaster} has no quantizer; leave it out")
+    scaling = Scaling(tuple(found.index.offset), tuple(found.index.scale))
+    given = found.given[: config.quantizer_samples]
+    progress = Progress(run, 2 * len(given), "sample")
+    done = 0
+
+    class Batches:
+        """Gone through twice."""
+
+        def __iter__(self) -> Iterator[Tensor]:
+            nonlocal done
+            for start in range(0, len(given), job.batch_size):
+                batch = given[start : start + job.batch_size]
+                yield scaling.scaled(torch.from_numpy(batch.copy()))
+                done += len(batch)
+                progress.update(done, "quantizer")
+
+    analysis = analyse(forecaster, Batches())
+    write_atomically(run.path / "quantizer.json", analysis.model_dump_json(indent=1) + "\n")
+    density_chart(analysis).savefig(run.path / "quantizer.png", dpi=150)
+    maps = feature_maps(forecaster, scaling.scaled(torch.from_numpy(given[:1].copy()))[0])
+    feature_map_chart(maps).savefig(run.path / "feature_maps.png", dpi=150)
+    return analysis
 
 
 def _climatology(shards: Location, run: Run) -> Climatology:

@@ -39,7 +39,7 @@ SPLITS = ("test", "val")  # of which the first that is there is forecast
 
 
 def run(config: ForecastConfig, run: Run) -> None:
-    forecaster, export = _assembled(config)
+    forecaster, export = assembled(config)
     split = config.data.split or _split(config)
     data = _clips(config, export)
     manifest = read_set(config.data.shards, split).manifest
@@ -90,7 +90,7 @@ def run(config: ForecastConfig, run: Run) -> None:
         ranks.barrier()
 
 
-def _assembled(config: ForecastConfig) -> tuple[torch.nn.Module, ForecasterExport]:
+def assembled(config: ForecastConfig) -> tuple[torch.nn.Module, ForecasterExport]:
     """The forecaster, for the horizon that is asked for and with the parts that come from others. UsageError where
     those do not fit."""
     forecaster, export = load_forecaster(config.forecaster)

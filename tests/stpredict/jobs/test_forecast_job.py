@@ -5,16 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from data_pipeline.errors import UsageError
 from stpredict.config import as_yaml
 from stpredict.evaluation.forecasts import read_forecasts
+from stpredict.evaluation.quantizer_results import QuantizerAnalysis
 from stpredict.exports import ForecasterExport, load_forecaster
 from stpredict.forecasters.build import build_forecaster
 from stpredict.forecasters.config import SimVPConfig
-from stpredict.jobs import forecast
-from stpredict.jobs.config import ForecastConfig
+from stpredict.jobs import evaluate, forecast
+from stpredict.jobs.config import EvaluateConfig, ForecastConfig
 from stpredict.run import Run
 from tests.stpredict.conftest import OneOf
 from tests.stpredict.forecasters.fields import SIZE, STEPS, moving_field
@@ -55,7 +57,9 @@ def forecasts(tmp_path, field_shards, monkeypatch):
         run = Run(tmp_path / f"forecast{len(list(tmp_path.iterdir()))}")
         run.update_status(kind="forecast")
         data = {"shards": field_shards, "workers": 0, **config.pop("data", {})}
-        forecast.run(ForecastConfig(run=run.path, forecaster=forecaster, data=data, pictures=1, **config), run)
+        job = ForecastConfig(run=run.path, forecaster=forecaster, data=data, pictures=1, **config)
+        run.config_path.write_text(as_yaml(job))
+        forecast.run(job, run)
         return read_forecasts(run)
 
     return forecasts
@@ -136,3 +140,28 @@ def test_video_is_stored_as_it_is_and_predicted_in_grey_levels(forecasts, tmp_pa
     assert (made.truth.dtype, made.prediction.dtype, made.index.data) == (np.uint8, np.float32, "frames")
     assert made.index.channels == ["grey"]
     assert json.loads((made.where / "index.json").read_text())["times"] is None
+
+
+def test_evaluate_says_what_the_quantizer_of_the_forecaster_does(forecasts, tmp_path):
+    svq = {"kind": "svq", "codebook_size": 16, "hidden": 8}
+    where = make_forecaster(tmp_path / "export", quantizer=svq)
+    made, run = forecasts(where), Run(tmp_path / "evaluation")
+    assert made.index.forecaster == "gsta + svq"
+    run.update_status(kind="evaluate")
+    forecast_run = made.where.parent
+    evaluate.run(EvaluateConfig(run=run.path, generated=forecast_run, quantizer_samples=2), run)
+    found = QuantizerAnalysis.model_validate_json((run.path / "quantizer.json").read_bytes())
+    model, _ = load_forecaster(where)
+    scaled = (torch.from_numpy(np.array(made.given)) - torch.tensor(OFFSET)) / torch.tensor(SCALE)
+    latents, _ = model.latents(scaled.permute(0, 4, 1, 2, 3))
+    weights = torch.cat(list(model.quantizer.weights(latents))).double().numpy()
+    standard = (weights - weights.mean()) / weights.std()
+    assert found.weights.kurtosis == pytest.approx((standard**4).mean() - 3, rel=1e-4)
+    active = (np.abs(standard) > 2).sum(0)
+    shares = active[active > 0] / active.sum()
+    assert found.activity[0].perplexity == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+    for name in ("quantizer", "feature_maps"):
+        assert Image.open(run.path / f"{name}.png").size[0] > 100
+    plain = forecasts(make_forecaster(tmp_path / "plain")).where.parent
+    with pytest.raises(UsageError, match=r"quantizer_samples: .*plain has no quantizer; leave it out"):
+        evaluate.run(EvaluateConfig(run=run.path, generated=plain, quantizer_samples=2), run)
