@@ -10,9 +10,9 @@ from data_pipeline.config import ClipConfig
 from data_pipeline.errors import UsageError
 from stpredict.estimates.judging import Judging, plan_judging
 from stpredict.estimates.tokenizing import Tokenizing, plan_tokenizing
-from stpredict.forecasters.config import UnitScaling
+from stpredict.forecasters.build_task import build_forecaster_task
+from stpredict.forecasters.config import RecurrentConfig, UnitScaling
 from stpredict.forecasters.scaling import Scaling
-from stpredict.forecasters.task import ForecasterTask
 from stpredict.jobs.config import ForecasterJobConfig, PriorJobConfig, TokenizerJobConfig
 from stpredict.priors.config import LatentConfig, TokenizedClipsConfig
 from stpredict.priors.data import PlannedLatents
@@ -65,12 +65,14 @@ def plan_training(config: TrainConfig, tokenizer: tuple[CausalCnnConfig, ClipCon
             case ForecasterJobConfig():
                 channels = config.model.channels
                 same = Scaling((0.0,) * channels, (1.0,) * channels)
-                task = ForecasterTask(config.model, config.loss, config.data, (same, same), config.seed)
+                task = build_forecaster_task(config.model, config.loss, config.data, (same, same), config.seed)
                 clip = config.data.clips(config.model).clip
                 scaling = config.data.scaling
                 video = channels in (1, 3) if scaling is None else isinstance(scaling, UnitScaling)
                 dtype = torch.uint8 if video else torch.float32
                 sample = {"clip": torch.empty(clip.frames, *clip.size, channels, dtype=dtype)}
+                if isinstance(config.model, RecurrentConfig):
+                    sample["shown"] = torch.empty(config.model.output_frames - 1, dtype=torch.bool)
     judging = None
     if isinstance(config, TokenizerJobConfig):
         judging = plan_judging(config, task, partial(_batch, sample))

@@ -115,7 +115,35 @@ class ForecasterConfig(Config):
         return {"frames": self.input_frames + self.output_frames, "size": self.size}
 
 
-class SimVPConfig(ForecasterConfig):
+class StridedConfig(ForecasterConfig):
+    """Forecasters that see a frame on a coarser grid."""
+
+    padding: Literal["replicate", "refuse"] = Field(
+        "replicate", description="of frames whose sides the strides do not divide; what is added is cut off again"
+    )
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a frame's side that become one on the grid."""
+        raise NotImplementedError
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Its height and width."""
+        height, width = self.size
+        return -(-height // self.stride), -(-width // self.stride)
+
+    @model_validator(mode="after")
+    def _strides_divide(self):
+        height, width = self.size
+        if self.padding == "refuse" and (height % self.stride or width % self.stride):
+            raise ValueError(
+                f"size {height}x{width}: sides must be multiples of {self.stride}; or take padding replicate"
+            )
+        return self
+
+
+class SimVPConfig(StridedConfig):
     """SimVP and SimVPv2: encoder, translator, decoder. The defaults are SimVPv2's on Moving MNIST: 46,769,665
     parameters."""
 
@@ -126,50 +154,61 @@ class SimVPConfig(ForecasterConfig):
     N_T: int = Field(8, ge=2, description="blocks of the translator")
     translator: AnyTranslator = GstaConfig()
     quantizer: AnyQuantizer | None = None
-    padding: Literal["replicate", "refuse"] = Field(
-        "replicate", description="of frames whose sides the strides do not divide; what is added is cut off again"
-    )
 
     @property
     def stride(self) -> int:
-        """Pixels of a frame's side that become one on the translator's grid."""
         return 2 ** (self.N_S // 2)
 
+
+class ScheduledSamplingConfig(Config):
+    """How often a recurrent forecaster sees, in training, a true frame in the place of its own prediction of it (Bengio
+    et al. 2015, arXiv:1506.03099). The defaults are those of every published comparison."""
+
+    start: float = Field(1.0, ge=0, le=1, description="share of the frames before the first step")
+    decrease: float = Field(2e-5, ge=0, description="of that share in every step, the first one too")
+    stop: int = Field(50_000, ge=0, description="step from which it sees its own predictions alone")
+
+    def share(self, step: int) -> float:
+        """Of the frames of step ``step`` (the first is 0)."""
+        return max(0.0, self.start - self.decrease * (step + 1)) if step < self.stop else 0.0
+
+
+class RecurrentConfig(StridedConfig):
+    """Recurrent layers over a frame's patches, which predict frame after frame."""
+
+    hidden: tuple[PositiveInt, ...] = Field((128, 128, 128, 128), min_length=1, description="channels of each layer")
+    kernel: int = Field(5, ge=1, description="sides of the cells' convolutions, odd")
+    patch: int = Field(4, ge=1, description="side of the squares of pixels that become channels")
+    scheduled_sampling: ScheduledSamplingConfig = ScheduledSamplingConfig()
+
     @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of what the translator sees."""
-        height, width = self.size
-        return -(-height // self.stride), -(-width // self.stride)
+    def stride(self) -> int:
+        return self.patch
 
     @model_validator(mode="after")
-    def _strides_divide(self):
-        height, width = self.size
-        if self.padding == "refuse" and (height % self.stride or width % self.stride):
-            raise ValueError(
-                f"size {height}x{width}: sides must be multiples of {self.stride} (N_S {self.N_S}); or take padding "
-                "replicate"
-            )
+    def _kernel_is_odd(self):
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel {self.kernel}: frames keep their size under odd ones alone")
         return self
 
 
-class RecurrentConfig(ForecasterConfig):
-    """Stacked recurrent layers over patches, which predict frame after frame."""
-
-    hidden: tuple[PositiveInt, ...] = Field((128, 128, 128, 128), min_length=1, description="channels of each layer")
-    kernel: int = Field(5, ge=1, description="of all convolutions, odd")
-    patch: int = Field(4, ge=1, description="pixels folded into channels, per side")
-
-
 class ConvLstmConfig(RecurrentConfig):
-    """ConvLSTM (Shi et al. 2015)."""
+    """ConvLSTM (Shi et al. 2015). Published are 4 layers of 64 (small), 128 and 192 (large) channels."""
 
     kind: Literal["conv_lstm"] = "conv_lstm"
 
 
 class PredRnnConfig(RecurrentConfig):
-    """PredRNN (Wang et al. 2017): spatiotemporal LSTM with a memory that zigzags through the layers."""
+    """PredRNN (Wang et al. 2017): a second memory goes up through the layers, and on from the last to the first. The
+    defaults are the published ones on Moving MNIST: 23,838,720 parameters."""
 
     kind: Literal["pred_rnn"] = "pred_rnn"
+
+    @model_validator(mode="after")
+    def _memory_fits_every_layer(self):
+        if len(set(self.hidden)) > 1:
+            raise ValueError(f"hidden {list(self.hidden)}: one memory goes through all layers; give all the same")
+        return self
 
 
 AnyForecaster = Annotated[SimVPConfig | ConvLstmConfig | PredRnnConfig, Field(discriminator="kind")]

@@ -26,6 +26,13 @@ class Forecast(NamedTuple):
     commitment: Tensor | None = None
 
 
+def padded(frames: Tensor, stride: int) -> Tensor:
+    """``(n, c, h, w)`` with the last row and column repeated, until ``stride`` divides the sides."""
+    height, width = frames.shape[-2:]
+    down, right = -height % stride, -width % stride
+    return F.pad(frames, (0, right, 0, down), mode="replicate") if down or right else frames
+
+
 class ConvBlock(nn.Module):
     """3x3 convolution, GroupNorm, SiLU: ``(n, c, h, w)`` to ``(n, d, h, w)``; with half or, by PixelShuffle, twice as
     many pixels to a side."""
@@ -124,7 +131,7 @@ class SimVP(nn.Module):
         """As many frames as are given, and the quantizer's part of the loss."""
         batch, _, time, height, width = frames.shape
         stacked = rearrange(frames, "b c t h w -> (b t) c h w").to(self.decoder.readout.weight.dtype)
-        latent, skip = self.encoder(self._padded(stacked))
+        latent, skip = self.encoder(padded(stacked, self.config.stride))
         latent, commitment = self._quantized(latent, batch, "before")
         latent = self.translator(rearrange(latent, "(b t) c h w -> b (t c) h w", b=batch))
         latent = rearrange(latent, "b (t c) h w -> (b t) c h w", t=time)
@@ -139,12 +146,6 @@ class SimVP(nn.Module):
         quantized, commitment = self.quantizer(rearrange(latent, "(b t) c h w -> b t c h w", b=batch))
         return rearrange(quantized, "b t c h w -> (b t) c h w"), commitment
 
-    def _padded(self, frames: Tensor) -> Tensor:
-        """With the last row and column repeated, until the strides divide the sides."""
-        stride, (height, width) = self.config.stride, frames.shape[-2:]
-        down, right = -height % stride, -width % stride
-        return F.pad(frames, (0, right, 0, down), mode="replicate") if down or right else frames
-
     def latents(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """What the quantizer gets and what it makes of it, ``(b, t, c, h', w')`` each, of the first frames. ValueError
         where there is none."""
@@ -152,7 +153,7 @@ class SimVP(nn.Module):
             raise ValueError("this model has no quantizer")
         batch, time = frames.shape[0], frames.shape[2]
         stacked = rearrange(frames, "b c t h w -> (b t) c h w").to(self.decoder.readout.weight.dtype)
-        latent, _ = self.encoder(self._padded(stacked))
+        latent, _ = self.encoder(padded(stacked, self.config.stride))
         if self.config.quantizer.place == "after":
             latent = self.translator(rearrange(latent, "(b t) c h w -> b (t c) h w", b=batch))
             latent = rearrange(latent, "b (t c) h w -> (b t) c h w", t=time)

@@ -14,6 +14,7 @@ from stpredict.forecasters.build import build_forecaster
 from stpredict.forecasters.config import AnyForecaster, ForecasterDataConfig, ForecasterLossConfig
 from stpredict.forecasters.published_macs import published_macs
 from stpredict.forecasters.scaling import Scaling
+from stpredict.forecasters.simvp import Forecast
 from stpredict.losses.differential_divergence import differential_divergence
 from stpredict.training.task import Batch, Forward, Share, Sums, Task, TrainingBatches
 
@@ -63,15 +64,24 @@ class ForecasterTask(Task):
             clips, self.data.validation, seed=self.seed, share=share, quarantined=self.quarantined
         )
 
+    @property
+    def learned_frames(self) -> int:
+        """Of each clip, those that carry loss in training."""
+        return self.model.config.output_frames
+
+    def learned(self, forward: Forward, batch: Batch) -> tuple[Forecast, Tensor]:
+        """What is predicted of those in training, and the truth."""
+        given, truth = self._split(self.training_scaling.scaled(batch["clip"]))
+        return forward(given), truth
+
     def counts(self, batch: Batch) -> dict[str, float]:
         config, clips = self.model.config, float(len(batch["clip"]))
-        values = clips * config.output_frames * config.channels * math.prod(config.size)
-        steps = max(1, config.output_frames - 1)  # of one frame there are no differences, and the term is 0
+        values = clips * self.learned_frames * config.channels * math.prod(config.size)
+        steps = max(1, self.learned_frames - 1)  # of one frame there are no differences, and the term is 0
         return {"mse": values, "mae": values, "differential_divergence": clips * steps, "commitment": clips}
 
     def training_step(self, forward: Forward, batch: Batch) -> Sums:
-        given, truth = self._split(self.training_scaling.scaled(batch["clip"]))
-        forecast = forward(given)
+        forecast, truth = self.learned(forward, batch)
         prediction = forecast.frames.float()
         error = prediction - truth
         sums = {"mse": error.square().sum(), "mae": error.abs().sum()}
@@ -116,7 +126,8 @@ class ForecasterTask(Task):
 
     def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
         given, truth = self._split(self.validation_scaling.scaled(batch["clip"][:PICTURED]))
-        prediction = forward(given).frames.float()
+        with torch.compiler.set_stance("force_eager"):  # so small a batch would be compiled for its own size
+            prediction = forward(given).frames.float()
         rows = []
         for shown in zip(given, truth, prediction, strict=True):
             before, after, made = (grey_levels(frames, torch.cat(shown[:2], dim=1)) for frames in shown)

@@ -7,8 +7,8 @@ import torch
 from data_pipeline.shard_set import read_set
 from stpredict.config import flat
 from stpredict.exports import export_checkpoint, load_tokenizer
+from stpredict.forecasters.build_task import build_forecaster_task
 from stpredict.forecasters.scaling import read_scalings
-from stpredict.forecasters.task import ForecasterTask
 from stpredict.jobs.config import FORCE, ForecasterJobConfig, PriorJobConfig, TokenizerJobConfig
 from stpredict.jobs.requeue import requeue
 from stpredict.priors.config import given_latent_frames
@@ -58,4 +58,4 @@ def build_task(config: TrainConfig) -> Task:
             return task
         case ForecasterJobConfig():
             scalings = read_scalings(config.data, config.model.channels, config.data.validation)
-            return ForecasterTask(config.model, config.loss, config.data, scalings, config.seed)
+            return build_forecaster_task(config.model, config.loss, config.data, scalings, config.seed)

@@ -18,6 +18,7 @@ from stpredict.priors.next_block import NextBlockPrior
 from stpredict.priors.prefixes import text_tokenizer_hash
 from stpredict.sampling.config import SamplingConfig
 from stpredict.sampling.next_block import continue_tokens
+from stpredict.training.drawn import Drawn
 from stpredict.training.task import Batch, Forward, Share, Sums, Task, TrainingBatches
 
 PICTURED = 4
@@ -120,27 +121,14 @@ class PriorTask(Task):
         return forward(sequence, *prefix, score_from=self.score_from)
 
 
-class WithoutSomeLabels:
+class WithoutSomeLabels(Drawn):
     """Training batches in which a ``share`` of the samples has label -1: a function of seed, step and key."""
 
     def __init__(self, batches: TrainingBatches, share: float, seed: int):
-        self._batches, self._share, self._seed = batches, share, seed
+        super().__init__(batches)
+        self._share, self._seed = share, seed
 
-    @property
-    def consumed(self) -> dict[str, int]:
-        return self._batches.consumed
-
-    @property
-    def replaced(self) -> int:
-        return self._batches.replaced
-
-    def draw(self, step: int, count: int) -> list[Batch]:
-        batches = self._batches.draw(step, count)
-        for batch in batches:
-            chance = [chance_of("conditioning dropout", self._seed, step, key) for key in batch["key"]]
-            dropped = torch.tensor(chance) < self._share
-            batch["label"] = batch["label"].masked_fill(dropped, -1)
-        return batches
-
-    def close(self) -> None:
-        self._batches.close()
+    def add(self, step: int, batch: Batch) -> None:
+        chance = [chance_of("conditioning dropout", self._seed, step, key) for key in batch["key"]]
+        dropped = torch.tensor(chance) < self._share
+        batch["label"] = batch["label"].masked_fill(dropped, -1)
