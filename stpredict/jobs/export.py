@@ -15,10 +15,10 @@ from stpredict.priors.llama import refuse_others, write_llama
 from stpredict.run import Run
 from stpredict.training.checkpoint import (
     all_checkpoints,
+    best_checkpoint,
     complete_checkpoints,
     folder_of,
     is_checkpoint,
-    rating,
     read_marker,
     read_state,
     step_of,
@@ -119,8 +119,7 @@ def _best(path: Path) -> Path:
         best = BestConfig.model_validate(config["training"]["checkpoint"]["best"])
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         raise UsageError(f"{path}: --best needs a run that was trained with training.checkpoint.best") from None
-    values = {folder: rating(folder, best.metric) for folder in complete_checkpoints(run.checkpoints)}
-    rated = {folder: value for folder, value in values.items() if value is not None}
-    if not rated:
+    found = best_checkpoint(run.checkpoints, best.metric, best.mode)
+    if found is None:
         raise UsageError(f"{path}: no complete checkpoint here was saved with a validation's {best.metric}")
-    return (max if best.mode == "max" else min)(reversed(rated), key=rated.get)
+    return found

@@ -1,6 +1,9 @@
-"""Trains a tokenizer, a prior or a forecaster: the config says which. Ends with an export of the last step."""
+"""Trains a tokenizer, a prior or a forecaster: the config says which. Ends with an export of the last checkpoint, or
+of the best."""
 
+import logging
 import os
+from pathlib import Path
 
 import torch
 
@@ -16,12 +19,14 @@ from stpredict.priors.data import TrainedTokenizer, check_latent, open_data
 from stpredict.priors.task import PriorTask
 from stpredict.run import Run
 from stpredict.tokenizers.task import TokenizerTask
+from stpredict.training.checkpoint import best_checkpoint
 from stpredict.training.determinism import make_deterministic
 from stpredict.training.engine import Trainer
 from stpredict.training.ranks import join_ranks
 from stpredict.training.signals import sparing_children
 from stpredict.training.task import Task
 
+log = logging.getLogger(__name__)
 TrainConfig = TokenizerJobConfig | PriorJobConfig | ForecasterJobConfig
 
 
@@ -40,8 +45,21 @@ def run(config: TrainConfig, run: Run) -> None:
         trainer.train()
         if ranks.is_main:
             run.update_status(phase="exporting")
-            export_checkpoint(trainer.saver.newest, run.export)
+            export_checkpoint(_to_export(config, run) or trainer.saver.newest, run.export)
         ranks.barrier()
+
+
+def _to_export(config: TrainConfig, run: Run) -> Path | None:
+    """The best checkpoint, where the config wants it and there is one that was validated."""
+    best = config.training.checkpoint.best
+    if config.training.export == "last":
+        return None
+    found = best_checkpoint(run.checkpoints, best.metric, best.mode)
+    if found is None:
+        log.warning("no checkpoint was saved with a validation's %s: the last one is exported", best.metric)
+    else:
+        log.info("%s, the best by %s, is exported", found.name, best.metric)
+    return found
 
 
 def build_task(config: TrainConfig) -> Task:

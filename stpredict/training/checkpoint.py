@@ -319,6 +319,14 @@ def rating(folder: Path, name: str) -> float | None:
     return None if value is None or isnan(value) else value
 
 
+def best_checkpoint(checkpoints: Path, metric: str, mode: Literal["max", "min"]) -> Path | None:
+    """The complete checkpoint that was best by a metric of the validation; of equal ones, the latest. None where none
+    was saved with it."""
+    values = {folder: rating(folder, metric) for folder in complete_checkpoints(checkpoints)}
+    rated = {folder: value for folder, value in values.items() if value is not None}
+    return (max if mode == "max" else min)(reversed(rated), key=rated.get) if rated else None
+
+
 def bytes_of(folder: Path) -> int:
     """Bytes of all files in ``folder``; 0 where there is none. What somebody removes meanwhile does not count."""
     count = 0

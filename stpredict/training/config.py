@@ -200,6 +200,12 @@ class TrainingConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardsConfig = GuardsConfig()
+    # Left out where it is as it always was: runs that are older than the key can be continued.
+    export: Literal["last", "best"] = Field(
+        "last",
+        exclude_if=lambda value: value == "last",
+        description="which checkpoint becomes the run's export; best: by checkpoint.best",
+    )
     # Left out where there is none: runs that are older than the key are runs without.
     early_stopping: EarlyStoppingConfig | None = Field(
         None, exclude_if=lambda value: value is None, description="end when validation is no longer getting better"
@@ -259,6 +265,8 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _best_is_validated(self):
+        if self.export == "best" and not self.checkpoint.best:
+            raise ValueError("export is best: say by what, checkpoint.best")
         if self.checkpoint.best and self.checkpoint.every % self.validate_every:
             raise ValueError(
                 f"checkpoint.best needs a validation at every checkpoint: checkpoint.every {self.checkpoint.every} "

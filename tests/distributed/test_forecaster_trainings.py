@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stpredict.exports import load_forecaster
 from stpredict.run import Run
 from tests.distributed import tokenizer_trainings
+from tests.distributed.command import stpredict
 from tests.distributed.test_engine import assert_same_bits, last_weights, whole_state
 from tests.distributed.toy import run_ranks
 from tests.stpredict.forecasters.fields import SIZE, make_field_shards
@@ -114,3 +116,22 @@ def test_layers_that_are_computed_again_move_their_statistics_once(folders):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_training_that_was_stopped_goes_on_to_the_same_bits(folders, size):
     assert_same_bits(whole_state(Run(folders[size] / "resumed")), whole_state(Run(folders[size] / "gsta")))
+
+
+def test_the_export_is_of_the_best_checkpoint_where_the_config_says_so(tmp_path):
+    shards = make_field_shards(tmp_path / "field")
+    model = MODELS["gsta"]
+    checkpoint = {"every": 3, "keep": 3, "best": {"metric": "mse", "mode": "max"}}  # the first: it learns
+    config = trial(shards, str(tmp_path / "run"), model, export="best", checkpoint=checkpoint)
+    path = tmp_path / "forecaster.yaml"
+    path.write_text(json.dumps(config))
+    done = stpredict("train", path)
+    assert done.returncode == 0, done.stderr
+    first, last = values(tmp_path / "run", "val", "mse")["mse"]
+    assert first > last
+    assert load_forecaster(tmp_path / "run")[1].step == 3
+    config["training"]["checkpoint"] = {"every": 3}
+    path.write_text(json.dumps(config))
+    refused = stpredict("train", path, f"run={tmp_path / 'other'}")
+    assert refused.returncode == 2
+    assert "export is best: say by what, checkpoint.best" in refused.stderr
