@@ -43,7 +43,7 @@ def open_file(path: Path) -> "xr.Dataset":
             engine = _ENGINES.get(file.read(4))
         if engine is None:
             raise DecodeError("is no netCDF file of version 3 or 4")
-        return xr.open_dataset(path, engine=engine, cache=False, decode_timedelta=False)
+        return xr.open_dataset(path, engine=engine, decode_timedelta=False)
 
 
 kept_open = lru_cache(maxsize=OPEN_FILES)(open_file)
