@@ -18,7 +18,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd import Function
-from vector_quantize_pytorch import LFQ, GroupedResidualVQ, ResidualFSQ, ResidualLFQ, ResidualVQ, VectorQuantize
+from vector_quantize_pytorch import LFQ, ResidualFSQ, ResidualLFQ, ResidualVQ, VectorQuantize
 from vector_quantize_pytorch import lookup_free_quantization as lfq
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
 
@@ -89,6 +89,16 @@ class PlugIn(nn.Module):
         return self
 
 
+class _Groups(nn.ModuleList):
+    """A quantizer for each part of the channels. The library's own asks the GPU and all ranks for a random number in
+    every step, which nothing here uses."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [layer(part) for layer, part in zip(self, x.chunk(len(self), dim=-1), strict=True)]
+        quantized, numbers, losses = zip(*parts, strict=True)
+        return torch.cat(quantized, dim=-1), torch.stack(numbers), torch.stack(losses)
+
+
 def plug_in(config: AveragedCodesConfig | ResidualFsqConfig | LfqConfig | ResidualLfqConfig, channels: int) -> PlugIn:
     """UsageError where the channels cannot be cut into groups or heads."""
     match config:
@@ -109,9 +119,9 @@ def plug_in(config: AveragedCodesConfig | ResidualFsqConfig | LfqConfig | Residu
             )
             return PlugIn(layer, channels, channels, config.codebook_size, "n l s")
         case GroupedResidualVqConfig(groups=groups):
-            _cut(channels, groups, "groups")
-            layer = GroupedResidualVQ(
-                dim=channels, groups=groups, num_quantizers=config.quantizers, **_averaged(config)
+            width = _cut(channels, groups, "groups")
+            layer = _Groups(
+                ResidualVQ(dim=width, num_quantizers=config.quantizers, **_averaged(config)) for _ in range(groups)
             )
             return PlugIn(layer, channels, channels, config.codebook_size, "g n l s")
         case ResidualFsqConfig():

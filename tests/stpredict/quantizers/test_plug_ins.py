@@ -2,6 +2,7 @@
 
 import typing
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.errors import UsageError
+from stpredict.estimates.shapes import TaskOfShapes
 from stpredict.layers.recomputing import Recomputation
 from stpredict.quantizers import config as configs
 from stpredict.quantizers.build import build_quantizer
@@ -69,7 +71,7 @@ def expected(name: str, model: PlugIn, x: Tensor) -> tuple[Tensor, list[Tensor],
     elif name.startswith("residual"):
         total, numbers, losses = residual(x, list(layer.codebooks))
     elif name == "grouped":
-        parts = [residual(part, list(rvq.codebooks)) for part, rvq in zip(x.chunk(2, 1), layer.rvqs, strict=True)]
+        parts = [residual(part, list(rvq.codebooks)) for part, rvq in zip(x.chunk(2, 1), layer, strict=True)]
         total = torch.cat([part[0] for part in parts], 1)
         numbers, losses = ([one for part in parts for one in part[i]] for i in (1, 2))
     else:
@@ -225,11 +227,17 @@ def test_those_without_averages_can_be_recomputed(name):
 
 
 @pytest.mark.parametrize("kind", typing.get_args(typing.get_args(configs.AnyQuantizer)[0]))
-def test_every_kind_is_built_without_memory_and_its_flops_are_counted(kind):
+def test_every_kind_is_planned_without_memory_and_its_flops_are_counted(kind):
     with torch.device("meta"):
-        assert all(p.is_meta for p in build_quantizer(kind(), 32).parameters())
-    model = build_quantizer(kind(), 32)
-    assert count_flops(ShapesOnly(model), (torch.zeros(1, 2, 32, 2, 2),), {}) > 0
+        planned = build_quantizer(kind(), 32)
+    assert all(p.is_meta for p in planned.parameters())
+    shapes = TaskOfShapes(SimpleNamespace(model=planned, discriminator=None, networks=tuple), torch.bfloat16)
+    with shapes.entered():
+        x = torch.empty(2, 3, 32, 4, 5, dtype=torch.bfloat16, device="cpu", requires_grad=True)
+        out, loss = shapes.task.model(x)
+        (out.sum() + (0 if loss is None else loss)).backward()
+    assert (out.shape, out.dtype) == (x.shape, x.dtype)
+    assert count_flops(ShapesOnly(build_quantizer(kind(), 32)), (torch.zeros(1, 2, 32, 2, 2),), {}) > 0
 
 
 def test_published_settings_are_the_defaults():
