@@ -1,5 +1,7 @@
 """Charts of a forecast's evaluation: errors against lead time, and where on the map they are."""
 
+from typing import Literal
+
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
@@ -44,8 +46,11 @@ def lead_time_chart(evaluation: ForecastEvaluation) -> Figure:
     return figure
 
 
-def error_map_chart(evaluation: ForecastEvaluation, bias: np.ndarray, rmse: np.ndarray) -> Figure:
-    """Mean error and RMSE of the prediction at every grid point, ``(h, w, c)``: a row per channel."""
+def error_map_chart(
+    evaluation: ForecastEvaluation, bias: np.ndarray, rmse: np.ndarray, origin: Literal["upper", "lower"]
+) -> Figure:
+    """Mean error and RMSE of the prediction at every grid point, ``(h, w, c)``: a row per channel. ``origin``: where
+    the first row is."""
     channels = evaluation.channels[:MOST_CHANNELS]
     h, w, _ = bias.shape
     height = float(np.clip(3.6 * h / w, 1.2, 4))
@@ -60,7 +65,7 @@ def error_map_chart(evaluation: ForecastEvaluation, bias: np.ndarray, rmse: np.n
                 ("RMSE", rmse, {"cmap": "viridis", "vmin": 0}),
             )
             for axes, (name, values, colours) in zip(line, parts, strict=True):
-                image = axes.imshow(values[..., number], interpolation="nearest", **colours)
+                image = axes.imshow(values[..., number], origin=origin, interpolation="nearest", **colours)
                 axes.set(title=f"{channel}: {name}{said}", xticks=[], yticks=[])
                 figure.colorbar(image, ax=axes, shrink=0.9)
     return figure

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -31,7 +32,8 @@ def write_forecast_pictures(
         if index.data == "frames" and truth.shape[-1] in (1, 3):
             Image.fromarray(frame_strip(*sample)).save(path)
         else:
-            field_strip(*sample, index.channels, index.units, lead_names(index)).savefig(path, dpi=100)
+            strip = field_strip(*sample, index.channels, index.units, lead_names(index), index.origin)
+            strip.savefig(path, dpi=100)
     if index.data == "frames" and truth.shape[-1] in (1, 3):
         before = np.asarray(given[:count])
         clips = {"truth": truth[:count], "prediction": as_pixels(prediction[:count])}
@@ -46,9 +48,11 @@ def field_strip(
     channels: Sequence[str],
     units: Sequence[str],
     leads: Sequence[str],
+    origin: Literal["upper", "lower"] = "upper",
 ) -> Figure:
     """Fields ``(t, h, w, c)`` of one sample: for each channel the truth, the prediction and the error in rows, the last
-    given frame and the lead times in columns. Truth and prediction share a scale, whose ends are the truth's."""
+    given frame and the lead times in columns. Truth and prediction share a scale, whose ends are the truth's.
+    ``origin``: where the first row is."""
     shown = _columns(len(truth))
     channels = list(channels)[:MOST_CHANNELS]
     _, h, w, _ = truth.shape
@@ -64,9 +68,9 @@ def field_strip(
                 x[..., number].astype(np.float64) for x in (given[-1:], truth[shown], prediction[shown])
             )
             seen = np.concatenate([last, true])
-            levels = {"cmap": "viridis", "vmin": seen.min(), "vmax": seen.max()}
+            levels = {"origin": origin, "cmap": "viridis", "vmin": seen.min(), "vmax": seen.max()}
             most = float(np.abs(made - true).max()) or 1.0
-            errors = {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
+            errors = {"origin": origin, "cmap": "RdBu_r", "vmin": -most, "vmax": most}
             lines = (("truth", seen, levels), ("prediction", made, levels), ("error", made - true, errors))
             for axes, (name, frames, colours) in zip(rows, lines, strict=True):
                 _row(figure, axes, f"{channel}\n{name}", frames, colours, unit)

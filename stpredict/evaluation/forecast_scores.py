@@ -173,9 +173,19 @@ class ForecastEvaluation(BaseModel):
             return f"Predictions beat persistence by {share} ({numbers})."
         return f"Predictions do NOT beat persistence: {share} worse ({numbers})."
 
+    def _where_persistence_wins(self) -> list[str]:
+        own, copied = (self.methods[name].metrics[self.headline].per_lead for name in (PREDICTION, PERSISTENCE))
+        sign = 1 if METRICS[self.headline].higher_is_better else -1
+        lost = [lead for lead, a, b in zip(self.lead_names, own, copied, strict=True) if sign * (a - b) <= 0]
+        if not 0 < len(lost) < len(own):
+            return []
+        what = "at" if self.leads_h else "in predicted frames"
+        return [f"Persistence is as good or better {what} {', '.join(lost)}."]
+
     def comparisons(self) -> list[str]:
-        """A line for each other method than persistence, by the headline."""
-        lines = []
+        """Where persistence is as good, or better, if at some lead times alone; and a line for each other method; by
+        the headline."""
+        lines = self._where_persistence_wins()
         for name in self.methods:
             if name in (PREDICTION, PERSISTENCE):
                 continue

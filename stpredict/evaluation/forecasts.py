@@ -75,6 +75,11 @@ class ForecastIndex(BaseModel):
         return [self.times[sample] + timedelta(hours=lead - self.leads[0]) for lead in self.leads]
 
     @property
+    def origin(self) -> Literal["upper", "lower"]:
+        """Where the first row is drawn, as matplotlib calls it: north is up."""
+        return "lower" if self.latitudes and self.latitudes[0] < self.latitudes[-1] else "upper"
+
+    @property
     def unit(self) -> str | None:
         """That of all channels; None where they differ, so that errors of them cannot be added up."""
         return self.units[0] if len(set(self.units)) == 1 else None

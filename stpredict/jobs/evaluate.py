@@ -83,7 +83,8 @@ def _forecast(config: EvaluateConfig, run: Run) -> None:
     write_atomically(run.path / "lead_times.csv", as_csv(measured))
     lead_time_chart(measured).savefig(run.path / "lead_times.png", dpi=150)
     if measured.data == "field":
-        error_map_chart(measured, maps.bias, maps.rmse).savefig(run.path / "error_maps.png", dpi=150)
+        chart = error_map_chart(measured, maps.bias, maps.rmse, found.index.origin)
+        chart.savefig(run.path / "error_maps.png", dpi=150)
     log.info("%s", forecast_text(measured))
     if analysed:
         log.info("%s", analysed.in_words())

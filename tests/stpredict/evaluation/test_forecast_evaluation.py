@@ -11,6 +11,7 @@ import torch
 from data_pipeline.errors import UsageError
 from stpredict.evaluation import forecast_evaluation
 from stpredict.evaluation.climatology import Climatology, _Mean
+from stpredict.evaluation.forecast_charts import error_map_chart
 from stpredict.evaluation.forecast_evaluation import evaluate_forecasts
 from stpredict.evaluation.forecast_scores import as_csv, as_text, read_forecast_metrics
 from stpredict.evaluation.forecasts import Forecasts, read_forecasts
@@ -157,6 +158,16 @@ def test_a_prediction_that_is_worse_than_copying_is_said_to_be():
     assert better.verdict().startswith("Predictions beat persistence by 75.0% (RMSE 0.25 K against 1 K")
 
 
+def test_lead_times_at_which_copying_is_better_are_named():
+    given = field(n=3)[0]
+    still = np.repeat(given[:, -1:], 4, axis=1)
+    moving = still + np.arange(4, dtype=np.float32)[:, None, None, None]  # persistence is off by 0, 1, 2, 3 K
+    result, _ = evaluate_forecasts(forecasts((given, moving, moving + 1), **hourly(3)))
+    assert result.beats_persistence
+    assert result.comparisons()[0] == "Persistence is as good or better at +1 h, +2 h."
+    assert evaluate_forecasts(forecasts((given, moving, moving + 5)))[0].comparisons() == []
+
+
 def test_persistence_against_itself_is_no_win():
     given, truth, _ = field()
     result, _ = evaluate_forecasts(forecasts((given, truth, np.repeat(given[:, -1:], 4, axis=1))))
@@ -272,6 +283,19 @@ def test_the_job_writes_its_table_charts_and_maps(tmp_path, caplog):
     assert [row["lead_h"] for row in rows[:4]] == ["1.0", "2.0", "3.0", "4.0"]
     assert float(rows[5]["rmse"]) == result.methods["twin"].metrics["rmse"].per_lead[1]
     assert rows[0]["method"] == "prediction"
+
+
+def test_maps_of_errors_have_a_row_for_each_channel_and_north_up():
+    result, maps = evaluate_forecasts(forecasts(field(channels=2)))
+    figure = error_map_chart(result, maps.bias, maps.rmse, "lower")
+    images = [axes.images[0] for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    for image, values in zip(
+        images, (maps.bias[..., 0], maps.rmse[..., 0], maps.bias[..., 1], maps.rmse[..., 1]), strict=True
+    ):
+        np.testing.assert_array_equal(image.get_array(), values)
+        assert image.origin == "lower"
+    low, high = images[0].get_clim()
+    assert low == -high
 
 
 def test_the_csv_has_rows_for_all_channels_together_and_each():

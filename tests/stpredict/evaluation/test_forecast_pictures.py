@@ -51,6 +51,17 @@ def test_truth_and_prediction_of_a_field_share_the_truths_scale_and_errors_are_s
     assert bars == ["K"] * 3 + ["m"] * 3
 
 
+def test_north_is_up():
+    given, truth, prediction = (x[0] for x in field())
+    index = index_of(given[None], truth[None], latitudes=[50.0, 51, 52, 53, 54, 55])
+    assert index.origin == "lower"
+    assert index.model_copy(update={"latitudes": index.latitudes[::-1]}).origin == "upper"
+    assert index.model_copy(update={"latitudes": None}).origin == "upper"
+    figure = field_strip(given, truth, prediction, ["t2m"], ["K"], list("abcd"), "lower")
+    images = [image for axes in figure.axes if axes.get_label() != "<colorbar>" for image in axes.images]
+    assert {image.origin for image in images} == {"lower"}
+
+
 def test_pictures_are_named_by_number_and_key(tmp_path):
     made = given, truth, _ = video(n=3)
     write_forecast_pictures(tmp_path / "none", index_of(given, truth), *made, count=0)
