@@ -4,20 +4,21 @@ A layer with a state of its own (a codebook's moving averages, running statistic
 ``if self.training and not recomputing(): ...``
 """
 
-from contextvars import ContextVar
-
-_again: ContextVar[int] = ContextVar("recomputing", default=0)
+# A number, as torch.compile knows nothing of a ContextVar: asking one takes the graphs of compiled layers apart.
+_depth = 0
 
 
 def recomputing() -> bool:
-    return _again.get() > 0
+    return _depth > 0
 
 
 class Recomputation:
     """What runs inside is run again. May be entered any number of times: a graph may be gone through more than once."""
 
     def __enter__(self) -> None:
-        _again.set(_again.get() + 1)
+        global _depth
+        _depth += 1
 
     def __exit__(self, *error) -> None:
-        _again.set(_again.get() - 1)
+        global _depth
+        _depth -= 1

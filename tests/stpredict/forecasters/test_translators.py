@@ -80,6 +80,14 @@ def test_nothing_but_the_running_statistics_of_batch_norm_is_saved_besides_param
     assert model.state_dict().keys() - dict(model.named_parameters()).keys() == statistics
 
 
+def test_every_other_block_of_swin_shifts_its_windows_unless_one_is_as_high_as_the_grid():
+    def shifts(**grid):
+        return [stage.block.mixer.shift for stage in translator("swin", blocks=4, **grid).blocks]
+
+    assert shifts() == [0, 2, 0, 2]
+    assert shifts(grid=(4, 12)) == [0, 0, 0, 0]
+
+
 def test_only_blocks_whose_neighbour_has_other_channels_are_followed_by_a_convolution():
     def convolved(channels, hidden, blocks):
         stages = translator("convnext", channels=channels, hidden=hidden, blocks=blocks).blocks
