@@ -228,7 +228,8 @@ def test_small_frames_have_no_ssim_and_it_is_said():
 
 
 @pytest.mark.parametrize("name", ["given", "truth", "prediction"])
-def test_values_that_are_no_numbers_are_named(name):
+def test_values_that_are_no_numbers_are_named(name, monkeypatch):
+    monkeypatch.setattr(forecast_evaluation, "CHUNK_VALUES", 2 * 4 * 6 * 8)  # of two samples: it is in the second
     made = dict(zip(("given", "truth", "prediction"), field(), strict=True))
     made[name][3, -1, 2, 2] = np.nan
     with pytest.raises(UsageError, match=rf"{name}\.npy: 1 values of sample-3 are infinite or not a number"):
