@@ -1,4 +1,4 @@
-"""The studies in the shape of SVQ's tables: each loads, at the published and at a small size, and says what it varies."""
+"""The studies in the shape of SVQ's tables: each loads, at the published and at a small size, and varies what it says."""
 
 import json
 from functools import cache
