@@ -1,4 +1,4 @@
-"""The studies in the shape of SVQ's tables: each loads, at the published and at a small size, and varies what it says."""
+"""The studies in the shape of SVQ's tables: they load, at the published and at a small size, and vary what they say."""
 
 import json
 from functools import cache
