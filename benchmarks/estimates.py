@@ -2,12 +2,12 @@
 
     .venv/bin/python -m benchmarks.estimates [--ranks 1 2] [--models NAME...] [--stages N...]
 
-Starts processes on this machine and prints markdown. Small priors and tokenizers are trained for three steps by the
-real engine, at every ZeRO stage and precision, with activation checkpointing and without; what they take is the most in
-the third step: on a CPU bytes of live tensors, counted operator by operator; on CUDA what torch has allocated. The
-estimate is for the same device. Bytes do not depend on load. On a CPU DeepSpeed's buckets are made small (BUCKET), or
-larger than the models (WHOLE): 2 GB of them would hide everything else. The column checkpoint is the ratio of the bytes
-that a checkpoint is said to have to those of one that was written.
+Starts processes on this machine and prints markdown. Small priors, tokenizers and forecasters are trained for three
+steps by the real engine, at every ZeRO stage and precision, with activation checkpointing and without; what they take
+is the most in the third step: on a CPU bytes of live tensors, counted operator by operator; on CUDA what torch has
+allocated. The estimate is for the same device. Bytes do not depend on load. On a CPU DeepSpeed's buckets are made
+small (BUCKET), or larger than the models (WHOLE): 2 GB of them would hide everything else. The column checkpoint is
+the ratio of the bytes that a checkpoint is said to have to those of one that was written.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from stpredict.estimates.live_bytes import LiveBytes
 from stpredict.estimates.memory import Memory, MemoryEstimator
 from stpredict.estimates.planned import Planned, plan_training
 from stpredict.estimates.shapes import modules
-from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
+from stpredict.jobs.config import ForecasterJobConfig, PriorJobConfig, TokenizerJobConfig
 from stpredict.training.checkpoint import CheckpointState, bytes_of, folder_of
 from stpredict.training.config import TrainingConfig
 from stpredict.training.learner import Learner
@@ -69,6 +69,30 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }
+MODELS["forecaster"] = {
+    "model": {
+        "kind": "simvp",
+        "input_frames": 4,
+        "output_frames": 4,
+        "size": (32, 32),
+        "hid_S": 16,
+        "hid_T": 64,
+        "N_S": 2,
+        "N_T": 3,
+        "translator": {"kind": "gsta", "drop_path": 0.1},
+    },
+}
+# A field, and a horizon for which the network is gone through twice.
+MODELS["forecaster_svq"] = {
+    "data": {"scaling": {"kind": "standard"}},
+    "model": {
+        **MODELS["forecaster"]["model"],
+        "channels": 2,
+        "output_frames": 8,
+        "translator": {"kind": "convnext"},
+        "quantizer": {"kind": "svq", "codebook_size": 2000},
+    },
+}
 JUDGED = {
     "perceptual": {"network": {"kind": "random_features"}},
     "adversarial": {"lecam": 0.001, "discriminator": {"channels": 32, "layers": 2, "groups": 8}},
@@ -101,9 +125,22 @@ LARGE: dict[str, dict[str, Any]] = {
     },
     "tokenizer": {"size": (128, 128), "frames": 17, "model": {}},
 }
+LARGE["forecaster"] = {"model": {"kind": "simvp", "translator": {"kind": "gsta", "drop_path": 0.1}}}
+LARGE["forecaster_svq"] = {
+    "data": {"scaling": {"kind": "standard"}},
+    "model": {
+        **{"kind": "simvp", "input_frames": 12, "output_frames": 24, "size": (32, 64)},
+        **{"hid_S": 32, "hid_T": 256, "N_S": 2, "N_T": 8},
+        "translator": {"kind": "convnext"},
+        "quantizer": {"kind": "svq"},
+    },
+}
 LARGE["adversarial tokenizer"] = LARGE["tokenizer"] | {"loss": MODELS["adversarial tokenizer"]["loss"]}
 LARGE["tokenizer_gan"] = {**LARGE["tokenizer"], "loss": {**JUDGED, "adversarial": {}}}
-MICRO_BATCH = {"prior": 4, "weights": 1, "tokenizer": 2, "tokenizer_gan": 2, "adversarial tokenizer": 2}
+MICRO_BATCH = {
+    **{"prior": 4, "weights": 1, "tokenizer": 2, "tokenizer_gan": 2, "adversarial tokenizer": 2},
+    **{"forecaster": 4, "forecaster_svq": 4},
+}
 
 
 def bucket(elements: int, **more: Any) -> dict[str, Any]:
@@ -160,6 +197,9 @@ def planned_training(trial: Mapping[str, Any], ranks: int, cuda: bool) -> Planne
         case "prior" | "weights":
             data = {"latents": "(none)"}
             return plan_training(PriorJobConfig(**common, **sizes, data=data, tokenizer="(none)"))
+        case "forecaster" | "forecaster_svq":
+            data = {"shards": "(none)", **sizes.get("data", {})}
+            return plan_training(ForecasterJobConfig(**common, data=data, model=sizes["model"]))
         case _:
             clip = ClipConfig(frames=sizes["frames"], size=sizes["size"])
             data = ClipDataConfig(shards="(none)", clip=clip)

@@ -18,6 +18,7 @@ from stpredict.estimates.ways import Way
 from stpredict.training.flops import FORWARDS_PER_STEP
 
 WIDTH = 80
+SHOWN_APART = 0.02  # the multiply-adds of papers and the computed ones, where they differ by more
 
 
 def show_training(name: str, found: Estimate, latents: dict[str, int] | None) -> None:
@@ -31,6 +32,8 @@ def show_training(name: str, found: Estimate, latents: dict[str, int] | None) ->
         f"forward {amount(size.flops_forward / 2, 'MAC')} per sample{tokens}; a step of {training.batch_size} samples "
         f"{amount(flops, 'FLOP')}"
     )
+    if abs(2 * size.macs_forward / size.flops_forward - 1) > SHOWN_APART:
+        console.print(f"as papers count it, {amount(size.macs_forward, 'MAC')}: docs/estimates.md#multiply-adds")
     if tokenizing := found.planned.tokenizing:
         console.print(
             f"clips are tokenized in every step: {amount(tokenizing.flops / 2, 'MAC')} per clip, forward alone, in "

@@ -49,7 +49,8 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> TrainingJobConfi
     config: JobConfig = validate(AnyJobConfig, resolve(node, path), path)
     if not isinstance(config, TrainingJobConfig):
         raise UsageError(
-            f"{path} has kind {config.kind}: trainings are estimated (tokenizer, prior), pipelines and studies"
+            f"{path} has kind {config.kind}: trainings are estimated (tokenizer, prior, forecaster), pipelines and "
+            "studies"
         )
     return with_latent(config) if isinstance(config, PriorJobConfig) else config
 
@@ -58,7 +59,7 @@ def load_trainings(jobs: Sequence[Job]) -> dict[str, TrainingJobConfig]:
     """Those among a pipeline's jobs, by name. UsageError where there are none."""
     found = {job.name: job.config for job in jobs if isinstance(job.config, TrainingJobConfig)}
     if not found:
-        raise UsageError("it has no training (tokenizer, prior) among its jobs: nothing to estimate")
+        raise UsageError("it has no training (tokenizer, prior, forecaster) among its jobs: nothing to estimate")
     return {
         name: with_latent(config, jobs) if isinstance(config, PriorJobConfig) else config
         for name, config in found.items()

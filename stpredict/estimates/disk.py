@@ -81,18 +81,19 @@ def _checkpoint(planned: Planned, training: TrainingConfig, ranks: int) -> int:
 
 
 def _module(module: str, model: torch.nn.Module, kinds: list[str], split: int = 1) -> int:
-    """Of its state, each tensor of which is saved in ``split`` pieces."""
-    total = tensors = named = 0
+    """Of its state. Of each parameter a tensor of every kind is saved in ``split`` pieces, a buffer as a whole."""
+    total = 0
     for name, parameter in model.named_parameters():
-        mine = kinds if parameter.requires_grad else ["weight"]
-        total += 4 * len(mine) * parameter.numel()
-        tensors += len(mine)
-        named += sum(len(f"{module}/{kind}/{name}") for kind in mine)
+        for kind in kinds if parameter.requires_grad else ["weight"]:
+            total += 4 * parameter.numel() + _described(f"{module}/{kind}/{name}", split)
     for name, buffer in _persistent(model):
-        total += buffer.nbytes
-        tensors += 1
-        named += len(f"{module}/buffer/{name}")
-    return total + named * (split + 1) + tensors * (split * (ABOUT_PIECE + ABOUT_RANGE) + ABOUT_TENSOR)
+        total += buffer.nbytes + _described(f"{module}/buffer/{name}", 1)
+    return total
+
+
+def _described(key: str, pieces: int) -> int:
+    """Of a tensor's name and place, in the headers of its pieces and in the index."""
+    return len(key) * (pieces + 1) + pieces * (ABOUT_PIECE + ABOUT_RANGE) + ABOUT_TENSOR
 
 
 def _of_optimizer(optimizer: OptimizerConfig) -> list[str]:

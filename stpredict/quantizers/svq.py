@@ -94,10 +94,11 @@ class Svq(nn.Module):
         return locations * (hidden + width * codes + codes * channels)
 
     def macs_saved(self, locations: int) -> int:
-        """Of those, what is not computed for so many locations at once: the product of the factors is made once."""
+        """Of those, what is not computed for so many locations at once: the products of factors and bias are made
+        once."""
         codes, width = self.codes.weight.shape
         channels = self.codebook.shape[1]
-        return locations * (width * codes + codes * channels - width * channels) - width * codes * channels
+        return locations * (width * codes + codes * channels - width * channels) - (width + 1) * codes * channels
 
 
 def drawn_codebook(codes: int, channels: int, init: str) -> Tensor:

@@ -51,6 +51,20 @@ def test_json_is_the_whole_answer(answer):
     assert answer["disk"]["checkpoint"] > 12 * answer["parameters"]
 
 
+def test_a_forecaster_has_samples_and_no_tokens_and_the_multiply_adds_of_papers(capsys):
+    path = Path("configs/forecasters/taxibj_convnext_svq.yaml")
+    estimate(path, [], Options(nodes=1, gpus_per_node=2), as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["parameters"], found["tokens_per_sample"]) == ("forecaster", 9_457_778, 0)
+    assert found["macs_forward"] / 1e9 == pytest.approx(3.72, rel=0.005)
+    assert found["flops_forward"] / 2e9 == pytest.approx(2.12, rel=0.01)
+    estimate(path, [], Options(nodes=1, gpus_per_node=2), as_json=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "token" not in shown
+    assert "as papers count it, 3.72 GMAC" in shown
+    assert re.search(r"[\d,]+ samples/s 63,941 steps: ", shown)
+
+
 def test_a_table_names_what_is_recommended_and_what_is_assumed(answer):
     text = succeeding(command(str(PRIOR), *LATENT, "--gpus-per-node", "2", "--gpu", "h100", "--mfu", "0.5")).stdout
     assert max(map(len, text.splitlines())) <= 80

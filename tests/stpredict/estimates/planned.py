@@ -2,7 +2,7 @@
 
 from data_pipeline.config import ClipConfig, ClipDataConfig
 from stpredict.estimates.planned import Planned, plan_training
-from stpredict.jobs.config import PriorJobConfig, TokenizerJobConfig
+from stpredict.jobs.config import ForecasterJobConfig, PriorJobConfig, TokenizerJobConfig
 
 TRAINING = {"steps": 10, "batch_size": 4}
 
@@ -36,6 +36,17 @@ def planned_tokenizer(
     )
 
 
+def planned_forecaster(training: dict | None = None, data: dict | None = None, **model) -> Planned:
+    return plan_training(
+        ForecasterJobConfig(
+            run="(none)",
+            data={"shards": "(none)", **(data or {})},
+            model=SMALL_FORECASTER | model,
+            training={**TRAINING, **(training or {})},
+        )
+    )
+
+
 SMALL_PRIOR = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 192, "block": (1, 1, 8)}
 SMALL_TOKENIZER = {
     "channels": (16, 32, 32),
@@ -43,4 +54,14 @@ SMALL_TOKENIZER = {
     "middle_blocks": 1,
     "strides": ((1, 2, 2), (2, 2, 2)),
     "groups": 8,
+}
+SMALL_FORECASTER = {
+    "kind": "simvp",
+    "input_frames": 4,
+    "output_frames": 4,
+    "size": (16, 16),
+    "hid_S": 8,
+    "hid_T": 32,
+    "N_S": 2,
+    "N_T": 3,
 }

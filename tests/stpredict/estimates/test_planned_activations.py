@@ -11,21 +11,32 @@ from stpredict.estimates.activations import Numbers, follow
 from stpredict.estimates.cuda_kernels import cuda_kernels
 from stpredict.estimates.live_bytes import LiveBytes
 from stpredict.training.computing import ActivationCheckpointingConfig
-from tests.stpredict.estimates.planned import SMALL_PRIOR, SMALL_TOKENIZER, planned_prior, planned_tokenizer
+from tests.stpredict.estimates.planned import (
+    SMALL_PRIOR,
+    SMALL_TOKENIZER,
+    planned_forecaster,
+    planned_prior,
+    planned_tokenizer,
+)
 
 FP32 = Numbers(torch.float32)
 NONE = ActivationCheckpointingConfig()
+PLANNED = {
+    "prior": lambda: planned_prior(**SMALL_PRIOR),
+    "tokenizer": lambda: planned_tokenizer(**SMALL_TOKENIZER),
+    "forecaster": planned_forecaster,
+}
 
 
 def policy(name: str, every: int = 1) -> ActivationCheckpointingConfig:
     return ActivationCheckpointingConfig(policy=name, every=every)
 
 
-@pytest.mark.parametrize("kind", ["prior", "tokenizer"])
+@pytest.mark.parametrize("kind", ["prior", "tokenizer", "forecaster"])
 @pytest.mark.parametrize("name", ["none", "selective", "layers"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_two_micro_batches_tell_any_other(kind, name, device, monkeypatch):
-    planned = planned_prior(**SMALL_PRIOR) if kind == "prior" else planned_tokenizer(**SMALL_TOKENIZER)
+    planned = PLANNED[kind]()
     predicted = follow(planned, policy(name), FP32, device).bytes(5)
     monkeypatch.setattr(activations, "MEASURED", (5, 6))
     measured = follow(planned, policy(name), FP32, device).bytes(5)

@@ -31,6 +31,9 @@ TRIALS = {
     "tokenizer, ZeRO-0, fp32": trial("tokenizer", "fp32", 0),
     "tokenizer with all losses, ZeRO-2, fp32": trial("adversarial tokenizer", "fp32", 2),
     "tokenizer with all losses, ZeRO-3, fp32": trial("adversarial tokenizer", "fp32", 3),
+    "forecaster, ZeRO-0, fp32": trial("forecaster", "fp32", 0),
+    "forecaster, ZeRO-3, bf16, layers": trial("forecaster", "bf16", 3, "layers"),
+    "forecaster with SVQ, two passes, ZeRO-2, fp32, selective": trial("forecaster_svq", "fp32", 2, "selective"),
 }
 
 

@@ -7,10 +7,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from stpredict.attention.masks import BlockCausal
 from stpredict.attention.reference import dense_mask
 from stpredict.estimates.size import size_of
+from stpredict.layers.batch_norm import BatchNorm
 from stpredict.priors.next_block import NextBlockPrior
 from stpredict.priors.sight import Part, Sight
 from stpredict.tokenizers.causal_cnn import CausalCnnTokenizer
-from tests.stpredict.estimates.planned import SMALL_PRIOR, SMALL_TOKENIZER, planned_prior, planned_tokenizer
+from tests.stpredict.estimates.planned import (
+    SMALL_FORECASTER,
+    SMALL_PRIOR,
+    SMALL_TOKENIZER,
+    planned_forecaster,
+    planned_prior,
+    planned_tokenizer,
+)
 
 PUBLISHED = [  # specs of NBP: layers, width, heads, SwiGLU width; 12 L d^2 rounded is 679 M, 1,208 M and 3,624 M
     (24, 1536, 16, 4096),
@@ -83,3 +91,44 @@ def test_backward_costs_two_forwards_but_for_the_gradient_of_what_is_data():
     size = size_of(tokenizer)
     assert counter.get_total_flops() == pytest.approx(size.flops_forward + size.flops_backward, rel=0.002)
     assert counter.get_total_flops() < size.flops_forward + size.flops_backward
+
+
+def test_a_forecasters_flops_are_torchs_of_all_passes_and_its_multiply_adds_those_of_one_with_norms():
+    planned = planned_forecaster(output_frames=10)
+    model = planned.task.model.to("meta").eval()
+    counter, values = FlopCounterMode(display=False), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm | BatchNorm):
+            weight = 2 if isinstance(module, BatchNorm) else 5
+            module.register_forward_hook(lambda _, args, out, weight=weight: values.append(weight * out.numel()))
+    with counter, torch.no_grad():
+        model(torch.empty(1, 1, 4, 16, 16, device="meta"))
+    size = size_of(planned_forecaster(output_frames=10))
+    assert size.tokens == 0
+    assert size.flops_forward == counter.get_total_flops()
+    assert size.macs_forward == pytest.approx((counter.get_total_flops() / 2 + sum(values)) / 3)
+    assert size.macs_forward == size_of(planned_forecaster(output_frames=4)).macs_forward
+
+
+def test_multiply_adds_with_svq_are_those_of_its_products_written_out():
+    quantizer = {"kind": "svq", "codebook_size": 500, "hidden": 16}
+    without, with_svq = size_of(planned_forecaster()), size_of(planned_forecaster(quantizer=quantizer))
+    locations, width = 4 * 8 * 8, SMALL_FORECASTER["hid_S"]
+    written_out = locations * (width * 16 + 16 * 500 + 500 * width)
+    assert with_svq.macs_forward - without.macs_forward == pytest.approx(written_out)
+    assert with_svq.flops_forward - without.flops_forward < written_out / 10
+
+
+@pytest.mark.parametrize(
+    ("data", "channels", "dtype"),
+    [
+        ({}, 1, torch.uint8),
+        ({}, 3, torch.uint8),
+        ({}, 2, torch.float32),
+        ({"scaling": {"kind": "standard"}}, 1, torch.float32),
+        ({"scaling": {"kind": "unit"}}, 1, torch.uint8),
+    ],
+)
+def test_a_forecasters_batch_is_bytes_of_video_or_floats_of_fields(data, channels, dtype):
+    clip = planned_forecaster(data=data, channels=channels).batch(3)["clip"]
+    assert (clip.dtype, tuple(clip.shape)) == (dtype, (3, 8, 16, 16, channels))
