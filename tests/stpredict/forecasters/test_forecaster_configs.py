@@ -7,6 +7,7 @@ import pytest
 
 from data_pipeline.errors import UsageError
 from launcher.estimates import load_training
+from launcher.pipeline import load_pipeline
 from stpredict.config import read_yaml
 from stpredict.estimates.planned import plan_training
 from stpredict.estimates.size import size_of
@@ -186,3 +187,28 @@ def test_where_there_is_no_reader_yet_training_says_so_in_a_line(name, tmp_path)
     with pytest.raises(UsageError, match=r"no reader for .* yet") as raised:
         read_scalings(data, training.model.channels, "val")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "models"),
+    [
+        (
+            "forecaster_tiny",
+            "vars.mnist=/data",
+            {"gsta": "moving_mnist_gsta_tiny", "incepu": "moving_mnist_incepu_tiny"},
+        ),
+        ("forecaster_era5_tiny", "vars.field=f.nc", {"gsta": "era5_t2m_gsta_tiny", "svq": "era5_t2m_gsta_tiny_svq"}),
+    ],
+)
+def test_pipelines_train_the_small_configs_alike_and_judge_them_on_the_same_clips(name, given, models):
+    jobs = {job.name: job.config for job in load_pipeline(FOLDER.parent / f"pipelines/{name}.yaml", [given])[-1]}
+    trained = [jobs[job] for job in models]
+    assert [job.model for job in trained] == [config(of).model for of in models.values()]
+    assert trained[0].loss == trained[1].loss
+    assert trained[0].training.optimizer == trained[1].training.optimizer
+    assert trained[0].training.steps == trained[1].training.steps
+    forecasts = [jobs[f"forecast_{job}"] for job in models]
+    assert forecasts[0].data == forecasts[1].data
+    assert [forecast.forecaster for forecast in forecasts] == [job.run for job in trained]
+    assert jobs["evaluation"].generated == forecasts[0].run
+    assert list(jobs["evaluation"].others.values()) == [forecasts[1].run]
