@@ -1,5 +1,7 @@
 """Every config of a forecaster is what papers and published code say: it loads, builds, and has their size."""
 
+import re
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from data_pipeline.errors import UsageError
 from launcher.estimates import load_training
+from launcher.jobs import load_job
 from launcher.pipeline import load_pipeline
 from stpredict.config import read_yaml
 from stpredict.estimates.planned import plan_training
@@ -118,6 +121,24 @@ def test_it_loads_builds_and_says_how_its_data_is_made(name):
     assert text.startswith("# ")
     assert training.data.made_with
     assert any(p.requires_grad for p in plan_training(training).task.model.parameters())
+
+
+def commands() -> dict[str, set[str]]:
+    """By command that makes shards: where trainings look for what it makes."""
+    found: dict[str, set[str]] = {}
+    for name in NAMES:
+        data = config(name).data
+        for command in re.findall("`(.*?)`", data.made_with):
+            found.setdefault(command, set()).add(data.shards)
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_that_makes_the_shards_makes_those_that_are_looked_for(command):
+    program, verb, path, *overrides = shlex.split(command)
+    assert (program, verb) == ("stpredict", "shard")
+    made = load_job(FOLDER.parents[1] / path, overrides, "shard")
+    assert {str(made.run)} == commands()[command]
 
 
 @pytest.mark.parametrize("name", EXACT)
