@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.errors import UsageError
 from stpredict.evaluation.forecasts import read_forecasts
 from stpredict.exports import export_checkpoint, load_forecaster
 from stpredict.jobs import forecast
@@ -131,3 +132,5 @@ def test_a_forecast_is_of_the_input_frames_alone_and_as_long_as_is_asked_for(
         last = model(torch.cat([given, first], dim=2)).frames  # what it predicted goes in as if it were true
     expected = torch.cat([first, last], dim=2).permute(0, 2, 3, 4, 1) * scale + offset
     np.testing.assert_allclose(made.prediction, expected.numpy(), rtol=1e-5)
+    with pytest.raises(UsageError, match=rf"swap\.translator: .* is a {kind}, which has no translator"):
+        forecast.run(job.model_copy(update={"swap": {"translator": trained.path}}), run)
