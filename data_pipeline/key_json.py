@@ -40,7 +40,7 @@ def minutes(about: dict[str, Any], frames: int) -> list[int]:
         first = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() / 60
         hours = about.get("hours") or [about["interval_h"] * frame if frame else 0 for frame in range(frames)]
         found = [round(first + 60 * float(hour)) for hour in hours]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DecodeError(f"its .json is not as we write it: its times: {error!r}") from None
     if len(found) != frames:
         raise DecodeError(f"its .json is not as we write it: times of {len(found)} of {frames} frames")

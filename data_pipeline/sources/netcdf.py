@@ -40,7 +40,8 @@ class _Part:
     file: str  # in the folder that source.path names
     times: np.ndarray | None  # datetime64[ns]
     steps: int
-    grid: tuple[int, int, tuple[float, ...] | None]  # height, width, latitudes
+    grid: tuple[int, int]  # height, width
+    places: tuple[list[float] | None, list[float] | None]  # of the rows and of the columns, where the file says so
     levels: tuple[float, ...]
     units: str
 
@@ -67,7 +68,7 @@ def walk(config: NetcdfSource) -> list[SourceSample]:
     top, parts = _parts(config)
     lines = {variable: _line(config, variable, found) for variable, found in parts.items()}
     times, steps = _common(config, lines)
-    height, width, _ = parts[config.variables[0]][0].grid
+    height, width = parts[config.variables[0]][0].grid
     channels = sum(len(found[0].levels) or 1 for found in parts.values())
     frames = np.array(config.frame_steps)
     size = 4 * len(frames) * height * width * channels
@@ -173,8 +174,10 @@ def _parts(config: NetcdfSource) -> tuple[Path, dict[str, list[_Part]]]:
                 seen |= set(map(str, dataset.data_vars))
                 for variable in parts.keys() & seen & set(dataset.data_vars):
                     field = Field(config, path, dataset, variable)
-                    grid = field.height, field.width, field.latitudes and tuple(field.latitudes)
-                    about = field.times, field.steps, grid, tuple(field.levels), field.units
+                    if not field.steps:
+                        raise UsageError(f"{path}: {variable} has no steps in it; leave the file out of source.path")
+                    grid, places = (field.height, field.width), (field.latitudes, field.longitudes)
+                    about = field.times, field.steps, grid, places, tuple(field.levels), field.units
                     parts[variable].append(_Part(path.relative_to(top).as_posix(), *about))
         except DecodeError as error:
             raise UsageError(f"{path}: {error}; get it anew, or leave it out of source.path") from None
@@ -185,10 +188,11 @@ def _parts(config: NetcdfSource) -> tuple[Path, dict[str, list[_Part]]]:
     if config.levels and not any(part.levels for part in every):
         raise UsageError(f"{config.path}: no variable has levels; leave out source.levels")
     for part in every:
-        if part.grid != every[0].grid:
+        if part.grid != every[0].grid or not all(map(_alike, part.places, every[0].places)):
             raise UsageError(
                 f"{top / part.file}: its grid of {part.grid[0]}x{part.grid[1]} is not that of {top / every[0].file}, "
-                f"{every[0].grid[0]}x{every[0].grid[1]}, or has other latitudes; the fields of one set have one grid"
+                f"{every[0].grid[0]}x{every[0].grid[1]}, or has other latitudes or longitudes; the fields of one set have "
+                "one grid"
             )
     for variable, found in parts.items():
         if other := next((part for part in found if (part.levels, part.units) != (found[0].levels, found[0].units)), 0):
@@ -197,6 +201,13 @@ def _parts(config: NetcdfSource) -> tuple[Path, dict[str, list[_Part]]]:
                 f"'{found[0].units}', or has other axes; source.units says what holds for all files"
             )
     return top, parts
+
+
+def _alike(one: list[float] | None, other: list[float] | None) -> bool:
+    """Whether these are the same places, of which one file may have fewer digits than another."""
+    if one is None or other is None:
+        return one is other
+    return np.allclose(one, other, rtol=0, atol=1e-4)
 
 
 def _line(config: NetcdfSource, variable: str, parts: list[_Part]) -> _Line:
@@ -227,7 +238,10 @@ def _line(config: NetcdfSource, variable: str, parts: list[_Part]) -> _Line:
 def _common(config: NetcdfSource, lines: dict[str, _Line]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
     """The times that all variables have, and which step of each variable they are."""
     lengths = {variable: len(line.index) for variable, line in lines.items()}
-    if any(line.times is None for line in lines.values()):
+    undated = [variable for variable, line in lines.items() if line.times is None]
+    if undated:
+        if len(undated) < len(lines):
+            raise UsageError(f"{config.path}: {undated[0]} has no times, other variables have; leave it out")
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{variable}: {length}" for variable, length in lengths.items())
             raise UsageError(f"{config.path}: variables without dates have different numbers of steps ({told})")

@@ -31,11 +31,16 @@ _NAMES = {
     "longitude": {"longitude", "lon", "x", "nav_lon"},
 }
 _CF_AXES = {"time": "T", "level": "Z", "latitude": "Y", "longitude": "X"}
+_CALENDARS = (
+    "times must count days or hours since a date of the standard calendar (xarray's convert_calendar makes such of "
+    "others; dates before 1678 need the package cftime)"
+)
 _DEGREES_NORTH = {"degrees_north", "degree_north", "degrees_n", "degree_n", "degreen", "degreesn"}
 
 
 def open_file(path: Path) -> "xr.Dataset":
-    """An open file, of which nothing but the axes is read. DecodeError if it is no netCDF or damaged."""
+    """An open file, of which nothing but the axes is read. DecodeError if it is no netCDF or damaged, UsageError if its
+    times are no dates that can be read."""
     import xarray as xr
 
     with reading():
@@ -43,7 +48,12 @@ def open_file(path: Path) -> "xr.Dataset":
             engine = _ENGINES.get(file.read(4))
         if engine is None:
             raise DecodeError("is no netCDF file of version 3 or 4")
-        return xr.open_dataset(path, engine=engine, decode_timedelta=False)
+        try:
+            return xr.open_dataset(path, engine=engine, decode_timedelta=False)
+        except ValueError as error:
+            if "decode time units" not in str(error):
+                raise
+            raise UsageError(f"{path}: {one_line(error).partition('. Try')[0]}; {_CALENDARS}") from None
 
 
 kept_open = lru_cache(maxsize=OPEN_FILES)(open_file)
@@ -89,6 +99,7 @@ class Field:
         self._array, self._time = array.transpose(*order), names["time"]
         self.steps, self.height, self.width = (array.sizes[names[a]] for a in ("time", "latitude", "longitude"))
         self.latitudes = _latitudes(array, names["latitude"])
+        self.longitudes = _numbers(array, names["longitude"])
 
     @property
     def channels(self) -> list[str]:
@@ -96,10 +107,15 @@ class Field:
 
     @property
     def times(self) -> np.ndarray | None:
-        """datetime64[ns] (steps,); None of files that have no dates."""
+        """datetime64[ns] (steps,); None of files that have no dates. UsageError where a date is missing, or they are of
+        another calendar."""
         if self._time not in self._array.coords:
             return None
         times = self._array[self._time].values
+        if times.dtype.kind == "O":  # as xarray gives them where cftime is installed
+            raise UsageError(f"{self.path}: its {self._time} is of another calendar; {_CALENDARS}")
+        if times.dtype.kind == "M" and np.isnat(times).any():
+            raise UsageError(f"{self.path}: step {np.isnat(times).argmax()} has no {self._time}; leave the file out")
         return times.astype("datetime64[ns]") if times.dtype.kind == "M" else None
 
     def values(self, steps: slice | list[int]) -> np.ndarray:
@@ -154,4 +170,9 @@ def _latitudes(array: "xr.DataArray", name: str) -> list[float] | None:
     coordinate = array.coords[name]
     is_called = str(name).lower() in {"latitude", "lat"} or coordinate.attrs.get("standard_name") == "latitude"
     is_measured = str(coordinate.attrs.get("units", "")).lower() in _DEGREES_NORTH
-    return coordinate.values.astype(float).tolist() if is_called or is_measured else None
+    return _numbers(array, name) if is_called or is_measured else None
+
+
+def _numbers(array: "xr.DataArray", name: str) -> list[float] | None:
+    """Where the points of an axis are; None where the file does not say."""
+    return array.coords[name].values.astype(float).tolist() if name in array.coords else None

@@ -49,6 +49,7 @@ def test_times_that_are_not_as_we_write_them_are_refused():
         {"time": "2019-03-01T09:00:00"},
         {"time": "2019-03-01T09:00:00", "interval_h": "1 h"},
         {"time": 9, "interval_h": 1},
+        {"time": "2019-03-01T09:00:00", "interval_h": float("inf")},
     ):
         with pytest.raises(DecodeError, match=r"its \.json is not as we write it: its times"):
             sample(about, frames=3)

@@ -15,7 +15,7 @@ from data_pipeline.config import NetcdfSource
 from data_pipeline.errors import DecodeError, UsageError
 from data_pipeline.manifest import Description, merge, read_manifest
 from data_pipeline.shards import plan_shards, write_shards
-from data_pipeline.sources.netcdf_files import kept_open
+from data_pipeline.sources.netcdf_files import Field, kept_open
 from data_pipeline.sources.source import describe, read, walk
 
 ROWS, COLUMNS = 3, 4
@@ -378,6 +378,41 @@ def numbered(folder):
     write(folder / "a.nc", array.assign_coords(time=np.arange(24)))
 
 
+def other_places(folder):
+    write(folder / "a.nc", field("t2m", hours("2010-01-01", "2010-01-02")))
+    moved = field("t2m", hours("2010-01-02", "2010-01-03")).assign_coords(lon=[-180.0, -90.0, 0.0, 90.0])
+    write(folder / "b.nc", moved)
+
+
+def counted(folder, **about):
+    array = field("t2m", hours("2010-01-01", "2010-01-02"))
+    write(folder / "a.nc", array.assign_coords(time=("time", np.arange(24), about)))
+
+
+def without_leap_days(folder):
+    counted(folder, units="hours since 2010-01-01", calendar="noleap")
+
+
+def in_months(folder):
+    counted(folder, units="months since 2010-01-01")
+
+
+def no_steps(folder):
+    whole(folder)
+    write(folder / "b.nc", field("t2m", hours("2010-01-02", "2010-01-03"))[:0])
+
+
+def a_time_missing(folder):
+    times = hours("2010-01-01", "2010-01-02")
+    times[5] = np.datetime64("NaT")
+    write(folder / "a.nc", field("t2m", hours("2010-01-01", "2010-01-02")).assign_coords(time=times))
+
+
+def half_dated(folder):
+    whole(folder)
+    write(folder / "u.nc", field("u", hours("2010-01-01", "2010-01-02")).assign_coords(time=np.arange(24)))
+
+
 def empty(folder):
     folder.mkdir(exist_ok=True)
 
@@ -393,6 +428,12 @@ def empty(folder):
         (levels, {"levels": (200,)}, "t2m has no level 200, but 500, 850"),
         (members, {}, "t2m has an axis number of 2"),
         (another_grid, {}, r"b\.nc: its grid of 2x4 is not that of .*a\.nc, 3x4"),
+        (other_places, {}, r"b\.nc: its grid .* or has other latitudes or longitudes"),
+        (without_leap_days, {}, r"a\.nc: unable to decode .*'noleap'\"; times must .* convert_calendar"),
+        (in_months, {}, r"a\.nc: unable to decode time units 'months since .*; times must count days or hours"),
+        (no_steps, {}, r"b\.nc: t2m has no steps in it; leave the file out"),
+        (a_time_missing, {}, r"a\.nc: step 5 has no time"),
+        (half_dated, {"variables": ("t2m", "u")}, "u has no times, other variables have"),
         (another_unit, {}, r"b\.nc: t2m is in 'degC', in .*a\.nc in 'K'.*source\.units"),
         (overlapping, {}, r"t2m has 2010-01-02T00:00:00 \(b\.nc\) behind 2010-01-03T23:00:00 \(a\.nc\)"),
         (infinite, {}, "a.nc: t2m has values that are infinite or beyond float32"),
@@ -414,6 +455,21 @@ def test_what_does_not_fit_is_said_in_a_line(tmp_path, make, changes, message):
     with pytest.raises(UsageError, match=message) as caught:
         walk(NetcdfSource(**{"path": tmp_path, "variables": ("t2m",), "sequence": 4, **changes}))
     assert "\n" not in str(caught.value)
+
+
+def test_times_as_objects_are_of_another_calendar_and_not_taken_for_none(tmp_path):
+    """As xarray gives them where cftime is installed."""
+    array = field("t2m", hours("2010-01-01", "2010-01-02")).assign_coords(time=np.array([object()] * 24))
+    config = NetcdfSource(path=tmp_path, variables=("t2m",), sequence=4)
+    with pytest.raises(UsageError, match="its time is of another calendar; times must"):
+        Field(config, tmp_path, array.to_dataset(), "t2m").times  # noqa: B018
+
+
+def test_places_of_which_one_file_has_fewer_digits_are_the_same(tmp_path):
+    for name, day, kind in (("a", 1, np.float32), ("b", 2, np.float64)):
+        array = field("t2m", hours(f"2010-01-0{day}", f"2010-01-0{day + 1}"))
+        write(tmp_path / f"{name}.nc", array.assign_coords(lat=np.array([51.7, 0.1, -51.7], kind)))
+    assert len(walk(NetcdfSource(path=tmp_path, variables=("t2m",), sequence=4))) == 12
 
 
 def test_axes_without_a_usual_name_are_asked_for(tmp_path):
