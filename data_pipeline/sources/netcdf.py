@@ -191,8 +191,8 @@ def _parts(config: NetcdfSource) -> tuple[Path, dict[str, list[_Part]]]:
         if part.grid != every[0].grid or not all(map(_alike, part.places, every[0].places)):
             raise UsageError(
                 f"{top / part.file}: its grid of {part.grid[0]}x{part.grid[1]} is not that of {top / every[0].file}, "
-                f"{every[0].grid[0]}x{every[0].grid[1]}, or has other latitudes or longitudes; the fields of one set have "
-                "one grid"
+                f"{every[0].grid[0]}x{every[0].grid[1]}, or has other latitudes or longitudes; the fields of one "
+                "set have one grid"
             )
     for variable, found in parts.items():
         if other := next((part for part in found if (part.levels, part.units) != (found[0].levels, found[0].units)), 0):
