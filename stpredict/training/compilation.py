@@ -10,6 +10,8 @@ from data_pipeline.errors import UsageError
 from stpredict.training.config import TrainingConfig
 
 log = logging.getLogger(__name__)
+# In which one layer is compiled at most: in training and in evaluation, for one size of batch and for any.
+WAYS = 4
 
 
 def compiles(layers: Sequence[nn.Module], training: TrainingConfig, device: torch.device) -> bool:
@@ -29,7 +31,11 @@ def compiles(layers: Sequence[nn.Module], training: TrainingConfig, device: torc
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
-    """Before anything else is done to them: what is recomputed is then the compiled layer."""
+    """Before anything else is done to them: what is recomputed is then the compiled layer.
+
+    Layers of one class share a cache. Those that are alike are compiled once; beyond torch's own limit, which 8 layers
+    that are not alike reach, the rest would be computed as they stand.
+    """
     for layer in layers:
-        layer.forward = torch.compile(layer.forward)
+        layer.forward = torch.compile(layer.forward, recompile_limit=WAYS * len(layers))
     log.info("%d layers are compiled in the first steps, which take longer", len(layers))
