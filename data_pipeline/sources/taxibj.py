@@ -55,7 +55,7 @@ def walk(config: TaxiBjSource) -> list[SourceSample]:
 
 
 def describe(config: TaxiBjSource, samples: Sequence[SourceSample]) -> Description:
-    return Description(kind="clips", dtype="float32", channels=["inflow", "outflow"])
+    return Description(kind="clips", dtype="float32", channels=["inflow", "outflow"], units=["of the range"] * 2)
 
 
 def read(config: TaxiBjSource, sample: SourceSample) -> tuple[str, bytes]:

@@ -53,6 +53,8 @@ class Climatology:
     timed: bool
     daily: bool
     frames: int
+    units: list[str] = field(default_factory=list)
+    latitudes: list[float] | None = None
     _cache: dict[Slot, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -63,7 +65,8 @@ class Climatology:
         return f"mean of each grid point{by}, over {self.frames:,} frames of {self.where}"
 
     def check(self, shape: tuple[int, ...], index: ForecastIndex) -> None:
-        """UsageError where forecasts of frames ``shape`` ``(h, w, c)`` are not of this grid and these channels."""
+        """UsageError where forecasts of frames ``shape`` ``(h, w, c)`` are not of this grid, or are of other channels,
+        units or latitudes, where both are known."""
         own = next(iter(self.means.values())).total.shape
         if own != shape:
             raise UsageError(f"climatology: {self.where} has frames (h, w, c) of {own}, the forecasts of {shape}")
@@ -72,6 +75,12 @@ class Climatology:
                 f"climatology: {self.where} has the channels {', '.join(self.channels)}, the forecasts "
                 f"{', '.join(index.channels)}"
             )
+        if all(self.units) and all(index.units) and self.units and self.units != index.units:
+            raise UsageError(
+                f"climatology: {self.where} is in {', '.join(self.units)}, the forecasts in {', '.join(index.units)}"
+            )
+        if self.latitudes and index.latitudes and not np.allclose(self.latitudes, index.latitudes, atol=1e-4):
+            raise UsageError(f"climatology: {self.where} has rows at other latitudes than the forecasts")
         if self.timed and index.valid_times(0) is None:
             raise UsageError(
                 "climatology: by the hour of the day, but the forecasts name no times; make them again from shards "
@@ -134,7 +143,9 @@ def read_climatology(shards: Location, report: Callable[[int, int], None] = lamb
     daily = bool(timed) and last - first > timedelta(days=DAYS)
     if timed and not daily:
         means = _over_days(means)
-    return Climatology(opened.where, list(opened.manifest.channels), means, bool(timed), daily, frames)
+    manifest = opened.manifest
+    about = {"units": list(manifest.units), "latitudes": manifest.latitudes}
+    return Climatology(opened.where, list(manifest.channels), means, bool(timed), daily, frames, **about)
 
 
 def _over_days(means: dict[Slot, _Mean]) -> dict[Slot, _Mean]:

@@ -238,6 +238,7 @@ def _summary(
     return ForecastEvaluation(
         data=index.data,
         samples=len(index.keys),
+        split=index.split,
         input_frames=index.input_frames,
         output_frames=index.output_frames,
         channels=index.channels,
@@ -268,7 +269,8 @@ def _notes(index: ForecastIndex, how: _Measuring) -> list[str]:
         notes.append(f"no SSIM: frames are smaller than its window of {SSIM_WINDOW}x{SSIM_WINDOW}")
     if index.data == "field":
         if index.unit is None:
-            notes.append("no RMSE over all channels: their units differ; frame MSE, of scaled values, says who wins")
+            why = "their units differ or are not known"
+            notes.append(f"no RMSE over all channels: {why}; frame MSE, of scaled values, says who wins")
         if not index.latitudes:
             notes.append("nothing is weighted by latitude: the data name no latitudes")
     return notes

@@ -64,8 +64,9 @@ def blocks(index: ForecastIndex) -> np.ndarray:
     if index.times is None or index.leads is None:
         return np.arange(len(index.keys))
     hours = np.array([(time - min(index.times)) / timedelta(hours=1) for time in index.times])
-    before = 0 if index.interval_h is None else index.interval_h * index.input_frames
-    return np.floor(hours / (before + index.leads[-1])).astype(int)
+    apart = index.interval_h or 0
+    seen = apart * (index.input_frames - 1) if index.seen_h is None else index.seen_h
+    return np.floor(hours / (seen + index.leads[-1] + apart)).astype(int)
 
 
 def standard_error(values: np.ndarray, of_block: np.ndarray) -> float | None:

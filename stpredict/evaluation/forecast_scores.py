@@ -101,6 +101,7 @@ class ForecastEvaluation(BaseModel):
     kind: Literal["forecast"] = "forecast"
     data: Literal["frames", "field"]
     samples: int
+    split: str | None = None  # of the shards that they are from
     input_frames: int
     output_frames: int
     channels: list[str]
@@ -115,6 +116,10 @@ class ForecastEvaluation(BaseModel):
     @property
     def unit(self) -> str | None:
         return self.units[0] if len(set(self.units)) == 1 else None
+
+    @property
+    def of_what(self) -> str:
+        return f"{self.samples:,} samples" + (f" of the split {self.split}" if self.split else "")
 
     @property
     def beats_persistence(self) -> bool:
@@ -169,6 +174,7 @@ class ForecastEvaluation(BaseModel):
         share = f"{abs(difference.value) / copied:.1%}" if copied else "no share that can be named"
         title = METRICS[self.headline].title
         numbers = f"{title} {own:.4g}{unit} against {copied:.4g}{unit}, difference {difference.in_words()}{unit}"
+        numbers += ", within two standard errors" if difference.is_small else ""
         if self.beats_persistence:
             return f"Predictions beat persistence by {share} ({numbers})."
         return f"Predictions do NOT beat persistence: {share} worse ({numbers})."
@@ -211,7 +217,7 @@ def as_text(evaluation: ForecastEvaluation) -> str:
     e = evaluation
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(f"means over {e.samples:,} samples, {e.output_frames} frames after {e.input_frames} given ones:")
+        console.print(f"means over {e.of_what}, {e.output_frames} frames after {e.input_frames} given ones:")
         console.print(_table(e))
         for channel, unit in zip(e.channels, e.units, strict=True):
             if len(e.channels) > 1:

@@ -41,11 +41,13 @@ class ForecastIndex(BaseModel):
     latitudes: list[float] | None = None  # degrees north of each row of the grid
     times: list[datetime] | None = None  # ISO text in the file: of each sample's first *predicted* frame
     interval_h: float | None = Field(None, gt=0)  # hours from one frame to the next
+    seen_h: float | None = Field(None, ge=0)  # hours from the first given frame to the last, where not multiples
     leads_h: list[float] | None = None  # of each predicted frame, hours after the last given one, where not multiples
     forecaster: str  # as its config calls it: simvp, gsta, …
     forecaster_step: int = Field(ge=0)  # steps of its training
     input_frames: int = Field(ge=1)
     output_frames: int = Field(ge=1)
+    split: str | None = None  # of the shards: test or val
     seconds_per_sample: float | None = Field(None, gt=0)  # of the forward pass alone
 
     @model_validator(mode="after")
@@ -81,8 +83,10 @@ class ForecastIndex(BaseModel):
 
     @property
     def unit(self) -> str | None:
-        """That of all channels; None where they differ, so that errors of them cannot be added up."""
-        return self.units[0] if len(set(self.units)) == 1 else None
+        """That of all channels; None where they differ, or those of a field's are not known, so that errors of them
+        cannot be added up."""
+        known = self.data == "frames" or len(self.channels) == 1 or all(self.units)
+        return self.units[0] if known and len(set(self.units)) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from numpy.lib.format import open_memmap
 from data_pipeline.config import ClipConfig, ClipDataConfig, StreamConfig
 from data_pipeline.disk import check_space
 from data_pipeline.errors import UsageError
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import Manifest, find_manifest
 from data_pipeline.order import Share
 from data_pipeline.shard_set import read_set
+from data_pipeline.storage import child, expand
 from data_pipeline.stream import clip_evaluation_batches
 from stpredict.config import validate
 from stpredict.evaluation.forecast_pictures import write_forecast_pictures
@@ -86,7 +87,8 @@ def run(config: ForecastConfig, run: Run) -> None:
         found = {row: of_row for part in ranks.gather(found) for row, of_row in part.items()}
         if ranks.is_main:
             seconds = watch.seconds["forecasting"] / timed if timed else None
-            _finish(config, run, arrays, dict(sorted(found.items())), export, manifest, scaling, model, seconds)
+            about = {"split": split, "seconds_per_sample": seconds}
+            _finish(config, run, arrays, dict(sorted(found.items())), export, manifest, scaling, model, about)
         ranks.barrier()
 
 
@@ -108,13 +110,10 @@ def assembled(config: ForecastConfig) -> tuple[torch.nn.Module, ForecasterExport
 
 
 def _split(config: ForecastConfig) -> str:
-    """The first of SPLITS that the shards have."""
+    """The first of SPLITS that the shards have, be it damaged."""
     for split in SPLITS:
-        try:
-            read_set(config.data.shards, split)
+        if any(find_manifest(folder) for folder in expand(child(config.data.shards, split))):
             return split
-        except UsageError:
-            continue
     raise UsageError(f"{config.data.shards}: has no split {' or '.join(SPLITS)}; make the shards first")
 
 
@@ -160,7 +159,7 @@ def _finish(
     manifest: Manifest,
     scaling: Scaling,
     model,
-    seconds: float | None,
+    about: dict[str, Any],
 ) -> None:
     if not found:
         raise UsageError(f"{run.path}: not one held-out clip could be read; look at the log for their names")
@@ -187,7 +186,7 @@ def _finish(
         forecaster_step=export.step,
         input_frames=model.input_frames,
         output_frames=model.output_frames,
-        seconds_per_sample=seconds,
+        **about,
     )
     write_atomically(run.samples / "index.json", index.model_dump_json(indent=1) + "\n")
     write_forecast_pictures(run.samples, index, *(arrays[name] for name in ARRAYS), config.pictures)
@@ -199,10 +198,12 @@ def _times(minutes: tuple[list[int], ...], input_frames: int) -> dict[str, Any]:
     if not minutes[0]:
         return {}
     first = minutes[0]
+    seen = (first[input_frames - 1] - first[0]) / 60
     leads = [(later - first[input_frames - 1]) / 60 for later in first[input_frames:]]
     times = [datetime.fromtimestamp(60 * of[input_frames], UTC).replace(tzinfo=None) for of in minutes]
     regular = all(math.isclose(lead, leads[0] * number) for number, lead in enumerate(leads, 1))
-    return {"times": times, "interval_h": leads[0], "leads_h": None if regular else leads}
+    seen_h = None if math.isclose(seen, leads[0] * (input_frames - 1)) else seen
+    return {"times": times, "interval_h": leads[0], "seen_h": seen_h, "leads_h": None if regular else leads}
 
 
 def _name(model) -> str:

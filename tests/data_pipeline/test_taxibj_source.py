@@ -54,7 +54,8 @@ def test_x_and_y_of_the_npz_are_joined_and_between_0_and_1(dataset):
         for frame, flows in zip(array, expected, strict=True):
             np.testing.assert_allclose(frame[..., 0], flows[0], rtol=1e-6)
             np.testing.assert_allclose(frame[..., 1], flows[1], rtol=1e-6)
-    assert describe(config, samples).channels == ["inflow", "outflow"]
+    described = describe(config, samples)
+    assert (described.channels, described.units) == (["inflow", "outflow"], ["of the range"] * 2)
 
 
 def test_of_the_npz_no_entry_for_training_shares_half_hours_with_validation(dataset):

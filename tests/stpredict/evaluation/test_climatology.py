@@ -47,11 +47,13 @@ def recording(steps: int, step_h: float, cut: int, first: datetime = datetime(20
 def test_within_a_year_it_is_the_mean_by_hour_of_day(tmp_path):
     cuts, frames, times = recording(96, 1.0, 12)
     calls = []
-    found = read_climatology(write_shards(tmp_path, cuts), lambda *done: calls.append(done))
+    shards = write_shards(tmp_path, cuts, latitudes=[60.0, 0.0, -60.0])
+    found = read_climatology(shards, lambda *done: calls.append(done))
     hours = np.array([time.hour for time in times])
     asked = [datetime(2031, 7, 9, 3), datetime(2031, 7, 9, 4)]  # days are not looked at
     expected = [frames[hours == time.hour].mean(0) for time in asked]
     np.testing.assert_allclose(found.of(asked, 2), expected, rtol=1e-12)
+    assert (found.channels, found.units, found.latitudes) == (["a", "b"], ["K", "K"], [60.0, 0.0, -60.0])
     assert found.kind == f"mean of each grid point by hour of day, over 96 frames of {tmp_path / 'train'}"
     assert calls == [(number, 8) for number in range(1, 9)]
 

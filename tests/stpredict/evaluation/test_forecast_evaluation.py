@@ -2,7 +2,8 @@
 
 import csv
 import math
-from datetime import timedelta
+from dataclasses import replace
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from stpredict.evaluation import forecast_evaluation
 from stpredict.evaluation.climatology import Climatology, _Mean
 from stpredict.evaluation.forecast_charts import error_map_chart
 from stpredict.evaluation.forecast_evaluation import evaluate_forecasts
+from stpredict.evaluation.forecast_means import blocks
 from stpredict.evaluation.forecast_scores import as_csv, as_text, read_forecast_metrics
 from stpredict.evaluation.forecasts import Forecasts, read_forecasts
 from stpredict.evaluation.said import said_of
@@ -211,6 +213,30 @@ def test_windows_that_overlap_are_not_taken_for_independent():
     assert short.differences[0].stderr is None
 
 
+def test_a_stretch_is_as_long_as_a_sample_whose_given_frames_are_further_apart_than_the_others():
+    """WeatherBench-M as published: frames given from 102 h before the last one on, predicted up to 114 h after it."""
+    given, truth, _ = field(n=74)
+    index = index_of(given, truth)
+    times = [datetime(2017, 1, 1) + k * timedelta(hours=6) for k in range(74)]
+    about = {"times": times, "interval_h": 6, "seen_h": 102, "leads_h": [6, 42, 78, 114]}
+    found = blocks(index.model_copy(update=about))
+    apart = (102 + 114 + 6) // 6  # windows: the first that shares no frame with another one
+    assert found.tolist() == [k // apart for k in range(74)]
+
+
+def test_a_gain_that_may_be_chance_is_said_to_be_small():
+    given, truth, _ = field(n=12)
+    last = np.repeat(given[:, -1:], 4, axis=1)
+    better_or_worse = np.where(np.arange(12) % 2, 0.99, 1.0)[:, None, None, None, None]
+    prediction = (truth + (last - truth) * better_or_worse).astype(np.float32)
+    sure, _ = evaluate_forecasts(forecasts((given, truth, prediction)))
+    assert sure.beats_persistence
+    assert "standard errors" not in sure.verdict()
+    mixed = np.where(np.arange(12) % 2, 0.9, 1.09)[:, None, None, None, None]
+    chance, _ = evaluate_forecasts(forecasts((given, truth, (truth + (last - truth) * mixed).astype(np.float32))))
+    assert chance.verdict().endswith(", within two standard errors).")
+
+
 def test_units_that_differ_are_not_added_up():
     result, _ = evaluate_forecasts(forecasts(field(channels=2), units=["K", "m/s"]))
     assert result.headline == "frame_mse"
@@ -219,6 +245,15 @@ def test_units_that_differ_are_not_added_up():
     text = as_text(result)
     assert "RMSE (m/s)" in text
     assert "their units differ" in text
+
+
+def test_units_that_are_not_known_are_not_taken_for_the_same():
+    made = field(channels=2)
+    result, _ = evaluate_forecasts(forecasts(made, units=["", ""]))
+    assert result.headline == "frame_mse"
+    assert not {"rmse", "mse", "mae"} & result.methods["prediction"].metrics.keys()
+    assert any("units differ or are not known" in note for note in result.notes)
+    assert evaluate_forecasts(forecasts(field(), units=[""]))[0].headline == "rmse"  # of one channel
 
 
 def test_small_frames_have_no_ssim_and_it_is_said():
@@ -254,6 +289,18 @@ def test_a_climatology_of_another_grid_or_without_times_is_refused():
         evaluate_forecasts(forecasts(made, **hourly(5)), climatology=by_hour((5, 8, 1)))
     with pytest.raises(UsageError, match="the forecasts name no times"):
         evaluate_forecasts(forecasts(made), climatology=by_hour((6, 8, 1)))
+
+
+def test_a_climatology_in_other_units_or_upside_down_is_refused():
+    found = forecasts(field(), latitudes=LATITUDES, **hourly(5))
+    usual = by_hour((6, 8, 1))
+    for about, said in (
+        ({"units": ["degC"]}, "made up is in degC, the forecasts in K"),
+        ({"latitudes": LATITUDES[::-1]}, "made up has rows at other latitudes than the forecasts"),
+    ):
+        with pytest.raises(UsageError, match=f"climatology: {said}"):
+            evaluate_forecasts(found, climatology=replace(usual, **about))
+    evaluate_forecasts(found, climatology=replace(usual, units=["K"], latitudes=LATITUDES))
 
 
 def test_the_job_writes_its_table_charts_and_maps(tmp_path, caplog):

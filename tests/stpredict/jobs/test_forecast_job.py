@@ -1,5 +1,7 @@
 import json
+import shutil
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from safetensors.torch import save_file
 
 from data_pipeline.errors import UsageError
 from stpredict.config import as_yaml
+from stpredict.evaluation.forecast_evaluation import evaluate_forecasts
+from stpredict.evaluation.forecast_scores import as_text
 from stpredict.evaluation.forecasts import read_forecasts
 from stpredict.evaluation.quantizer_results import QuantizerAnalysis
 from stpredict.exports import ForecasterExport, load_forecaster
@@ -87,6 +91,34 @@ def test_every_held_out_clip_is_forecast_once_in_physical_units(forecasts, tmp_p
     assert (index.offset, index.scale) == (list(OFFSET), list(SCALE))
     assert (index.forecaster, index.forecaster_step, len(index.keys)) == ("gsta", 7, 2)
     assert (index.input_frames, index.output_frames) == (2, 3)
+
+
+def test_the_test_split_comes_first_and_none_is_passed_over_for_its_damage(forecasts, tmp_path, field_shards):
+    where = make_forecaster(tmp_path / "export")
+    made = forecasts(where)
+    assert made.index.split == "val"
+    said = as_text(evaluate_forecasts(made)[0])
+    assert "means over 2 samples of the split val, 3 frames after 2 given ones" in said
+    shards = tmp_path / "with_test"
+    shutil.copytree(field_shards, shards)
+    shutil.copytree(shards / "train", shards / "test")
+    made = forecasts(where, data={"shards": shards})
+    assert (made.index.split, len(made.index.keys)) == ("test", 8)
+    (shards / "test" / "manifest.json").write_text("{")
+    with pytest.raises(UsageError, match=r"test/manifest\.json: not a manifest"):
+        forecasts(where, data={"shards": shards})
+
+
+def test_the_index_says_when_every_frame_is_from_the_minutes_of_the_frames():
+    start = 60 * 24 * 365
+    published = [start + 60 * hour for hour in (0, 36, 72, 102, 108, 144, 180, 216)]
+    found = forecast._times((published, [minute + 360 for minute in published]), 4)
+    assert found["times"] == [datetime(1971, 1, 5, 12), datetime(1971, 1, 5, 18)]
+    assert (found["seen_h"], found["interval_h"], found["leads_h"]) == (102, 6, [6, 42, 78, 114])
+    found = forecast._times(([start + 30 * frame for frame in range(8)],), 4)
+    assert (found["seen_h"], found["interval_h"], found["leads_h"]) == (None, 0.5, None)
+    assert found["times"] == [datetime(1971, 1, 1, 2)]
+    assert forecast._times(([],), 4) == {}
 
 
 def test_another_horizon_rolls_out(forecasts, tmp_path):
