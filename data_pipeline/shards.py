@@ -75,18 +75,26 @@ def plan_shards(
     keys = [samples[position].key for position in order]
     whole = plan_hash(FORMAT, recipe, description.model_dump(mode="json"), shards, window_bytes, keys)
     description = description.model_copy(update={"plan": whole})
-    paths = {sample.path for sample in samples}
+    paths = {path for sample in samples for path in (sample.path, *sample.more_paths)}
     with ThreadPoolExecutor(STATS) as pool:
         files = dict(zip(paths, pool.map(_size_and_time, paths), strict=True))
     plans = []
     for index in range(shards):
         dealt = tuple(samples[position] for position in order[index::shards])
         size = sum(files[sample.path][0] if sample.bytes is None else sample.bytes for sample in dealt)
-        contents = [{**asdict(sample), "path": None} for sample in dealt]
-        shard_hash = plan_hash(whole, index, contents, [files[sample.path] for sample in dealt])
+        contents = [_content(sample) for sample in dealt]
+        seen = [files[path] for sample in dealt for path in (sample.path, *sample.more_paths)]
+        shard_hash = plan_hash(whole, index, contents, seen)
         size += AROUND_SAMPLE * len(dealt)
         plans.append(ShardPlan(index, shards, source, dealt, description, window_bytes, size, shard_hash))
     return plans
+
+
+def _content(sample: SourceSample) -> dict[str, Any]:
+    """All but where it is."""
+    content = {**asdict(sample), "path": None}
+    del content["more_paths"]
+    return content
 
 
 def _size_and_time(path: Path | None) -> tuple[int, int]:

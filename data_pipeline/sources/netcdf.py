@@ -74,14 +74,15 @@ def walk(config: NetcdfSource) -> list[SourceSample]:
     size = 4 * len(frames) * height * width * channels
     starts = _starts(config, times, len(steps[config.variables[0]]))
     clock, samples = _clock(times, frames), []
+    paths = {part.file: top / part.file for found in parts.values() for part in found}
     for split, start in starts:
         taken = start + frames
         pieces = {variable: line.pieces(steps[variable][taken]) for variable, line in lines.items()}
         about = clock(start)
         name = about.get("time", f"{start:06d}")
         about |= {"offsets": list(config.offsets)} if config.offsets else {}
-        path = top / pieces[config.variables[0]][0][0]
-        samples.append(SourceSample(make_key(name), split, None, name, about, path, pieces, size))
+        first, *others = dict.fromkeys(paths[file] for of_variable in pieces.values() for file, _ in of_variable)
+        samples.append(SourceSample(make_key(name), split, None, name, about, first, pieces, size, tuple(others)))
     _refuse_missing(config, samples[0])
     return samples
 

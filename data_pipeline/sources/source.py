@@ -35,8 +35,9 @@ class SourceSample:
 
     ``key`` is unique in the data set, always the same and without a dot (WebDataset cuts names there); ``name`` is
     what the data set calls the sample; ``label`` its class, where it has one; ``metadata`` goes into KEY.json.
-    ``path`` is the file it comes from, if it comes from one; ``item`` (a JSON value) says which part of that, or what
-    else is to be made; ``bytes`` is about what it will take, where that is not the size of the file.
+    ``path`` is the file it comes from, if it comes from one; where it comes from several, the first, and ``more_paths``
+    the others; ``item`` (a JSON value) says which part of that, or what else is to be made; ``bytes`` is about
+    what it will take, where that is not the size of the file.
     """
 
     key: str
@@ -47,6 +48,7 @@ class SourceSample:
     path: Path | None = None
     item: Any = None
     bytes: int | None = None
+    more_paths: tuple[Path, ...] = ()
 
 
 def walk(config: Source) -> list[SourceSample]:

@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import os
 import tarfile
 import tracemalloc
 
@@ -289,6 +290,22 @@ def test_shards_hold_the_samples_with_their_times_and_numpys_statistics(weatherb
     np.testing.assert_allclose(manifest.moments.mean, stored.mean((0, 1, 2, 3)), rtol=1e-12)
     deviations = np.sqrt(np.array(manifest.moments.m2) / manifest.moments.count)
     np.testing.assert_allclose(deviations, stored.std((0, 1, 2, 3)), rtol=1e-9)
+
+
+def test_a_shard_is_planned_anew_where_any_of_its_files_has_changed(weatherbench):
+    config = NetcdfSource(path=weatherbench, variables=("t2m", "u"), levels=(500,), sequence=24, validation_fraction=0)
+
+    def plans():
+        samples = walk(config)
+        split = plan_shards(config, samples, describe(config, samples), shards=8, window_bytes=2**20, seed=0)
+        return {plan.samples[0].name: plan.hash for plan in split}
+
+    before = plans()
+    assert plans() == before
+    os.utime(weatherbench / "u_component_of_wind" / "u_component_of_wind_2011_5.625deg.nc", (1, 1))
+    after = plans()
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {name for name in before if name >= "2011"}
 
 
 def test_manifests_without_latitudes_are_what_they_were():
