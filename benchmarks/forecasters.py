@@ -57,12 +57,15 @@ class Side:
         torch.manual_seed(0)
         with ranks.device:
             task = ForecasterTask(config.model, config.loss, config.data, (scaling, scaling), config.seed)
-            clip = plan_training(config).sample["clip"]
+            sample = plan_training(config).sample
+            clip = sample["clip"]
             clips = torch.randint(256, (batch, *clip.shape), device=ranks.device, dtype=torch.uint8)
         if "channels_last" in ways:
             for part in (task.model.encoder, task.model.translator, task.model.decoder):
                 part.register_forward_pre_hook(as_channels_last)
         self.batch: Batch = {"key": [str(number) for number in range(batch)], "clip": clips.to(clip.dtype)}
+        if "kept" in sample:
+            self.batch["kept"] = torch.ones(batch, *sample["kept"].shape, device=ranks.device)
         self.learner, self.counts, self.steps = Learner(task, config.training, ranks), task.counts(self.batch), 0
         self.parameters = sum(parameter.numel() for parameter in task.model.parameters())
 
@@ -100,7 +103,8 @@ def main() -> None:
 
 
 def as_channels_last(_module: torch.nn.Module, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(image.contiguous(memory_format=torch.channels_last) for image in images)
+    """What else they take, such as what drop path keeps, has other axes than images."""
+    return tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in images)
 
 
 def default_sides() -> list[str]:

@@ -73,7 +73,6 @@ class Step:
         self.given, self.truth = (torch.rand(batch, 1, 12, *T2M["size"], device="cpu") for _ in range(2))
 
     def take(self) -> Tensor:
-        torch.manual_seed(1)  # of drop path
         self.optimizer.zero_grad()
         loss = F.l1_loss(self.model(self.given).frames, self.truth)
         loss.backward()

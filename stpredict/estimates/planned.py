@@ -71,6 +71,8 @@ def plan_training(config: TrainConfig, tokenizer: tuple[CausalCnnConfig, ClipCon
                 video = channels in (1, 3) if scaling is None else isinstance(scaling, UnitScaling)
                 dtype = torch.uint8 if video else torch.float32
                 sample = {"clip": torch.empty(clip.frames, *clip.size, channels, dtype=dtype)}
+                if any(task.model.drop_rates):
+                    sample["kept"] = torch.empty(task.model.passes, len(task.model.drop_rates))
                 if isinstance(config.model, RecurrentConfig):
                     sample["shown"] = torch.empty(config.model.output_frames - 1, dtype=torch.bool)
     judging = None

@@ -25,6 +25,7 @@ class Recurrent(nn.Module, ABC):
     """
 
     cell: type[nn.Module]
+    drop_rates = ()  # it has no residual branches
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()

@@ -5,6 +5,7 @@ makes a frame of each; one skip leads from the encoder's first layer to the deco
 encoder and translator, or after that, it is SVQ's model (Chen et al. 2023, arXiv:2312.03406); the skip by-passes it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,29 +112,38 @@ class SimVP(nn.Module):
         """Times that a forward pass goes through the network, for the whole horizon."""
         return -(-self.config.output_frames // self.config.input_frames)
 
-    def forward(self, frames: Tensor) -> Forecast:
+    @property
+    def drop_rates(self) -> Sequence[float]:
+        """Of each residual branch of the translator: how likely it is left out in training."""
+        return self.translator.drop_rates
+
+    def forward(self, frames: Tensor, kept: Tensor | None = None) -> Forecast:
         """Of longer horizons, each ``input_frames`` of them are predicted from those predicted before, with their
-        graph."""
+        graph. ``kept``: by what each residual branch of the translator is multiplied for each sample, ``(b, passes,
+        branches)``; None, as in evaluation: by 1."""
         config = self.config
         wanted = (config.channels, config.input_frames, *config.size)
         if frames.shape[1:] != wanted:
             raise ValueError(f"frames (c, t, h, w) are {tuple(frames.shape[1:])}, this model takes {wanted}")
         parts: list[Tensor] = []
         commitments: list[Tensor] = []
-        for _ in range(self.passes):
-            frames, commitment = self._next(frames)
+        of_passes = [()] * self.passes
+        if kept is not None:
+            of_passes = rearrange(kept, "b passes branches -> passes 1 branches b").contiguous()
+        for of_pass in of_passes:
+            frames, commitment = self._next(frames, *of_pass)
             parts.append(frames)
             commitments += [] if commitment is None else [commitment]
         predicted = torch.cat(parts, dim=2)[:, :, : config.output_frames]
         return Forecast(predicted, torch.stack(commitments).mean() if commitments else None)
 
-    def _next(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _next(self, frames: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """As many frames as are given, and the quantizer's part of the loss."""
         batch, _, time, height, width = frames.shape
         stacked = rearrange(frames, "b c t h w -> (b t) c h w").to(self.decoder.readout.weight.dtype)
         latent, skip = self.encoder(padded(stacked, self.config.stride))
         latent, commitment = self._quantized(latent, batch, "before")
-        latent = self.translator(rearrange(latent, "(b t) c h w -> b (t c) h w", b=batch))
+        latent = self.translator(rearrange(latent, "(b t) c h w -> b (t c) h w", b=batch), *kept)
         latent = rearrange(latent, "b (t c) h w -> (b t) c h w", t=time)
         if commitment is None:
             latent, commitment = self._quantized(latent, batch, "after")

@@ -12,6 +12,7 @@ from stpredict.evaluation.pictures import side_by_side, stacked
 from stpredict.exports import ForecasterExport
 from stpredict.forecasters.build import build_forecaster
 from stpredict.forecasters.config import AnyForecaster, ForecasterDataConfig, ForecasterLossConfig
+from stpredict.forecasters.kept_branches import WithKeptBranches
 from stpredict.forecasters.published_macs import published_macs
 from stpredict.forecasters.scaling import Scaling
 from stpredict.forecasters.simvp import Forecast
@@ -54,9 +55,10 @@ class ForecasterTask(Task):
         return published_macs(self.model, computed)
 
     def training_batches(self, share: Share, consumed: Mapping[str, int]) -> TrainingBatches:
-        return clip_batches(
+        batches = clip_batches(
             self.clips, "train", seed=self.seed, share=share, consumed=consumed, quarantined=self.quarantined
         )
+        return WithKeptBranches(batches, self.model, self.seed) if any(self.model.drop_rates) else batches
 
     def validation_batches(self, share: Share) -> Iterator[Batch]:
         clips = self.clips.model_copy(update={"clip": self.clips.clip.unaugmented})
@@ -72,7 +74,7 @@ class ForecasterTask(Task):
     def learned(self, forward: Forward, batch: Batch) -> tuple[Forecast, Tensor]:
         """What is predicted of those in training, and the truth."""
         given, truth = self._split(self.training_scaling.scaled(batch["clip"]))
-        return forward(given), truth
+        return forward(given, *([batch["kept"]] if "kept" in batch else [])), truth
 
     def counts(self, batch: Batch) -> dict[str, float]:
         config, clips = self.model.config, float(len(batch["clip"]))

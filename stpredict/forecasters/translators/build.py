@@ -41,8 +41,10 @@ def build_translator(
     """``(b, channels, h, w)`` → the same. ``channels`` is T·hid_S, ``hidden`` hid_T, ``blocks`` N_T; (h, w) is
     ``grid``: MLP-Mixer and Swin are made for one, the others take any.
 
-    Its attribute ``blocks`` lists what may be recomputed or compiled by itself, in order. UsageError where the widths
-    do not fit the translator.
+    Its attribute ``blocks`` lists what may be recomputed or compiled by itself, in order, and ``drop_rates`` how likely
+    each residual branch is to be left out in training: where there are any, ``forward`` takes what is kept of them
+    (:class:`~stpredict.forecasters.translators.metaformer.MetaFormer`). UsageError where the widths do not fit the
+    translator.
     """
     _check(config, channels, hidden)
     if isinstance(config, IncepUConfig):

@@ -19,5 +19,5 @@ class ConvNextBlock(nn.Module):
         self.add = Add(channels, 1e-6, drop_path)
         self.apply(he_normal)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add(x, self.mlp(self.norm(self.spatial(x))))
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        return self.add(x, self.mlp(self.norm(self.spatial(x))), None if kept is None else kept[0])

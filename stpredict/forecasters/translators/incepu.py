@@ -11,6 +11,8 @@ class IncepU(nn.Module):
     """``(b, channels, h, w)`` → the same, through ``depth`` blocks and as many again, which also see what the blocks
     before the middle said, the last of them first. The grid stays as it is."""
 
+    drop_rates = ()  # it has no residual branches
+
     def __init__(self, config: IncepUConfig, channels: int, hidden: int, depth: int):
         super().__init__()
         if depth < 2:

@@ -11,8 +11,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stpredict.layers.drop_path import DropPath
-
 
 class MakesBlock(Protocol):
     def __call__(self, channels: int, index: int, drop_path: float) -> nn.Module:
@@ -37,9 +35,19 @@ class MetaFormer(nn.Module):
             Stage(make(widths[index], index, rates[index]), widths[index], widths[index + 1]) for index in range(count)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
+    @property
+    def drop_rates(self) -> list[float]:
+        """Of each residual branch, in the order of the forward pass: how likely it is left out in training."""
+        return [module.rate for module in self.modules() if isinstance(module, Add)]
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """``kept``: by what each residual branch of each sample is multiplied, ``(branches, b)``; None: by 1."""
+        if kept is None:
+            for block in self.blocks:
+                x = block(x)
+            return x
+        for block, part in zip(self.blocks, kept.split([block.branches for block in self.blocks]), strict=True):
+            x = block(x, part)
         return x
 
 
@@ -50,9 +58,10 @@ class Stage(nn.Module):
         super().__init__()
         self.block = block
         self.project = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+        self.branches = sum(isinstance(module, Add) for module in block.modules())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.block(x))
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        return self.project(self.block(x) if kept is None else self.block(x, kept))
 
 
 class Block(nn.Module):
@@ -75,23 +84,28 @@ class Block(nn.Module):
         self.norm1, self.mixer, self.add1 = norm(channels), mixer, Add(channels, scale, drop_path)
         self.norm2, self.mlp, self.add2 = norm(channels), mlp, Add(channels, scale, drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.add1(x, self.mixer(self.norm1(x)))
-        return self.add2(x, self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        first, second = (None, None) if kept is None else kept
+        x = self.add1(x, self.mixer(self.norm1(x)), first)
+        return self.add2(x, self.mlp(self.norm2(x)), second)
 
 
 class Add(nn.Module):
-    """A residual connection: ``x`` and what its branch says, both ``(b, c, h, w)``, with layer scale and drop path."""
+    """A residual connection: ``x`` and what its branch says, both ``(b, c, h, w)``, with layer scale, and times
+    ``kept`` ``(b,)``. ``rate``: how likely that is 0 in training, for who draws it (stpredict/layers/drop_path.py)."""
 
-    def __init__(self, channels: int, scale: float | None, drop_path: float):
+    def __init__(self, channels: int, scale: float | None, rate: float):
         super().__init__()
         self.scale = None if scale is None else nn.Parameter(torch.full((channels,), scale))
-        self.drop_path = DropPath(drop_path)
+        self.rate = rate
 
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor, kept: Tensor | None = None) -> Tensor:
+        # The small tensors are multiplied: the large ones are gone through once.
+        if kept is not None:
+            kept = rearrange(kept, "b -> b 1 1 1")
         if self.scale is None:
-            return x + self.drop_path(branch)
+            return x + branch if kept is None else torch.addcmul(x, branch, kept.to(branch.dtype))
         factor = rearrange(self.scale, "c -> 1 c 1 1")
-        if self.drop_path.dropping:  # of the small tensor: the large ones are gone through once
-            factor = self.drop_path(factor.expand(len(x), -1, -1, -1))
+        if kept is not None:
+            factor = (factor * kept).to(factor.dtype)
         return torch.addcmul(x, branch, factor)

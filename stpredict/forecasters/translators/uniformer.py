@@ -21,8 +21,8 @@ class Positioned(nn.Module):
         self.position = depthwise(channels, 3)
         self.block = block
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x + self.position(x))
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        return self.block(x + self.position(x), kept)
 
 
 def uniformer_block(config: UniFormerConfig, channels: int, drop_path: float, local: bool) -> nn.Module:

@@ -9,7 +9,6 @@ from data_pipeline.errors import UsageError
 from stpredict.forecasters.translators.build import build_translator
 from stpredict.forecasters.translators.metaformer import Add, MetaFormer
 from stpredict.layers.batch_norm import BatchNorm
-from stpredict.layers.drop_path import DropPath
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 with_blocks = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("incepu", "conv_mixer")])
@@ -100,35 +99,51 @@ def test_only_blocks_whose_neighbour_has_other_channels_are_followed_by_a_convol
 
 @with_blocks
 def test_drop_path_grows_linearly_from_0(kind):
-    model = translator(kind, blocks=4, drop_path=0.3)
-    for index, stage in enumerate(model.blocks):
-        rates = {module.rate for module in stage.modules() if isinstance(module, DropPath)}
-        assert list(rates) == [pytest.approx(0.1 * index)]
+    rates = translator(kind, blocks=4, drop_path=0.3).drop_rates
+    of_a_block = 1 if kind == "convnext" else 2
+    assert rates == pytest.approx([rate for rate in (0, 0.1, 0.2, 0.3) for _ in range(of_a_block)])
+
+
+@pytest.mark.parametrize("kind", ["incepu", "conv_mixer"])
+def test_without_residual_branches_nothing_is_left_out(kind):
+    assert not list(translator(kind).drop_rates)
 
 
 @with_blocks
-def test_a_sample_whose_branches_are_all_left_out_passes_unchanged(kind):
-    stage = translator(kind, channels=16, hidden=16, blocks=2, drop_path=0.99).blocks[-1]
-    torch.manual_seed(0)
-    x = latents(4, 16)
-    expected = x + stage.block.position(x) if kind == "uniformer" else x
-    torch.testing.assert_close(stage(x), expected)
-    assert not torch.equal(stage.eval()(x), x)
+def test_a_sample_whose_branches_are_all_left_out_passes_unchanged_and_the_others_as_they_would(kind):
+    model = randomised(translator(kind, channels=16, hidden=16, drop_path=0.5)).eval()
+    x = latents(3, 16).double()
+    factors = torch.ones(len(model.drop_rates), 3, dtype=torch.float64)
+    factors[:, 1] = 0
+    with torch.no_grad():
+        got, whole = model(x, factors), model(x)
+        expected = x
+        if kind == "uniformer":
+            for stage in model.blocks:
+                expected = expected + stage.block.position(expected)
+    torch.testing.assert_close(got[1], expected[1])
+    torch.testing.assert_close(got[[0, 2]], whole[[0, 2]])
+    assert not torch.allclose(got[1], whole[1])
+
+
+@with_blocks
+def test_each_branch_has_its_own_factor(kind):
+    model, x = randomised(translator(kind, drop_path=0.5)).eval(), latents(2).double()
+    outputs = []
+    with torch.no_grad():
+        for left_out in range(len(model.drop_rates)):
+            factors = torch.ones(len(model.drop_rates), 2, dtype=torch.float64)
+            factors[left_out] = 0
+            outputs.append(model(x, factors))
+    assert len({round(out.sum().item(), 6) for out in outputs}) == len(model.drop_rates)
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_drop_path_and_layer_scale_are_those_of_whole_branches(scale):
-    torch.manual_seed(0)
-    x, branch = latents(64), latents(64).square() + 1
+def test_what_is_kept_and_layer_scale_multiply_whole_branches(scale):
+    x, branch, factors = latents(3), latents(3).square() + 1, torch.tensor([0.0, 1.0, 4 / 3])
     add = Add(24, scale, 0.25)
-    factors = (add(x, branch) - x) / branch
-    per_sample = factors.amax((1, 2, 3))
-    torch.testing.assert_close(factors, per_sample[:, None, None, None].expand_as(factors), atol=1e-5, rtol=1e-5)
-    expected = (scale or 1) / 0.75
-    dropped = (per_sample.abs() < 1e-6).float().mean()
-    assert 0.1 < dropped < 0.45
-    torch.testing.assert_close(per_sample[per_sample > 1e-6].unique().mean(), torch.tensor(expected))
-    torch.testing.assert_close(add.eval()(x, branch), x + (scale or 1) * branch)
+    torch.testing.assert_close(add(x, branch, factors), x + (scale or 1) * factors[:, None, None, None] * branch)
+    torch.testing.assert_close(add(x, branch), x + (scale or 1) * branch)
 
 
 @pytest.mark.parametrize("kind", ["van", "uniformer", "conv_mixer", "moganet", "incepu"])
