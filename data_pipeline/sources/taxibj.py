@@ -126,6 +126,11 @@ def _walk_h5(config: TaxiBjSource, files: list[Path]) -> list[SourceSample]:
         raise UsageError(f"{config.path}: {times[back[0] + 1]} comes behind {times[back[0]]}; get the files anew")
     # The test begins so many days, of those that are there, before the end.
     test = times[max(0, len(times) - config.test_days * _A_DAY)] if config.test_days else times[-1] + _HALF_HOUR
+    if test <= times[0]:
+        raise UsageError(
+            f"{config.path}: source.test_days {config.test_days} leaves nothing to train on: {len(times) // _A_DAY} "
+            "days are there"
+        )
     least, greatest = _range(recordings, test)
     starts = {"train": [], "test": []}  # (recording, first step) of sequences without gaps
     for recording in recordings:

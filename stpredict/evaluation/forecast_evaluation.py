@@ -191,6 +191,8 @@ def _check_same(found: Forecasts, name: str, other: Forecasts) -> None:
     if other.truth.shape != found.truth.shape or other.index.keys != found.index.keys:
         which = next((key for key in other.index.keys if key not in found.index.keys), None)
         what = f"{which!r} is none of them" if which else f"its truth is {other.truth.shape}, not {found.truth.shape}"
+        if which is None and other.truth.shape == found.truth.shape:
+            what = "they come in another order"
         raise UsageError(
             f"others.{name}: {other.where} is not of the samples of {found.where} ({what}); "
             "make both forecasts of the same data, with as many output frames"

@@ -96,7 +96,7 @@ def test_weatherbench_m_predicts_the_published_leads_or_six_hourly_ones(weatherb
     config = source_of("weatherbench_m", f"source.path={weatherbench}", *A_YEAR_EACH, *offsets)
     samples = walk(config)
     assert counts(samples) == [(days * 24 - span) // 6 + 1 for days in (365, 365, 366)]
-    variables, levels = "truv", (150, 500, 850)
+    variables, levels = "rtuv", (150, 500, 850)
     assert describe(config, samples).channels == [f"{variable}_{level}" for variable in variables for level in levels]
     for sample in samples[:: len(samples) // 5]:
         array = np.load(io.BytesIO(read(config, sample)[1]))

@@ -191,6 +191,11 @@ def test_what_does_not_fit_is_said_in_a_line(tmp_path, make, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_test_as_long_as_the_files_is_said_to_leave_no_training(originals):
+    with pytest.raises(UsageError, match=r"source\.test_days 28 leaves nothing to train on: 3 days are there"):
+        walk(TaxiBjSource(path=originals[0]))
+
+
 def test_sequences_that_are_not_numbers_are_left_out(dataset):
     folder, arrays = dataset
     arrays["Y_train"][3, 0, 0, 0, 0] = np.nan

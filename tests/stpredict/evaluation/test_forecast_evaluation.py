@@ -275,6 +275,7 @@ def test_forecasts_of_other_samples_are_not_put_side_by_side():
     made = given, truth, prediction = field()
     others = {
         "'else' is none of them": forecasts(made, keys=["else", *"bcde"]),
+        "they come in another order": forecasts(made, keys=[f"sample-{n}" for n in (1, 0, 2, 3, 4)]),
         "its truth is": forecasts((given, truth[:, :2], prediction[:, :2])),
         "the truth of sample-2 is another": forecasts((given, np.where(np.arange(5) == 2, 0, truth.T).T, prediction)),
     }
