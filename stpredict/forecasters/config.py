@@ -133,6 +133,18 @@ class StridedConfig(ForecasterConfig):
         height, width = self.size
         return -(-height // self.stride), -(-width // self.stride)
 
+    @property
+    def padding_note(self) -> str | None:
+        """What is to be said of frames that are padded; None where none are."""
+        (height, width), seen = self.size, tuple(self.stride * side for side in self.grid)
+        if seen == self.size:
+            return None
+        return (
+            f"frames of {height}x{width} are seen as {seen[0]}x{seen[1]}: their last row and column are repeated until "
+            f"{self.stride} divides the sides, and what is predicted there is cut off (padding: refuse makes this an "
+            "error)"
+        )
+
     @model_validator(mode="after")
     def _strides_divide(self):
         height, width = self.size
@@ -252,7 +264,13 @@ class ForecasterDataConfig(StreamConfig):
     def clips(self, model: ForecasterConfig) -> ClipDataConfig:
         """The clips that ``model`` sees. ValueError where that is no clip."""
         changes = self.clip.model_dump(exclude_none=True)
-        clip = ClipConfig(**{"resize": "stretch", "channels": 1 if model.channels != 3 else 3} | model.clip | changes)
+        fixed = {"channels": 3 if model.channels == 3 else 1} | model.clip
+        for name, of_model in fixed.items():
+            if changes.get(name, of_model) != of_model:
+                raise ValueError(
+                    f"data.clip.{name} {changes[name]}: {of_model} by the model; leave it out, or change the model"
+                )
+        clip = ClipConfig(**{"resize": "stretch"} | changes | fixed)
         fields = {name: getattr(self, name) for name in StreamConfig.model_fields}
         return ClipDataConfig(**fields, shards=self.shards, clip=clip)
 

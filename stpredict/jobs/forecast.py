@@ -27,8 +27,8 @@ from stpredict.config import validate
 from stpredict.evaluation.forecast_pictures import write_forecast_pictures
 from stpredict.evaluation.forecasts import ARRAYS, ForecastIndex
 from stpredict.exports import ForecasterExport, load_forecaster
-from stpredict.forecasters.config import StandardScaling
-from stpredict.forecasters.scaling import Scaling, scaling_of
+from stpredict.forecasters.config import AffineScaling, StandardScaling, UnitScaling
+from stpredict.forecasters.scaling import Scaling, of_grey_levels, scaling_of
 from stpredict.jobs.config import ForecastConfig
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.sampling.stopwatch import Stopwatch
@@ -134,8 +134,12 @@ def _clips(config: ForecastConfig, export: ForecasterExport) -> ClipDataConfig:
 
 def _scaling(config: ForecastConfig, export: ForecasterExport, manifest: Manifest, split: str) -> Scaling:
     """That of the training, or the split's own where the training was asked for such. UsageError where the set holds
-    other channels than the forecaster was trained on."""
-    own = scaling_of(export.scaling, export.model.channels, f"{config.data.shards}/{split}", manifest)
+    other values or channels than the forecaster was trained on."""
+    where, field = f"{config.data.shards}/{split}", manifest.dtype == "float32"
+    if field == _saw_video(export) and not isinstance(export.scaling, AffineScaling):
+        held, seen = ("a field", "video") if field else ("video", "a field")
+        raise UsageError(f"{where}: holds {held} ({manifest.dtype}); {config.forecaster} was trained on {seen}")
+    own = scaling_of(export.scaling, export.model.channels, where, manifest)
     if isinstance(export.scaling, StandardScaling) and export.scaling.statistics == "own":
         return own
     if export.channels and manifest.channels and export.channels != manifest.channels:
@@ -144,6 +148,14 @@ def _scaling(config: ForecastConfig, export: ForecasterExport, manifest: Manifes
             f"{', '.join(export.channels)}"
         )
     return Scaling(export.offset, export.scale)
+
+
+def _saw_video(export: ForecasterExport) -> bool:
+    """By its scaling or, where that was left to the data, by what came of it."""
+    if export.scaling is not None:
+        return isinstance(export.scaling, UnitScaling)
+    grey = of_grey_levels(export.model.channels)
+    return (export.offset, export.scale) == (grey.offset, grey.scale)
 
 
 def _batches(data: ClipDataConfig, split: str, config: ForecastConfig, share: Share, count: int) -> Iterator[Batch]:

@@ -37,6 +37,8 @@ def run(config: TrainConfig, run: Run) -> None:
         torch.manual_seed(config.seed)
         identity = config.decisive(flat(config.model_dump(mode="json")))
         force = bool(os.environ.get(FORCE))
+        if isinstance(config, ForecasterJobConfig) and config.model.padding_note:
+            log.log(ranks.warning, "%s", config.model.padding_note)
         task = build_task(config)
         with sparing_children():  # DeepSpeed may have an op compiled
             trainer = Trainer(

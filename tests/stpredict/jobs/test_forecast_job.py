@@ -150,7 +150,7 @@ def test_what_does_not_fit_the_forecaster_is_refused_in_a_line(forecasts, tmp_pa
     where = make_forecaster(tmp_path / "export")
     with pytest.raises(UsageError, match=r"data\.clip: 5 frames of 8x8; .*export takes 2 and gives 3 of 12x16"):
         forecasts(where, data={"clip": {"size": (8, 8)}})
-    with pytest.raises(UsageError, match=r"val: holds video of 1 or 3 channels, model\.channels is 2"):
+    with pytest.raises(UsageError, match=r"val: holds video \(uint8\); .*export was trained on a field"):
         forecasts(where, data={"shards": video_shards})
     with pytest.raises(UsageError, match=r"nowhere: has no split test or val"):
         forecasts(where, data={"shards": "nowhere"})
@@ -158,6 +158,25 @@ def test_what_does_not_fit_the_forecaster_is_refused_in_a_line(forecasts, tmp_pa
     config.write_text(config.read_text().replace("- damp", "- dry"))
     with pytest.raises(UsageError, match=r"holds warm, damp; .*export was trained on warm, dry"):
         forecasts(where)
+
+
+@pytest.mark.parametrize("scaling", [None, {"kind": "unit"}])
+def test_a_forecaster_of_video_refuses_fields(scaling, forecasts, tmp_path):
+    seen = {"channels": [], "units": [], "offset": (0.0, 0.0), "scale": (255.0, 255.0), "scaling": scaling}
+    where = make_forecaster(tmp_path / "export")
+    export = ForecasterExport.model_validate(load_forecaster(where)[1].model_dump() | seen)
+    (where / "config.yaml").write_text(as_yaml(export))
+    with pytest.raises(UsageError, match=r"val: holds a field \(float32\); .*export was trained on video"):
+        forecasts(where)
+
+
+def test_a_forecaster_of_a_field_of_one_channel_refuses_video(forecasts, tmp_path, video_shards):
+    where = make_forecaster(tmp_path / "export", channels=1, size=(16, 16), clip={"size": (16, 16), "channels": 1})
+    export = load_forecaster(where)[1]
+    config = export.model_copy(update={"channels": ["warm"], "units": ["K"], "offset": (280.0,), "scale": (7.0,)})
+    (where / "config.yaml").write_text(as_yaml(config))
+    with pytest.raises(UsageError, match=r"val: holds video \(uint8\); .*export was trained on a field"):
+        forecasts(where, data={"shards": video_shards})
 
 
 def test_video_is_stored_as_it_is_and_predicted_in_grey_levels(forecasts, tmp_path, video_shards):
