@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _ENDINGS = {".nc", ".nc3", ".nc4", ".cdf", ".netcdf"}
 _HOUR = np.timedelta64(1, "h")
+_UNWRITTEN = 9.9692e36, 9.9693e36  # around what netCDF's library puts where nothing was written, _FillValue or not
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _present(config: NetcdfSource, field: Field, steps: Sequence[int]) -> np.nda
     """The field at ``steps`` in float32, (t, h, w, channels), with what is missing filled in. DecodeError where that
     was not asked for."""
     values = field.values(as_index(steps))
-    missing = np.isnan(values)
+    missing = np.isnan(values) | ((values > _UNWRITTEN[0]) & (values < _UNWRITTEN[1]))
     if missing.any():
         if config.fill is None:
             frame = int(missing.any(axis=(1, 2, 3)).argmax())

@@ -352,6 +352,18 @@ def test_missing_values_in_the_first_frame_are_refused_before_anything_is_writte
     assert (samples_and_arrays(config)[1][0][:, 1, :3] == 0).all()
 
 
+def test_what_was_never_written_is_missing_although_no_fill_value_is_named(tmp_path):
+    array = field("t2m", hours("2010-01-01", "2010-01-01T08")).astype(np.float32)
+    array[6, 1, 2] = np.float32(9.969209968386869e36)  # NC_FILL_FLOAT
+    array.encoding["_FillValue"] = None
+    write(tmp_path / "a.nc", array)
+    asked = {"path": tmp_path, "variables": ("t2m",), "sequence": 4, "validation_fraction": 0}
+    samples = walk(NetcdfSource(**asked))
+    with pytest.raises(DecodeError, match="t2m has 1 missing values at 2010-01-01T06:00:00"):
+        read(NetcdfSource(**asked), samples[1])
+    assert samples_and_arrays(NetcdfSource(**asked, fill=0))[1][1][2, 1, 2, 0] == 0
+
+
 def infinite(folder):
     array = field("t2m", hours("2010-01-01", "2010-01-02"))
     array[0, 0, 0] = 1e300
