@@ -44,7 +44,10 @@ class Scaling:
         return rearrange(self._tensors(device)[1], "c -> c 1 1 1")
 
     def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.offset, device=device), torch.tensor(self.scale, device=device)
+        # From pinned memory, since a step would wait for all that the GPU has yet to do before it.
+        both = torch.tensor([self.offset, self.scale], pin_memory=device.type == "cuda")
+        offset, scale = both.to(device, non_blocking=True)
+        return offset, scale
 
 
 def scaling_of(config: AnyScaling | None, channels: int, where: str, manifest: Manifest) -> Scaling:

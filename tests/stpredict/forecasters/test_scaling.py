@@ -10,7 +10,7 @@ from stpredict.forecasters.config import (
     StandardScaling,
     UnitScaling,
 )
-from stpredict.forecasters.scaling import read_scalings, scaling_of
+from stpredict.forecasters.scaling import Scaling, read_scalings, scaling_of
 from tests.stpredict.forecasters.fields import SIZE, STEPS, moving_field
 
 TRAINED, HELD_OUT = moving_field(STEPS, *SIZE)[:48], moving_field(STEPS, *SIZE)[48:]
@@ -54,6 +54,19 @@ def test_an_affine_scaling_is_of_each_channel_or_of_all(field_shards):
     scaling = scaling_of(AffineScaling(offset=(1.0, 2.0), scale=(4.0,)), 2, "x", manifest)
     clip = torch.tensor([5.0, 10.0]).view(1, 1, 1, 1, 2)
     assert scaling.scaled(clip).flatten().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_scaling_does_not_wait_for_the_gpu():
+    clip = torch.zeros(1, 2, 3, 4, 2, device="cuda")
+    scaling = Scaling((1.0, 2.0), (4.0, 5.0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scaled = scaling.scaled(clip)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert scaled[0, :, 0, 0, 0].tolist() == pytest.approx([-0.25, -0.4])
 
 
 def test_what_does_not_fit_the_shards_is_refused_in_a_line(field_shards, video_shards):
