@@ -131,10 +131,11 @@ def test_a_field_within_the_unit_interval_when_scaled_is_an_image_too(monkeypatc
     check(metrics, "psnr", (-10 * np.log10(((unit[0].clip(0, 1) - unit[1]) ** 2).mean((2, 3, 4)))).mean(0))
     assert "ssim" in metrics
     monkeypatch.setattr(forecast_evaluation, "CHUNK_VALUES", 1)
-    truth[2, 3, 0, 0, 0] = 1.5  # in the last chunk alone
-    result = evaluate_forecasts(forecasts(made, **about))[0]
-    assert not {"psnr", "ssim"} & result.methods["prediction"].metrics.keys()
-    assert "no image's" in result.notes[0]
+    for outside in (1.5, -1.5):
+        truth[2, 3, 0, 0, 0] = outside  # in the last chunk alone
+        result = evaluate_forecasts(forecasts(made, **about))[0]
+        assert not {"psnr", "ssim"} & result.methods["prediction"].metrics.keys()
+        assert "no image's" in result.notes[0]
 
 
 @pytest.mark.parametrize(("made", "index"), [(field, {**hourly(5), "latitudes": LATITUDES}), (video, {})])
