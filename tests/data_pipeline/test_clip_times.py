@@ -1,5 +1,6 @@
 import io
 import json
+import time
 from datetime import datetime
 
 import numpy as np
@@ -37,6 +38,16 @@ def test_each_frame_of_a_clip_has_its_own_time_wherever_the_clip_begins(clip):
             assert found["minutes"] == [NINE + 30 * number for number in numbers]
             found = sample(uneven, epoch, part, frames=3, **clip)
             assert found["minutes"] == [NINE + 60 * uneven["hours"][int(number)] for number in numbers]
+
+
+def test_times_do_not_depend_on_where_the_machine_is(monkeypatch):
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert sample({"time": "2019-03-01T09:00:00", "interval_h": 1}, frames=1, start="first")["minutes"] == [NINE]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_arrays_without_times_have_none():

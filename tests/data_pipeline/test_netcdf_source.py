@@ -136,6 +136,16 @@ def test_a_folder_per_variable_and_a_file_per_year_is_one_line_of_time(weatherbe
         np.testing.assert_array_equal(array[:, 0, 0], expected.astype(np.float32))
 
 
+def test_files_follow_each_other_by_their_times_whatever_their_names(tmp_path):
+    for name, day in (("jan_a", 2), ("jan_b", 1)):
+        write(tmp_path / f"{name}.nc", field("t2m", hours(f"2010-01-0{day}", f"2010-01-0{day + 1}")))
+    config = NetcdfSource(path=tmp_path, variables=("t2m",), sequence=12, validation_fraction=0)
+    samples, arrays = samples_and_arrays(config)
+    assert [sample.metadata["time"][8:13] for sample in samples] == ["01T00", "01T12", "02T00", "02T12"]
+    corners = np.concatenate(arrays)[:, 0, 0, 0]
+    np.testing.assert_array_equal(corners, value("t2m", hours("2010-01-01", "2010-01-03")).astype(np.float32))
+
+
 def test_patterns_choose_files_and_one_folder_of_several(weatherbench):
     some = {"variables": ("t2m",), "sequence": 24, "validation_fraction": 0}
     assert len(walk(NetcdfSource(path=weatherbench / "2m_temperature" / "*.nc", **some))) == 8

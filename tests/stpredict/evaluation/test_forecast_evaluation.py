@@ -192,6 +192,9 @@ def test_differences_are_paired_and_their_errors_those_of_means_over_samples():
     assert found["rmse"].value == pytest.approx(np.subtract(*(math.sqrt(s.mean()) for s in squares)))
     assert found["rmse"].stderr == pytest.approx(jackknife, rel=0.02)
     assert any("better than noisier" in line and "NOT" not in line for line in result.comparisons())
+    said = {d.other: f"{d.in_words()} K" for d in result.differences if d.metric == "rmse"}
+    assert said["persistence"] in result.verdict()
+    assert f"Prediction is better than noisier: RMSE {said['noisier']}." in result.comparisons()
     lines = [d.model_copy(update={"value": value, "stderr": 1.0}) for d in result.differences for value in (1.9, -2.1)]
     assert [line.is_small for line in lines[:2]] == [True, False]
     alone, _ = evaluate_forecasts(forecasts([x[:1] for x in made]))
