@@ -6,6 +6,7 @@ import pytest
 
 from stpredict.jobs import study_report
 from stpredict.run import Run
+from stpredict.studies import charts
 from stpredict.studies.report import write_study_report
 from tests.processes import succeeding
 from tests.stpredict.studies.made_up_study import (
@@ -244,6 +245,13 @@ def test_forecasts_are_compared_as_papers_print_them_beside_their_yardsticks(tmp
         "<tr><td>climatology</td>",
     ):
         assert part in page, part
+
+
+def test_the_chart_of_forecasts_has_the_levels_of_their_yardsticks(tmp_path, monkeypatch):
+    levels = []
+    monkeypatch.setattr(charts, "_level", lambda panel, name, level, line: levels.append((name, level)))
+    write_study_report(write_translators(tmp_path, {"gsta": 1.5, "incepu": 2.5}), tmp_path / "report")
+    assert levels == [("persistence", 3), ("climatology", 2), ("persistence", 1.5), ("climatology", 1)]  # RMSE, MAE
 
 
 def test_labels_and_titles_are_escaped(tmp_path):
