@@ -94,12 +94,18 @@ def run(config: ForecastConfig, run: Run) -> None:
 
 def assembled(config: ForecastConfig) -> tuple[torch.nn.Module, ForecasterExport]:
     """The forecaster, for the horizon that is asked for and with the parts that come from others. UsageError where
-    those do not fit."""
+    those do not fit, or were trained on values that were scaled otherwise."""
     forecaster, export = load_forecaster(config.forecaster)
     for part, path in config.swap.items():
         if not hasattr(forecaster, part):
             raise UsageError(f"swap.{part}: {config.forecaster} is a {export.model.kind}, which has no {part}")
-        other, _ = load_forecaster(path)
+        other, of_other = load_forecaster(path)
+        if (of_other.offset, of_other.scale) != (export.offset, export.scale):
+            raise UsageError(
+                f"swap.{part}: {path} sees other values than {config.forecaster}: offset {list(of_other.offset)} and "
+                f"scale {list(of_other.scale)}, not {list(export.offset)} and {list(export.scale)}; take one that was "
+                "trained on the same shards"
+            )
         try:
             getattr(forecaster, part).load_state_dict(getattr(other, part).state_dict())
         except (AttributeError, RuntimeError):

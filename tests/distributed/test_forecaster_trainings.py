@@ -114,6 +114,24 @@ def test_layers_that_are_computed_again_leave_out_the_same_branches_and_move_the
             torch.testing.assert_close(recomputed[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
 
 
+@pytest.mark.slow  # compilation
+def test_compiled_layers_have_the_losses_of_two_ranks_that_compile_none(tmp_path):
+    model, shards = MODELS["gsta_drop_path"], make_field_shards(tmp_path / "field")
+    compiled = {"compile": True}
+    recomputed = {**compiled, "activation_checkpointing": {"policy": "layers"}}
+    ways = {"eager": {}, "compiled": compiled, "recomputed": recomputed}
+    run_ranks(
+        [trial(shards, name, model, **more) for name, more in ways.items()],
+        tmp_path,
+        2,
+        script=tokenizer_trainings.__file__,
+    )
+    for split in ("train", "val"):
+        expected, *others = (values(tmp_path / name, split, "loss")["loss"] for name in ways)
+        for losses in others:
+            assert losses == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_training_that_was_stopped_goes_on_to_the_same_bits(folders, size):
     assert_same_bits(whole_state(Run(folders[size] / "resumed")), whole_state(Run(folders[size] / "gsta")))

@@ -141,6 +141,10 @@ def test_parts_come_from_another_training(forecasts, tmp_path):
     expected = (predicted * torch.tensor(SCALE) + torch.tensor(OFFSET)).numpy()
     np.testing.assert_allclose(made.prediction, expected, rtol=1e-6)
     assert np.abs(made.prediction - forecasts(one).prediction).max() > 1e-3
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("- 280.0", "- 281.0"))
+    with pytest.raises(UsageError, match=r"swap\.translator: .*other sees other values than .*one: offset \[281\.0, 5"):
+        forecasts(one, swap={"translator": other})
     wider = make_forecaster(tmp_path / "wider", hid_T=16)
     with pytest.raises(UsageError, match=r"swap\.translator: .*wider: its translator has other layers than .*one"):
         forecasts(one, swap={"translator": wider})
