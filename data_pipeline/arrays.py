@@ -95,7 +95,7 @@ def _crop_field(field: np.ndarray, config: ClipConfig, plan: Plan) -> np.ndarray
     if not (math.isclose(right - left, columns) and math.isclose(bottom - top, rows)):
         raise DecodeError(
             f"a field of {height}x{width} (height x width) is not resized to {rows}x{columns}: "
-            f"set clip.size to what it has, or crop with clip.short_side {min(height, width)}"
+            f"set clip.size (of a forecaster, model.size) to that, or crop with clip.short_side {min(height, width)}"
         )
     top, left = round(top), round(left)
     return field[:, top : top + rows, left : left + columns]

@@ -98,7 +98,8 @@ class Svq(nn.Module):
         once."""
         codes, width = self.codes.weight.shape
         channels = self.codebook.shape[1]
-        return locations * (width * codes + codes * channels - width * channels) - (width + 1) * codes * channels
+        hidden = 0 if isinstance(self.mlp, nn.Identity) else channels * width
+        return self.published_macs(locations) - locations * (hidden + width * channels) - (width + 1) * codes * channels
 
 
 def drawn_codebook(codes: int, channels: int, init: str) -> Tensor:

@@ -67,11 +67,6 @@ class SvqRaw(nn.Module):
         for part in rearrange(latents, "b t c h w -> (b t h w) c").split(locations):
             yield self._weights(part)
 
-    def published_macs(self, locations: int) -> int:
-        """Multiply-adds for so many locations (b t h w)."""
-        codes, channels = self.codebook.shape
-        return locations * (2 * codes * channels + (self.steps - 1) * codes**2)
-
 
 def unlearned(codebook: Tensor, lasso_lambda: float) -> tuple[Tensor, Tensor, Tensor]:
     """With these, the steps go to the solution of the lasso: what multiplies x ``(K, S)``, the inhibition ``(K, K)``

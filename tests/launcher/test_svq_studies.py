@@ -41,7 +41,7 @@ def test_the_published_size_varies_what_the_small_one_does(table):
         assert list(small[other].values) == list(full[other].values)
 
 
-@pytest.mark.parametrize("table", ["translators", "quantizers", "codebooks"])
+@pytest.mark.parametrize("table", TABLES)
 def test_every_value_is_trained_with_either_loss_so_that_two_changes_are_told_apart(table):
     _, trainings, _ = trainings_of(f"{table}_tiny")
     of_model: dict[str, set] = {}
