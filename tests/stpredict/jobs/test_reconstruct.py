@@ -146,7 +146,7 @@ def test_a_clip_that_cannot_be_read_is_left_out(reconstructed, monkeypatch):
 def test_lpips_is_not_measured_of_what_a_prior_made(tmp_path):
     run = Run(tmp_path / "generated")
     run.update_status(kind="generate")
-    with pytest.raises(UsageError, match="lpips: of a reconstruct job's run"):
+    with pytest.raises(UsageError, match="lpips: of the run of a reconstruct or forecast job"):
         measured(run, tmp_path, lpips={})
 
 
