@@ -4,13 +4,12 @@
 
 Steps of the real engine (forward, backward, update; ZeRO-0, no recomputation) on made-up clips, the same at every
 step: by default of Moving MNIST gSTA (46.8 M parameters) and TaxiBJ ConvNeXt (7.8 M), batch 4. A side is PRECISION,
-PRECISION-compiled, and either with -channels_last, in which encoder, translator and decoder get images laid out so
-(weights cannot be: DeepSpeed 0.19 sends no such parameters).
-Sides take turns within one process per config; medians, and times the first side. Memory is of a process of its own for
-each side: what the peak of its resident set is above that before the model was built or, on CUDA, what was allocated
-at most. Compilation is not part of a step; its seconds are given. On a CPU that does not compute in bf16, bf16 is left
-out unless --sides asks for it: convolutions are some thirty times slower there. Prints markdown; timings mean
-something only where nothing else runs.
+PRECISION-compiled, and either with -contiguous, in which encoder, translator and decoder get their images channel by
+channel instead of channels-last, as the model lays them out. Sides take turns within one process per config; medians,
+and times the first side. Memory is of a process of its own for each side: what the peak of its resident set is above
+that before the model was built or, on CUDA, what was allocated at most. Compilation is not part of a step; its seconds
+are given. On a CPU that does not compute in bf16, bf16 is left out unless --sides asks for it: convolutions are some
+thirty times slower there. Prints markdown; timings mean something only where nothing else runs.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from stpredict.training.ranks import Ranks, join_ranks
 from stpredict.training.task import Batch
 
 CONFIGS = ["configs/forecasters/moving_mnist_gsta.yaml", "configs/forecasters/taxibj_convnext.yaml"]
-PRECISIONS, CHANGES = ("fp32", "bf16"), ("", "-channels_last", "-compiled", "-compiled-channels_last")
+PRECISIONS, CHANGES = ("fp32", "bf16"), ("", "-contiguous", "-compiled", "-compiled-contiguous")
 WARM_UP = 2
 STEPS_FOR_MEMORY = 3
 
@@ -60,9 +59,9 @@ class Side:
             sample = plan_training(config).sample
             clip = sample["clip"]
             clips = torch.randint(256, (batch, *clip.shape), device=ranks.device, dtype=torch.uint8)
-        if "channels_last" in ways:
+        if "contiguous" in ways:
             for part in (task.model.encoder, task.model.translator, task.model.decoder):
-                part.register_forward_pre_hook(as_channels_last)
+                part.register_forward_pre_hook(as_contiguous)
         self.batch: Batch = {"key": [str(number) for number in range(batch)], "clip": clips.to(clip.dtype)}
         if "kept" in sample:
             self.batch["kept"] = torch.ones(batch, *sample["kept"].shape, device=ranks.device)
@@ -102,9 +101,8 @@ def main() -> None:
     print(f"\nLoad average afterwards {os.getloadavg()[0]:.1f}.")
 
 
-def as_channels_last(_module: torch.nn.Module, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """What else they take, such as what drop path keeps, has other axes than images."""
-    return tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in images)
+def as_contiguous(_module: torch.nn.Module, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(image.contiguous() for image in images)
 
 
 def default_sides() -> list[str]:

@@ -27,6 +27,12 @@ class Forecast(NamedTuple):
     commitment: Tensor | None = None
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """``(n, c, h, w)`` laid out so that a pixel's channels are neighbours: convolutions are faster on it, also where
+    their weights are not, which DeepSpeed 0.19 could not send (benchmarks/results/forecasters.md)."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def padded(frames: Tensor, stride: int) -> Tensor:
     """``(n, c, h, w)`` with the last row and column repeated, until ``stride`` divides the sides."""
     height, width = frames.shape[-2:]
@@ -139,16 +145,24 @@ class SimVP(nn.Module):
 
     def _next(self, frames: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """As many frames as are given, and the quantizer's part of the loss."""
-        batch, _, time, height, width = frames.shape
-        stacked = rearrange(frames, "b c t h w -> (b t) c h w").to(self.decoder.readout.weight.dtype)
-        latent, skip = self.encoder(padded(stacked, self.config.stride))
+        batch, *_, height, width = frames.shape
+        latent, skip = self._encoded(frames)
         latent, commitment = self._quantized(latent, batch, "before")
-        latent = self.translator(rearrange(latent, "(b t) c h w -> b (t c) h w", b=batch), *kept)
-        latent = rearrange(latent, "b (t c) h w -> (b t) c h w", t=time)
+        latent = self._translated(latent, batch, *kept)
         if commitment is None:
             latent, commitment = self._quantized(latent, batch, "after")
-        made = self.decoder(latent, skip)[..., :height, :width]
+        made = self.decoder(channels_last(latent), skip)[..., :height, :width]
         return rearrange(made, "(b t) c h w -> b c t h w", b=batch), commitment
+
+    def _encoded(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of all frames ``(b t, hid_S, h', w')``, and what the skip carries."""
+        images = rearrange(frames, "b c t h w -> (b t) c h w").to(self.decoder.readout.weight.dtype)
+        return self.encoder(channels_last(padded(images, self.config.stride)))
+
+    def _translated(self, latent: Tensor, batch: int, *kept: Tensor) -> Tensor:
+        """``(b t, hid_S, h', w')`` to the same."""
+        stacked = channels_last(rearrange(latent, "(b t) c h w -> b (t c) h w", b=batch))
+        return rearrange(self.translator(stacked, *kept), "b (t c) h w -> (b t) c h w", t=self.config.input_frames)
 
     def _quantized(self, latent: Tensor, batch: int, place: str) -> tuple[Tensor, Tensor | None]:
         if self.quantizer is None or self.config.quantizer.place != place:
@@ -161,11 +175,9 @@ class SimVP(nn.Module):
         where there is none."""
         if self.quantizer is None:
             raise ValueError("this model has no quantizer")
-        batch, time = frames.shape[0], frames.shape[2]
-        stacked = rearrange(frames, "b c t h w -> (b t) c h w").to(self.decoder.readout.weight.dtype)
-        latent, _ = self.encoder(padded(stacked, self.config.stride))
+        batch = len(frames)
+        latent, _ = self._encoded(frames)
         if self.config.quantizer.place == "after":
-            latent = self.translator(rearrange(latent, "(b t) c h w -> b (t c) h w", b=batch))
-            latent = rearrange(latent, "b (t c) h w -> (b t) c h w", t=time)
+            latent = self._translated(latent, batch)
         latent = rearrange(latent, "(b t) c h w -> b t c h w", b=batch)
         return latent, self.quantizer(latent)[0]
