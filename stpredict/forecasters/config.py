@@ -3,6 +3,7 @@
 ``size`` is that of a frame, in pixels or grid points; the names hid_S, hid_T, N_S and N_T are the papers'.
 """
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -109,27 +110,23 @@ class ForecasterConfig(Config):
     output_frames: int = Field(10, ge=1, description="more than input_frames: predictions are predicted on from")
     size: tuple[PositiveInt, PositiveInt] = Field((64, 64), description="height and width of a frame")
 
-    @property
-    def clip(self) -> dict[str, object]:
-        """Keys of the clips that it is trained on."""
-        return {"frames": self.input_frames + self.output_frames, "size": self.size}
-
-
-class StridedConfig(ForecasterConfig):
-    """Forecasters that see a frame on a coarser grid."""
-
     padding: Literal["replicate", "refuse"] = Field(
         "replicate", description="of frames whose sides the strides do not divide; what is added is cut off again"
     )
 
     @property
+    @abstractmethod
     def stride(self) -> int:
-        """Pixels of a frame's side that become one on the grid."""
-        raise NotImplementedError
+        """Pixels of a frame's side that become one on the coarser grid on which frames are seen."""
+
+    @property
+    def clip(self) -> dict[str, object]:
+        """Keys of the clips that it is trained on."""
+        return {"frames": self.input_frames + self.output_frames, "size": self.size}
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Its height and width."""
+        """Height and width of that grid."""
         height, width = self.size
         return -(-height // self.stride), -(-width // self.stride)
 
@@ -155,7 +152,7 @@ class StridedConfig(ForecasterConfig):
         return self
 
 
-class SimVPConfig(StridedConfig):
+class SimVPConfig(ForecasterConfig):
     """SimVP and SimVPv2: encoder, translator, decoder. The defaults are SimVPv2's on Moving MNIST: 46,769,665
     parameters."""
 
@@ -185,7 +182,7 @@ class ScheduledSamplingConfig(Config):
         return max(0.0, self.start - self.decrease * (step + 1)) if step < self.stop else 0.0
 
 
-class RecurrentConfig(StridedConfig):
+class RecurrentConfig(ForecasterConfig):
     """Recurrent layers over a frame's patches, which predict frame after frame."""
 
     hidden: tuple[PositiveInt, ...] = Field((128, 128, 128, 128), min_length=1, description="channels of each layer")

@@ -95,17 +95,16 @@ def as_given(config: AffineScaling, channels: int, *names: tuple[str, ...]) -> S
     )
 
 
-def read_scalings(data: ForecasterDataConfig, channels: int, validation: str) -> tuple[Scaling, Scaling]:
-    """Of training and of the split ``validation``. UsageError where a split is missing or unfit."""
-    train, held_out = (_read(data, split) for split in ("train", validation))
-    of_training = scaling_of(data.scaling, channels, f"{data.shards}/train", train)
-    of_held_out = scaling_of(data.scaling, channels, f"{data.shards}/{validation}", held_out)
+def read_scalings(data: ForecasterDataConfig, channels: int) -> tuple[Scaling, Scaling]:
+    """Of the training and of the validation split. UsageError where one is missing or unfit."""
+    of_training, of_held_out = (
+        scaling_of(
+            data.scaling, channels, f"{data.shards}/{split}", read_manifest_of(data.shards, split, data.made_with)
+        )
+        for split in ("train", data.validation)
+    )
     own = isinstance(data.scaling, StandardScaling) and data.scaling.statistics == "own"
     return of_training, of_held_out if own else of_training
-
-
-def _read(data: ForecasterDataConfig, split: str) -> Manifest:
-    return read_manifest_of(data.shards, split, data.made_with)
 
 
 def read_manifest_of(shards: Location | Path, split: str, made_with: str | None) -> Manifest:

@@ -6,7 +6,9 @@ process does it."""
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +92,24 @@ def _forecast(config: EvaluateConfig, run: Run) -> None:
         log.info("%s", analysed.in_words())
 
 
+@dataclass
+class _Scaled:
+    """Batches of what forecasters were given, as they saw it; gone through twice."""
+
+    given: np.ndarray
+    scaling: Scaling
+    batch_size: int
+    progress: Progress
+    done: int = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self.given), self.batch_size):
+            batch = self.given[start : start + self.batch_size]
+            yield self.scaling.scaled(torch.from_numpy(batch.copy()))
+            self.done += len(batch)
+            self.progress.update(self.done, "quantizer")
+
+
 def _quantizer(config: EvaluateConfig, found: Forecasts, run: Run) -> QuantizerAnalysis:
     """Of the forecaster that made the forecasts; writes quantizer.json, quantizer.png and feature_maps.png."""
     job = load(ForecastConfig, Run(config.generated).config_path)
@@ -98,21 +118,7 @@ def _quantizer(config: EvaluateConfig, found: Forecasts, run: Run) -> QuantizerA
         raise UsageError(f"quantizer_samples: {job.forecaster} has no quantizer; leave it out")
     scaling = Scaling(tuple(found.index.offset), tuple(found.index.scale))
     given = found.given[: config.quantizer_samples]
-    progress = Progress(run, 2 * len(given), "sample")
-    done = 0
-
-    class Batches:
-        """Gone through twice."""
-
-        def __iter__(self) -> Iterator[Tensor]:
-            nonlocal done
-            for start in range(0, len(given), job.batch_size):
-                batch = given[start : start + job.batch_size]
-                yield scaling.scaled(torch.from_numpy(batch.copy()))
-                done += len(batch)
-                progress.update(done, "quantizer")
-
-    analysis = analyse(forecaster, Batches())
+    analysis = analyse(forecaster, _Scaled(given, scaling, job.batch_size, Progress(run, 2 * len(given), "sample")))
     write_atomically(run.path / "quantizer.json", analysis.model_dump_json(indent=1) + "\n")
     density_chart(analysis).savefig(run.path / "quantizer.png", dpi=150)
     maps = feature_maps(forecaster, scaling.scaled(torch.from_numpy(given[:1].copy()))[0])

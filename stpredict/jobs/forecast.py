@@ -6,7 +6,6 @@ evaluation/forecasts.py.
 
 import logging
 import math
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import compress
 from typing import Any
@@ -29,11 +28,11 @@ from stpredict.evaluation.forecasts import ARRAYS, ForecastIndex
 from stpredict.exports import ForecasterExport, load_forecaster
 from stpredict.forecasters.config import AffineScaling, StandardScaling, UnitScaling
 from stpredict.forecasters.scaling import Scaling, of_grey_levels, scaling_of
+from stpredict.jobs.clip_arrays import keep_read
 from stpredict.jobs.config import ForecastConfig
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.sampling.stopwatch import Stopwatch
 from stpredict.training.ranks import join_ranks
-from stpredict.training.task import Batch
 
 log = logging.getLogger(__name__)
 SPLITS = ("test", "val")  # of which the first that is there is forecast
@@ -65,7 +64,8 @@ def run(config: ForecastConfig, run: Run) -> None:
         watch, timed = Stopwatch(ranks.device), 0
         found: dict[int, tuple[str, list[int]]] = {}
         share = Share(ranks.rank, ranks.size, config.batch_size)
-        for number, batch in enumerate(_batches(data, split, config, share, count)):
+        batches = clip_evaluation_batches(data, split, seed=config.seed, share=share, samples=range(count))
+        for number, batch in enumerate(batches):
             real = batch["weight"] > 0
             rows = batch["index"][real].tolist()
             if not rows:
@@ -164,10 +164,6 @@ def _saw_video(export: ForecasterExport) -> bool:
     return (export.offset, export.scale) == (grey.offset, grey.scale)
 
 
-def _batches(data: ClipDataConfig, split: str, config: ForecastConfig, share: Share, count: int) -> Iterator[Batch]:
-    return clip_evaluation_batches(data, split, seed=config.seed, share=share, samples=range(count))
-
-
 def _finish(
     config: ForecastConfig,
     run: Run,
@@ -179,16 +175,7 @@ def _finish(
     model,
     about: dict[str, Any],
 ) -> None:
-    if not found:
-        raise UsageError(f"{run.path}: not one held-out clip could be read; look at the log for their names")
-    rows = list(found)
-    if len(rows) < len(arrays["truth"]):  # some could not be read
-        wanted = len(arrays["truth"])
-        log.warning("%d of %d clips could not be read and are left out", wanted - len(rows), wanted)
-        for name in ARRAYS:
-            read = arrays[name][rows]
-            np.save(run.samples / f"{name}.npy", read)
-            arrays[name] = read
+    keep_read(run.samples, arrays, list(found))
     keys, minutes = zip(*found.values(), strict=True)
     names = list(manifest.channels) or _channel_names(model.channels)
     index = ForecastIndex(
@@ -208,7 +195,7 @@ def _finish(
     )
     write_atomically(run.samples / "index.json", index.model_dump_json(indent=1) + "\n")
     write_forecast_pictures(run.samples, index, *(arrays[name] for name in ARRAYS), config.pictures)
-    log.info("%d clips and their forecasts in %s", len(rows), run.samples)
+    log.info("%d clips and their forecasts in %s", len(keys), run.samples)
 
 
 def _times(minutes: tuple[list[int], ...], input_frames: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from data_pipeline.disk import check_space
-from data_pipeline.errors import UsageError
 from data_pipeline.order import Share
 from data_pipeline.shard_set import read_set
 from data_pipeline.stream import clip_evaluation_batches
@@ -19,6 +18,7 @@ from data_pipeline.transforms import to_clip, to_video
 from stpredict.evaluation.pictures import write_side_by_side
 from stpredict.evaluation.reconstructed import ARRAYS, ReconstructedIndex
 from stpredict.exports import load_tokenizer
+from stpredict.jobs.clip_arrays import keep_read
 from stpredict.jobs.config import ReconstructConfig
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.tokenizers.clips import clips_for
@@ -87,17 +87,8 @@ def _finish(
     codebook_size: int,
     step: int,
 ) -> None:
-    if not keys:
-        raise UsageError(f"{run.path}: not one held-out clip could be read; look at the log for their names")
-    rows = list(keys)
-    if len(rows) < len(arrays["truth"]):  # some could not be read
-        wanted = len(arrays["truth"])
-        log.warning("%d of %d clips could not be read and are left out", wanted - len(rows), wanted)
-        for name in ARRAYS:
-            read = arrays[name][rows]
-            np.save(run.samples / f"{name}.npy", read)
-            arrays[name] = read
+    keep_read(run.samples, arrays, list(keys))
     index = ReconstructedIndex(keys=list(keys.values()), codebook_size=codebook_size, tokenizer_step=step)
     write_atomically(run.samples / "index.json", index.model_dump_json(indent=1) + "\n")
     write_side_by_side(run.samples, index.keys[: config.pictures], {name: arrays[name] for name in ARRAYS[:2]})
-    log.info("%d clips and their reconstructions in %s", len(rows), run.samples)
+    log.info("%d clips and their reconstructions in %s", len(keys), run.samples)

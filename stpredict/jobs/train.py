@@ -77,5 +77,5 @@ def build_task(config: TrainConfig) -> Task:
             check_latent(config.latent, data, task.prefixes)
             return task
         case ForecasterJobConfig():
-            scalings = read_scalings(config.data, config.model.channels, config.data.validation)
+            scalings = read_scalings(config.data, config.model.channels)
             return build_forecaster_task(config.model, config.loss, config.data, scalings, config.seed)

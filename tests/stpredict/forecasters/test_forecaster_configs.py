@@ -206,7 +206,7 @@ def test_where_there_is_no_reader_yet_training_says_so_in_a_line(name, tmp_path)
     training = config(name)
     data = training.data.model_copy(update={"shards": str(tmp_path)})
     with pytest.raises(UsageError, match=r"no reader for .* yet") as raised:
-        read_scalings(data, training.model.channels, "val")
+        read_scalings(data, training.model.channels)
     assert "\n" not in str(raised.value)
 
 

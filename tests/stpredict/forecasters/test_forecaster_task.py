@@ -16,7 +16,7 @@ def make_task(shards, loss: dict | None = None) -> ForecasterTask:
     model, data = SimVPConfig(**MODEL), ForecasterDataConfig(shards=shards)
     torch.manual_seed(0)
     loss = ForecasterLossConfig.model_validate(loss or {})
-    return ForecasterTask(model, loss, data, read_scalings(data, 2, "val"), seed=0)
+    return ForecasterTask(model, loss, data, read_scalings(data, 2), seed=0)
 
 
 def clips(count: int = 3) -> torch.Tensor:

@@ -33,7 +33,7 @@ def make_task(shards, loss: dict | None = None, **changes) -> ForecasterTask:
     torch.manual_seed(0)
     loss = ForecasterLossConfig.model_validate(loss or {})
     model = PredRnnConfig(**MODEL | changes)
-    return build_forecaster_task(model, loss, data, read_scalings(data, 2, "val"), seed=0)
+    return build_forecaster_task(model, loss, data, read_scalings(data, 2), seed=0)
 
 
 def batch(count: int = 3) -> dict:
@@ -52,7 +52,7 @@ def test_recurrent_forecasters_have_a_task_of_their_own_and_others_not(field_sha
         (PredRnnConfig, RecurrentTask),
     ):
         with torch.device("meta"):
-            scalings = read_scalings(data, 2, "val")
+            scalings = read_scalings(data, 2)
             task = build_forecaster_task(config(**sizes), ForecasterLossConfig(), data, scalings, 0)
         assert type(task) is kind
 

@@ -22,7 +22,7 @@ def of_field(field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_fields_are_standardised_by_the_training_split_and_come_back_in_their_units(field_shards):
-    training, validation = read_scalings(ForecasterDataConfig(shards=field_shards), 2, "val")
+    training, validation = read_scalings(ForecasterDataConfig(shards=field_shards), 2)
     assert training == validation
     mean, deviation = of_field(TRAINED)
     np.testing.assert_allclose(training.offset, mean, rtol=1e-6)
@@ -38,13 +38,13 @@ def test_fields_are_standardised_by_the_training_split_and_come_back_in_their_un
 
 def test_own_statistics_are_those_of_the_split_that_is_validated(field_shards):
     data = ForecasterDataConfig(shards=field_shards, scaling=StandardScaling(statistics="own"))
-    training, validation = read_scalings(data, 2, "val")
+    training, validation = read_scalings(data, 2)
     np.testing.assert_allclose(training.offset, of_field(TRAINED)[0], rtol=1e-6)
     np.testing.assert_allclose(validation.offset, of_field(HELD_OUT)[0], rtol=1e-6)
 
 
 def test_video_is_scaled_to_one(video_shards):
-    scaling, _ = read_scalings(ForecasterDataConfig(shards=video_shards), 1, "val")
+    scaling, _ = read_scalings(ForecasterDataConfig(shards=video_shards), 1)
     clip = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3, 1)
     torch.testing.assert_close(scaling.scaled(clip).flatten(), torch.tensor([0.0, 0.2, 1.0]))
 
@@ -87,4 +87,4 @@ def test_what_does_not_fit_the_shards_is_refused_in_a_line(field_shards, video_s
             scaling_of(config, channels, "x", manifest)
     missing = ForecasterDataConfig(shards="nowhere", made_with="make them with `stpredict shard field.yaml`")
     with pytest.raises(UsageError, match=r"nowhere.train: no shard set here.*make them with `stpredict shard field"):
-        read_scalings(missing, 2, "val")
+        read_scalings(missing, 2)
