@@ -8,8 +8,8 @@ PRECISION-compiled, and either with -contiguous, in which encoder, translator an
 channel instead of channels-last, as the model lays them out. Sides take turns within one process per config; medians,
 and times the first side. Memory is of a process of its own for each side: what the peak of its resident set is above
 that before the model was built or, on CUDA, what was allocated at most. Compilation is not part of a step; its seconds
-are given. On a CPU that does not compute in bf16, bf16 is left out unless --sides asks for it: convolutions are some
-thirty times slower there. Prints markdown; timings mean something only where nothing else runs.
+are given. On a CPU that does not compute in bf16, bf16 is left out unless --sides asks for it: it is slower there than
+fp32. Prints markdown; timings mean something only where nothing else runs.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu.sh [--all] [PYTHON]        (default: .venv/bin/python)
 #
-# --all, an hour or so: also the tests marked gpu, and the engine, its memory, estimates and checkpoints.
+# --all, an hour or so: also the tests marked gpu, the engine, its memory, estimates, checkpoints, and forecasters.
 # It needs no data, no weights and no network: a GPU, this repository, and torch with requirements.txt.
 #
 # THIS SCRIPT HAS NEVER BEEN RUN ON A GPU: none was at hand when it was written. Expect to mend it.
@@ -88,6 +88,7 @@ if [ "$all" ]; then
     part "Memory of each ZeRO stage" 900 "$python" -m benchmarks.engine memory --ranks "$gpus" --parameters 400e6
     part "Estimated memory beside what torch allocates" 1800 "$python" -m benchmarks.estimates
     part "Saving checkpoints" 900 "$python" -m benchmarks.checkpoints stall --parameters 400e6
+    part "Training steps of forecasters" 1200 "$python" -m benchmarks.forecasters
 fi
 
 echo "$out"

@@ -188,7 +188,7 @@ def _epochs(data: Mapping[str, Any], samples: int) -> float | None:
     manifest = find_manifest(Path(location) / "train")
     if manifest is None or manifest.samples == 0:
         return None
-    return samples / (manifest.samples * (data.get("clip") or {}).get("per_video", 1))
+    return samples / (manifest.samples * ((data.get("clip") or {}).get("per_video") or 1))
 
 
 def _series(rows: list[dict[str, Any]], split: str, metric: str) -> list[tuple[int, float]]:

@@ -16,9 +16,9 @@ TABLES = ("translators", "quantizers", "equal_codebooks", "codebooks", "initiali
 COMPARED = {
     "translators": ("translator", 4),
     "quantizers": ("quantizer", 10),
-    "equal_codebooks": ("quantizer", 9),
-    "codebooks": ("codebook", 8),
-    "initialisations": ("init", 4),
+    "equal_codebooks": ("quantizer", 10),
+    "codebooks": ("codebook", 9),
+    "initialisations": ("codebook", 9),
 }
 
 
@@ -48,6 +48,7 @@ def test_every_value_is_trained_with_either_loss_so_that_two_changes_are_told_ap
     for config in trainings:
         of_model.setdefault(config.model.model_dump_json(), set()).add((config.loss.mse, config.loss.mae))
     assert set(map(frozenset, of_model.values())) == {frozenset({(1, 0), (0, 1)})}
+    assert {json.loads(model)["quantizer"] is None for model in of_model} == {True, False}
     if table == "translators":
         models = [json.loads(model) for model in of_model]
         cells = {(model["translator"]["kind"], model["quantizer"] is None) for model in models}
@@ -60,6 +61,8 @@ def test_the_model_of_every_trial_can_be_built_and_is_forecast_and_evaluated(tab
     models = {config.model.model_dump_json(): config for config in trainings}
     for config in models.values():
         assert plan_training(config).task.model.config == config.model
+    if not table.endswith("_tiny"):
+        assert {(m.input_frames, m.hid_T, m.N_T) for m in (c.model for c in trainings)} == {(12, 256, 8)}
     if table == "translators":
         sizes = [sum(p.numel() for p in plan_training(config).task.model.parameters()) for config in models.values()]
         assert {12_758_305, 14_372_529} <= set(sizes)  # gSTA without and with SVQ, as published

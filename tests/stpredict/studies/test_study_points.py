@@ -50,7 +50,9 @@ def test_the_time_of_a_training_is_that_of_its_steps_over_all_its_starts(run):
     assert read(run).seconds is None
 
 
-@pytest.mark.parametrize(("clip", "epochs"), [({}, 4.0), ({"per_video": 1}, 4.0), ({"per_video": 2}, 2.0)])
+@pytest.mark.parametrize(
+    ("clip", "epochs"), [({}, 4.0), ({"per_video": None}, 4.0), ({"per_video": 1}, 4.0), ({"per_video": 2}, 2.0)]
+)
 def test_epochs_count_the_clips_of_a_video(run, tmp_path, clip, epochs):
     assert read(run).epochs is None
     samples = STEPS // EVERY * EVERY * 8 // 4
