@@ -10,13 +10,14 @@ from stpredict.studies.laws import joint_law, sizes_at_equal_tokens, tokens_of_e
 from stpredict.studies.learning_rates import at_best, best_learning_rates, learning_rate_law
 from stpredict.studies.measured import Measured, by_size, diverged, measured
 from stpredict.studies.optimum import optimum_of
-from stpredict.studies.points import TrialPoints
+from stpredict.studies.points import TrialPoints, without_tokens
 from stpredict.studies.predictions import predictions
 
 
 def analyse(trials: Sequence[TrialPoints], axes: Mapping[str, Role], analysis: AnalysisConfig) -> Analysis:
     """Fits what can be fitted to the trials of each group, those that agree on every axis of role ``other``; says what
-    was left out or not fitted, and why. The same trials give the same numbers."""
+    was left out or not fitted, and why. The same trials give the same numbers. There are no groups of
+    trials that see no tokens."""
     warnings = []
     falling = sorted({trial.schedule for trial in trials if trial.schedule not in (None, "constant")})
     if analysis.points == "curve" and falling:
@@ -27,7 +28,7 @@ def analyse(trials: Sequence[TrialPoints], axes: Mapping[str, Role], analysis: A
         analysis = analysis.model_copy(update={"points": "final"})
     other = [axis for axis, role in axes.items() if role == "other"]
     groups: dict[tuple[str, ...], list[TrialPoints]] = {}
-    for trial in trials:
+    for trial in () if without_tokens(trials) else trials:
         groups.setdefault(tuple(trial.at[axis] for axis in other), []).append(trial)
     return Analysis(
         metric=next((trial.metric for trial in trials if trial.metric), None),

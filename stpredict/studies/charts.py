@@ -22,7 +22,7 @@ from stpredict.studies.config import Role
 from stpredict.studies.forecasts import YARDSTICKS, of_trial
 from stpredict.studies.look import COUNT, FLOPS, GREY, PLAIN, Look, log_x, log_y
 from stpredict.studies.places import in_order, numbers_of, short
-from stpredict.studies.points import TrialPoints
+from stpredict.studies.points import TrialPoints, without_tokens
 
 Measure = Callable[[TrialPoints], float | None]
 MANY = 40  # lines, which are thinner then
@@ -39,6 +39,8 @@ def curve_chart(
     """Validation losses against steps, tokens and FLOPs; a row of panels for each value of the axes to compare, where
     they are few. Faint: those that are not ``chosen``, for their learning rate."""
     measures = {"step": (COUNT, lambda _: 1), "tokens": (COUNT, _tokens), "FLOPs": (FLOPS, _flops)}
+    if without_tokens(trials):
+        del measures["tokens"]
     rows, width = _panels(trials, axes, look), 1 if len(trials) <= MANY else 0.6
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 0.6 + (2.9 if len(rows) < 3 else 2.2) * len(rows)), layout="constrained")

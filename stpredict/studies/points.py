@@ -4,7 +4,7 @@ Whatever state a trial's runs are in, they can be read: what is missing or damag
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -123,6 +123,12 @@ class TrialPoints:
         """That a prior predicts at once."""
         block = _at(self.config, "model", "block")
         return math.prod(block) if isinstance(block, list) else None
+
+
+def without_tokens(trials: Sequence[TrialPoints]) -> bool:
+    """Whether they are known to see none, as forecasters do: no law is one of theirs."""
+    scales = [trial.scale for trial in trials if trial.scale]
+    return bool(scales) and not any(scale.tokens_per_step for scale in scales)
 
 
 def read_trial(name: str, trial: TrialConfig, metric: str | None = None) -> TrialPoints:

@@ -33,9 +33,11 @@ def write_training(
     until: int | None = None,
     diverges: int | None = None,
     block: tuple[int, ...] = (1, 1, 8),
+    tokens: int = TOKENS,
     **status: str,
 ) -> Run:
-    """``penalty``: of the loss; ``until``: the last step written; ``diverges``: the step from which losses grow."""
+    """``penalty``: of the loss; ``until``: the last step written; ``diverges``: the step from which losses
+    grow; ``tokens``: of a step, 0 as of a forecaster."""
     run = Run(path)
     path.mkdir(parents=True)
     config = {"kind": "prior", "run": str(path), "resources": {"processes": 1}, "model": {"block": list(block)}}
@@ -47,7 +49,7 @@ def write_training(
         run.update_status(finished="2026-11-21T10:04:00+00:00")
     if status:
         run.update_status(**status)
-    scale = {"parameters": parameters, "embedding_parameters": parameters // 10, "tokens_per_step": TOKENS}
+    scale = {"parameters": parameters, "embedding_parameters": parameters // 10, "tokens_per_step": tokens}
     run.scale_path.write_text(json.dumps({**scale, "flops_per_step": 6.0 * parameters * TOKENS}))
     rows = []
     for step in range(EVERY, (until or steps) + 1, EVERY):
@@ -111,7 +113,7 @@ def write_translators(folder: Path, rmse: Mapping[str, float]) -> StudyReportCon
     for translator, middle in rmse.items():
         for seed in (0, 1):
             name = f"{translator}-seed{seed}"
-            write_training(folder / f"{name}-prior", 100_000)
+            write_training(folder / f"{name}-prior", 100_000, tokens=0)
             evaluated = Run(folder / f"{name}-evaluation")
             evaluated.update_status(kind="evaluate", state="done")
             methods = {"prediction": middle + 0.2 * (seed - 0.5), "persistence": 3.0, "climatology": 2.0}

@@ -245,6 +245,8 @@ def test_forecasts_are_compared_as_papers_print_them_beside_their_yardsticks(tmp
         "<tr><td>climatology</td>",
     ):
         assert part in page, part
+    for absent in ("Not fitted", "Fits", "not known"):  # they see no tokens, in which laws are
+        assert absent not in page, absent
 
 
 def test_the_chart_of_forecasts_has_the_levels_of_their_yardsticks(tmp_path, monkeypatch):
