@@ -11,9 +11,10 @@ from stpredict.estimates.planned import plan_training
 from stpredict.jobs.config import EvaluateConfig, ForecastConfig, ForecasterJobConfig
 
 ROOT = Path(__file__).parents[2]
-TABLES = ("translators", "quantizers", "equal_codebooks", "codebooks", "initialisations")
+TABLES = ("cells", "translators", "quantizers", "equal_codebooks", "codebooks", "initialisations")
 #: Axis that is compared → its values, at the small size.
 COMPARED = {
+    "cells": ("quantizer", 2),
     "translators": ("translator", 4),
     "quantizers": ("quantizer", 10),
     "equal_codebooks": ("quantizer", 10),
