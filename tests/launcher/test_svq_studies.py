@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.study import load_study
+from stpredict.config import load
 from stpredict.estimates.planned import plan_training
 from stpredict.jobs.config import EvaluateConfig, ForecastConfig, ForecasterJobConfig
 
@@ -72,3 +73,20 @@ def test_the_model_of_every_trial_can_be_built_and_is_forecast_and_evaluated(tab
     assert len(trainings) == len(forecasts)
     assert forecasts == evaluated
     assert all(config.training.export == "best" for config in trainings)
+
+
+def trained_as(config: ForecasterJobConfig) -> tuple:
+    return config.model.translator, config.training.optimizer, config.training.schedule
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_at_the_published_size_a_translator_is_trained_as_its_own_config_says(table):
+    _, trainings, _ = trainings_of(table)
+    kinds = {config.model.translator.kind for config in trainings}
+    assert len(kinds) == (12 if table == "translators" else 1)
+    published = {}
+    for kind in kinds:
+        path = ROOT / f"configs/forecasters/weatherbench_s_t2m_{kind}.yaml"
+        published[kind] = trained_as(load(ForecasterJobConfig, path))
+    for config in trainings:
+        assert trained_as(config) == published[config.model.translator.kind]
