@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 
 from data_pipeline.config import ClipConfig, ClipDataConfig, StreamConfig
 from data_pipeline.disk import check_space
@@ -28,7 +27,7 @@ from stpredict.evaluation.forecasts import ARRAYS, ForecastIndex
 from stpredict.exports import ForecasterExport, load_forecaster
 from stpredict.forecasters.config import AffineScaling, StandardScaling, UnitScaling
 from stpredict.forecasters.scaling import Scaling, of_grey_levels, scaling_of
-from stpredict.jobs.clip_arrays import keep_read
+from stpredict.jobs.clip_arrays import ClipArray, keep_read
 from stpredict.jobs.config import ForecastConfig
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.sampling.stopwatch import Stopwatch
@@ -51,14 +50,14 @@ def run(config: ForecastConfig, run: Run) -> None:
     stored = np.dtype(manifest.dtype)
     shapes = {"given": (model.input_frames, *frame)} | dict.fromkeys(ARRAYS[1:], (model.output_frames, *frame))
     types = {"given": stored, "truth": stored, "prediction": np.dtype(np.float32)}
-    check_space(run.path, count * sum(math.prod(shapes[name]) * types[name].itemsize for name in ARRAYS))
+    files = {name: ClipArray(run.samples / f"{name}.npy", count, shapes[name], types[name]) for name in ARRAYS}
+    check_space(run.path, sum(file.bytes for file in files.values()))
     with join_ranks() as ranks:
         if ranks.is_main:
             run.samples.mkdir(parents=True, exist_ok=True)
-            for name in ARRAYS:
-                open_memmap(run.samples / f"{name}.npy", "w+", types[name], (count, *shapes[name]))
+            for file in files.values():
+                file.create()
         ranks.barrier()
-        arrays = {name: open_memmap(run.samples / f"{name}.npy", "r+") for name in ARRAYS}
         forecaster.to(ranks.device)
         progress = Progress(run, count, "clip") if ranks.is_main else None
         watch, timed = Stopwatch(ranks.device), 0
@@ -76,18 +75,17 @@ def run(config: ForecastConfig, run: Run) -> None:
                 predicted = forecaster(given).frames
             timed += len(rows) if number else 0
             values = (clips[:, : model.input_frames], clips[:, model.input_frames :], scaling.physical(predicted))
-            for name, of_clips in zip(ARRAYS, values, strict=True):
-                arrays[name][rows] = of_clips.cpu().numpy()
+            for file, of_clips in zip(files.values(), values, strict=True):
+                file.write(rows, of_clips.cpu().numpy())
             times = batch["minutes"][real].tolist() if "minutes" in batch else [[]] * len(rows)
             found |= dict(zip(rows, zip(compress(batch["key"], real), times, strict=True), strict=True))
             if progress:
                 progress.update(min(count, len(found) * ranks.size), "forecasting")
-        for array in arrays.values():
-            array.flush()
         found = {row: of_row for part in ranks.gather(found) for row, of_row in part.items()}
         if ranks.is_main:
             seconds = watch.seconds["forecasting"] / timed if timed else None
             about = {"split": split, "seconds_per_sample": seconds}
+            arrays = {name: np.load(file.path, mmap_mode="r") for name, file in files.items()}
             _finish(config, run, arrays, dict(sorted(found.items())), export, manifest, scaling, model, about)
         ranks.barrier()
 

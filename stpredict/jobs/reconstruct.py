@@ -4,11 +4,9 @@ The arrays are written clip by clip, so that fifty thousand clips, as a publishe
 """
 
 import logging
-import math
 from itertools import compress
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
 from data_pipeline.disk import check_space
 from data_pipeline.order import Share
@@ -18,7 +16,7 @@ from data_pipeline.transforms import to_clip, to_video
 from stpredict.evaluation.pictures import write_side_by_side
 from stpredict.evaluation.reconstructed import ARRAYS, ReconstructedIndex
 from stpredict.exports import load_tokenizer
-from stpredict.jobs.clip_arrays import keep_read
+from stpredict.jobs.clip_arrays import ClipArray, keep_read
 from stpredict.jobs.config import ReconstructConfig
 from stpredict.run import Progress, Run, write_atomically
 from stpredict.tokenizers.clips import clips_for
@@ -37,18 +35,16 @@ def run(config: ReconstructConfig, run: Run) -> None:
     clip = (data.clip.frames, *data.clip.size, data.clip.channels)
     grid = export.model.grid(data.clip.frames, *data.clip.size)
     shapes = {"truth": clip, "reconstruction": clip, "truth_tokens": grid}
-    types = {"truth_tokens": np.min_scalar_type(export.model.codebook_size - 1)}
-    check_space(
-        run.path, count * sum(math.prod(s) * np.dtype(types.get(n, np.uint8)).itemsize for n, s in shapes.items())
-    )
+    types = dict.fromkeys(ARRAYS, np.dtype(np.uint8))
+    types["truth_tokens"] = np.min_scalar_type(export.model.codebook_size - 1)
+    files = {name: ClipArray(run.samples / f"{name}.npy", count, shapes[name], types[name]) for name in ARRAYS}
+    check_space(run.path, sum(file.bytes for file in files.values()))
     with join_ranks() as ranks:
-        paths = {name: run.samples / f"{name}.npy" for name in ARRAYS}
         if ranks.is_main:
             run.samples.mkdir(parents=True, exist_ok=True)
-            for name, path in paths.items():
-                open_memmap(path, "w+", types.get(name, np.uint8), (count, *shapes[name]))
+            for file in files.values():
+                file.create()
         ranks.barrier()
-        arrays = {name: open_memmap(path, "r+") for name, path in paths.items()}
         tokenizer.to(ranks.device)
         batches = clip_evaluation_batches(
             data,
@@ -66,15 +62,14 @@ def run(config: ReconstructConfig, run: Run) -> None:
                 continue
             tokens = tokenizer.encode(to_video(batch["clip"][real].to(ranks.device)), config.tiling)
             made = to_clip(tokenizer.decode(tokens, config.tiling))
-            for name, values in zip(ARRAYS, (batch["clip"][real], made, tokens), strict=True):
-                arrays[name][rows] = values.cpu().numpy()
+            for file, values in zip(files.values(), (batch["clip"][real], made, tokens), strict=True):
+                file.write(rows, values.cpu().numpy())
             keys |= dict(zip(rows, compress(batch["key"], real), strict=True))
             if progress:
                 progress.update(min(count, len(keys) * ranks.size), "reconstructing")
-        for array in arrays.values():
-            array.flush()
         keys = {row: key for part in ranks.gather(keys) for row, key in part.items()}
         if ranks.is_main:
+            arrays = {name: np.load(file.path, mmap_mode="r") for name, file in files.items()}
             _finish(config, run, arrays, dict(sorted(keys.items())), export.model.codebook_size, export.step)
         ranks.barrier()
 
