@@ -138,7 +138,7 @@ def _clips(config: ForecastConfig, export: ForecasterExport) -> ClipDataConfig:
 
 def _scaling(config: ForecastConfig, export: ForecasterExport, manifest: Manifest, split: str) -> Scaling:
     """That of the training, or the split's own where the training was asked for such. UsageError where the set holds
-    other values or channels than the forecaster was trained on."""
+    other values, channels or, where both are known, units than the forecaster was trained on."""
     where, field = f"{config.data.shards}/{split}", manifest.dtype == "float32"
     if field == _saw_video(export) and not isinstance(export.scaling, AffineScaling):
         held, seen = ("a field", "video") if field else ("video", "a field")
@@ -151,6 +151,12 @@ def _scaling(config: ForecastConfig, export: ForecasterExport, manifest: Manifes
             f"{config.data.shards}: holds {', '.join(manifest.channels)}; {config.forecaster} was trained on "
             f"{', '.join(export.channels)}"
         )
+    for number, (held, seen) in enumerate(zip(manifest.units, export.units, strict=False)):
+        if held and seen and held != seen:
+            name = manifest.channels[number] if manifest.channels else f"channel {number}"
+            raise UsageError(
+                f"{where}: {name} is in {held}; {config.forecaster} was trained on it in {seen}; make shards in {seen}"
+            )
     return Scaling(export.offset, export.scale)
 
 
@@ -184,7 +190,7 @@ def _finish(
         offset=list(scaling.offset),
         scale=list(scaling.scale),
         latitudes=manifest.latitudes,
-        **_times(minutes, model.input_frames),
+        **_times(f"{config.data.shards}/{about['split']}", keys, minutes, model.input_frames),
         forecaster=_name(model),
         forecaster_step=export.step,
         input_frames=model.input_frames,
@@ -196,17 +202,30 @@ def _finish(
     log.info("%d clips and their forecasts in %s", len(keys), run.samples)
 
 
-def _times(minutes: tuple[list[int], ...], input_frames: int) -> dict[str, Any]:
-    """Of what each sample's frames show, as the index has it; nothing where it is not known."""
-    if not minutes[0]:
+def _times(where: str, keys: tuple[str, ...], minutes: tuple[list[int], ...], input_frames: int) -> dict[str, Any]:
+    """Of what each sample's frames show, as the index has it; nothing where it is not known. UsageError where the
+    frames of one sample are otherwise apart than those of another: lead times are those of all."""
+    first, *others = ([minute - of[0] for minute in of] for of in minutes)
+    for key, apart in zip(keys[1:], others, strict=True):
+        # Two are whole minutes' rounding.
+        if len(apart) != len(first) or any(abs(one - other) > 2 for one, other in zip(apart, first, strict=True)):
+            raise UsageError(
+                f"{where}: the frames of {key} are at {_hours(apart)}, those of {keys[0]} at {_hours(first)}: lead "
+                "times are those of all samples; make shards of samples whose frames are alike apart"
+            )
+    if not first:
         return {}
-    first = minutes[0]
-    seen = (first[input_frames - 1] - first[0]) / 60
+    seen = first[input_frames - 1] / 60
     leads = [(later - first[input_frames - 1]) / 60 for later in first[input_frames:]]
     times = [datetime.fromtimestamp(60 * of[input_frames], UTC).replace(tzinfo=None) for of in minutes]
     regular = all(math.isclose(lead, leads[0] * number) for number, lead in enumerate(leads, 1))
     seen_h = None if math.isclose(seen, leads[0] * (input_frames - 1)) else seen
     return {"times": times, "interval_h": leads[0], "seen_h": seen_h, "leads_h": None if regular else leads}
+
+
+def _hours(minutes: list[int]) -> str:
+    """In a message."""
+    return f"{', '.join(f'{minute / 60:g}' for minute in minutes)} h" if minutes else "times that are not known"
 
 
 def _name(model) -> str:

@@ -112,13 +112,22 @@ def test_the_test_split_comes_first_and_none_is_passed_over_for_its_damage(forec
 def test_the_index_says_when_every_frame_is_from_the_minutes_of_the_frames():
     start = 60 * 24 * 365
     published = [start + 60 * hour for hour in (0, 36, 72, 102, 108, 144, 180, 216)]
-    found = forecast._times((published, [minute + 360 for minute in published]), 4)
+    found = forecast._times("val", ("a", "b"), (published, [minute + 360 for minute in published]), 4)
     assert found["times"] == [datetime(1971, 1, 5, 12), datetime(1971, 1, 5, 18)]
     assert (found["seen_h"], found["interval_h"], found["leads_h"]) == (102, 6, [6, 42, 78, 114])
-    found = forecast._times(([start + 30 * frame for frame in range(8)],), 4)
+    found = forecast._times("val", ("a",), ([start + 30 * frame for frame in range(8)],), 4)
     assert (found["seen_h"], found["interval_h"], found["leads_h"]) == (None, 0.5, None)
     assert found["times"] == [datetime(1971, 1, 1, 2)]
-    assert forecast._times(([],), 4) == {}
+    assert forecast._times("val", ("a", "b"), ([], []), 4) == {}
+
+
+def test_a_sample_whose_frames_are_otherwise_apart_is_named():
+    hourly, later = [60, 120, 180, 240], [600, 661, 720, 780]  # whole minutes are rounded
+    message = r"val: the frames of c are at 0, 1, 2, 5 h, those of a at 0, 1, 2, 3 h: lead times are those of all"
+    with pytest.raises(UsageError, match=message):
+        forecast._times("val", ("a", "b", "c"), (hourly, later, [60, 120, 180, 360]), 2)
+    with pytest.raises(UsageError, match="the frames of b are at times that are not known, those of a at 0, 1, 2, 3 h"):
+        forecast._times("val", ("a", "b"), (hourly, []), 2)
 
 
 def test_another_horizon_rolls_out(forecasts, tmp_path):
@@ -162,6 +171,22 @@ def test_what_does_not_fit_the_forecaster_is_refused_in_a_line(forecasts, tmp_pa
     config.write_text(config.read_text().replace("- damp", "- dry"))
     with pytest.raises(UsageError, match=r"holds warm, damp; .*export was trained on warm, dry"):
         forecasts(where)
+
+
+def test_shards_in_other_units_than_those_of_the_training_are_refused(forecasts, tmp_path):
+    where = make_forecaster(tmp_path / "export")
+    export = load_forecaster(where)[1]
+    for units, message in (
+        ((), None),
+        (("K", ""), None),
+        (("K", "kg/kg"), r"shards/val: damp is in g/kg; .*export was trained on it in kg/kg; make shards in kg/kg$"),
+    ):
+        (where / "config.yaml").write_text(as_yaml(export.model_copy(update={"units": list(units)})))
+        if message is None:
+            assert forecasts(where).index.units == ["K", "g/kg"]
+            continue
+        with pytest.raises(UsageError, match=message):
+            forecasts(where)
 
 
 @pytest.mark.parametrize("scaling", [None, {"kind": "unit"}])
