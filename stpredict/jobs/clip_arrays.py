@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
+from data_pipeline.disk import renamed
 from data_pipeline.errors import UsageError
 
 log = logging.getLogger(__name__)
+CHUNK_BYTES = 2**24  # of rows that are in memory at once where some are left out
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,21 @@ def _write(file: int, data: bytes, offset: int) -> None:
 
 
 def keep_read(folder: Path, arrays: dict[str, np.ndarray], rows: Sequence[int]) -> None:
-    """Leaves the ``rows`` that were read in ``arrays`` and in their files, NAME.npy in ``folder``. UsageError where
-    there are none."""
+    """Leaves the ``rows`` that were read in ``arrays``, memory-mapped, and in their files, NAME.npy in ``folder``.
+    UsageError where there are none."""
     if not rows:
         raise UsageError(f"{folder.parent}: not one held-out clip could be read; look at the log for their names")
     wanted = len(next(iter(arrays.values())))
     if len(rows) == wanted:
         return
     log.warning("%d of %d clips could not be read and are left out", wanted - len(rows), wanted)
-    for name in arrays:
-        arrays[name] = arrays[name][list(rows)]
-        np.save(folder / f"{name}.npy", arrays[name])
+    for name, array in arrays.items():
+        path = folder / f"{name}.npy"
+        step = max(1, CHUNK_BYTES // array[0].nbytes)
+        with renamed(path) as temporary:
+            kept = ClipArray(temporary, len(rows), array.shape[1:], array.dtype)
+            kept.create()
+            for start in range(0, len(rows), step):
+                chunk = list(rows[start : start + step])
+                kept.write(range(start, start + len(chunk)), array[chunk])
+        arrays[name] = np.load(path, mmap_mode="r")

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stpredict.jobs.clip_arrays import ClipArray
+from data_pipeline.errors import UsageError
+from stpredict.jobs import clip_arrays
+from stpredict.jobs.clip_arrays import ClipArray, keep_read
 
 RNG = np.random.default_rng(0)
 
@@ -41,3 +43,47 @@ def test_a_full_disk_is_an_error_that_names_the_file():
     with pytest.raises(OSError, match="No space left") as raised:
         ClipArray(full, 2, (2,), np.dtype(np.float32)).write([1], np.ones((1, 2)))
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, "/dev/full")
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Two arrays of nine rows in ``samples/``, memory-mapped, and what they hold."""
+    values = {"a": RNG.random((9, 3, 2), np.float32), "b": RNG.integers(0, 9, (9, 5), np.uint8)}
+    (tmp_path / "samples").mkdir()
+    for name, array in values.items():
+        np.save(tmp_path / "samples" / f"{name}.npy", array)
+    return {name: np.load(tmp_path / "samples" / f"{name}.npy", mmap_mode="r") for name in values}, values
+
+
+def test_rows_that_were_read_are_kept_a_few_in_memory_at_a_time(tmp_path, stored, monkeypatch):
+    arrays, values = stored
+    folder, rows, sizes, write = tmp_path / "samples", [0, 2, 3, 4, 6, 7, 8], [], ClipArray.write
+    monkeypatch.setattr(clip_arrays, "CHUNK_BYTES", 60)
+    monkeypatch.setattr(
+        ClipArray, "write", lambda self, rows, chunk: sizes.append(chunk.nbytes) or write(self, rows, chunk)
+    )
+    keep_read(folder, arrays, rows)
+    assert sizes == [48, 48, 48, 24, 35]
+    for name, of_all in values.items():
+        np.testing.assert_array_equal(arrays[name], of_all[rows])
+        np.testing.assert_array_equal(np.load(folder / f"{name}.npy"), of_all[rows])
+        assert isinstance(arrays[name], np.memmap)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.npy", "b.npy"]
+
+
+def test_a_disk_that_is_full_meanwhile_leaves_the_file_as_it_was(tmp_path, stored, monkeypatch):
+    arrays, values = stored
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        keep_read(tmp_path / "samples", arrays, [0, 1])
+    np.testing.assert_array_equal(np.load(tmp_path / "samples" / "a.npy"), values["a"])
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["a.npy", "b.npy"]
+
+
+def test_no_clip_at_all_is_a_line(tmp_path, stored):
+    with pytest.raises(UsageError, match=f"{tmp_path}: not one held-out clip could be read; look at the log"):
+        keep_read(tmp_path / "samples", stored[0], [])
