@@ -5,11 +5,11 @@
 Steps of the real engine (forward, backward, update; ZeRO-0, no recomputation) on made-up clips, the same at every
 step: by default of Moving MNIST gSTA (46.8 M parameters) and TaxiBJ ConvNeXt (7.8 M), batch 4. A side is PRECISION,
 PRECISION-compiled, and either with -contiguous, in which encoder, translator and decoder get their images channel by
-channel instead of channels-last, as the model lays them out. Sides take turns within one process per config; medians,
-and times the first side. Memory is of a process of its own for each side: what the peak of its resident set is above
-that before the model was built or, on CUDA, what was allocated at most. Compilation is not part of a step; its seconds
-are given. On a CPU that does not compute in bf16, bf16 is left out unless --sides asks for it: it is slower there than
-fp32. Prints markdown; timings mean something only where nothing else runs.
+channel, by a copy, instead of channels-last, as the model lays them out. Sides take turns within one process per
+config; medians, and times the first side. Memory is of a process of its own for each side: what the peak of its
+resident set is above that before the model was built or, on CUDA, what was allocated at most. Compilation is not part
+of a step; its seconds are given. On a CPU that does not compute in bf16, bf16 is left out unless --sides asks for it:
+it is slower there than fp32. Prints markdown; timings mean something only where nothing else runs.
 """
 
 import argparse
@@ -102,7 +102,8 @@ def main() -> None:
 
 
 def as_contiguous(_module: torch.nn.Module, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(image.contiguous() for image in images)
+    # Not contiguous(), which leaves the strides of a single channel as they are.
+    return tuple(image.clone(memory_format=torch.contiguous_format) for image in images)
 
 
 def default_sides() -> list[str]:

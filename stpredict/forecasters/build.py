@@ -6,6 +6,8 @@ from stpredict.forecasters.simvp import SimVP
 
 
 def build_forecaster(config: AnyForecaster) -> SimVP | ConvLstm | PredRnn:
+    """A module from scaled frames ``(b, c, t_in, h, w)`` to a :class:`~stpredict.forecasters.simvp.Forecast`.
+    UsageError where widths do not fit the translator or the quantizer."""
     match config:
         case SimVPConfig():
             return SimVP(config)

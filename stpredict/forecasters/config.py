@@ -83,6 +83,12 @@ class IncepUConfig(Config):
     kernels: tuple[PositiveInt, ...] = Field((3, 5, 7, 11), min_length=1)
     groups: int = Field(8, ge=1)
 
+    @model_validator(mode="after")
+    def _kernels_are_odd(self):
+        if even := [kernel for kernel in self.kernels if kernel % 2 == 0]:
+            raise ValueError(f"kernels {even}: features stay in their place under odd ones alone")
+        return self
+
 
 AnyTranslator = Annotated[
     GstaConfig

@@ -8,6 +8,7 @@ FORGET_BIAS = 1.0  # of PredRNN's two forget gates
 
 
 def convolution(channels: int, out: int, kernel: int) -> nn.Conv2d:
+    """``(b, channels, h, w)`` to ``(b, out, h, w)``; ``kernel`` is odd."""
     return nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
 
 

@@ -28,9 +28,12 @@ class Forecast(NamedTuple):
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """``(n, c, h, w)`` laid out so that a pixel's channels are neighbours: convolutions are faster on it, also where
-    their weights are not, which DeepSpeed 0.19 could not send (benchmarks/results/forecasters.md)."""
-    return images.contiguous(memory_format=torch.channels_last)
+    """``(n, c, h, w)`` laid out so that a pixel's channels are neighbours: convolutions are faster on it on a CPU, also
+    where their weights are not, which DeepSpeed 0.19 could not send (benchmarks/results/forecasters.md)."""
+    if images.shape[1] > 1:
+        return images.contiguous(memory_format=torch.channels_last)
+    # A single channel lies in memory either way, but convolutions go by the strides that are written down.
+    return images.contiguous().view(len(images), *images.shape[2:], 1).permute(0, 3, 1, 2)
 
 
 def padded(frames: Tensor, stride: int) -> Tensor:
@@ -161,8 +164,11 @@ class SimVP(nn.Module):
 
     def _translated(self, latent: Tensor, batch: int, *kept: Tensor) -> Tensor:
         """``(b t, hid_S, h', w')`` to the same."""
-        stacked = channels_last(rearrange(latent, "(b t) c h w -> b (t c) h w", b=batch))
-        return rearrange(self.translator(stacked, *kept), "b (t c) h w -> (b t) c h w", t=self.config.input_frames)
+        # Channels last before and after, by one copy each.
+        stacked = rearrange(latent, "(b t) c h w -> b h w (t c)", b=batch)
+        made = self.translator(rearrange(stacked, "b h w c -> b c h w"), *kept)
+        images = rearrange(made, "b (t c) h w -> (b t) h w c", t=self.config.input_frames)
+        return rearrange(images, "n h w c -> n c h w")
 
     def _quantized(self, latent: Tensor, batch: int, place: str) -> tuple[Tensor, Tensor | None]:
         if self.quantizer is None or self.config.quantizer.place != place:

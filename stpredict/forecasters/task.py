@@ -79,7 +79,7 @@ class ForecasterTask(Task):
     def counts(self, batch: Batch) -> dict[str, float]:
         config, clips = self.model.config, float(len(batch["clip"]))
         values = clips * self.learned_frames * config.channels * math.prod(config.size)
-        steps = max(1, self.learned_frames - 1)  # of one frame there are no differences, and the term is 0
+        steps = max(1, self.learned_frames - 1)
         return {"mse": values, "mae": values, "differential_divergence": clips * steps, "commitment": clips}
 
     def training_step(self, forward: Forward, batch: Batch) -> Sums:

@@ -250,6 +250,12 @@ class ForecasterJobConfig(TrainingJobConfig):
         self.data.clips(self.model)
         return self
 
+    @model_validator(mode="after")
+    def _differences_are_there(self) -> Self:
+        if self.loss.differential_divergence and self.model.output_frames == 1:
+            raise ValueError("loss.differential_divergence: of one output frame there are no differences; set it to 0")
+        return self
+
 
 class GenerateConfig(JobConfig):
     """Continues videos: the first ``given_frames`` of each clip are given, the rest is predicted. With ``given_frames``

@@ -10,7 +10,8 @@ def differential_divergence(prediction: Tensor, truth: Tensor, temperature: floa
     ``(b, c, t, h, w)`` each to fp32 ``(b, t - 1)``.
 
     The softmax goes over channels and pixels. It is divided by their number, as the published code does by its mean
-    over everything; hence the published weight, 0.1.
+    over everything; hence the published weight, 0.1. A single step
+    counts, too; the published code leaves it out.
     """
     predicted, true = (
         F.log_softmax(rearrange(x.float().diff(dim=2), "b c t h w -> b t (c h w)") / temperature, dim=-1)

@@ -56,8 +56,6 @@ class FactoredCodes(nn.Module):
 class Svq(nn.Module):
     """``(b, t, channels, h, w)`` → the same shape, and None: SVQ has no commitment loss."""
 
-    uses = None  # nothing is chosen
-
     def __init__(self, config: SvqConfig, channels: int):
         super().__init__()
         self.mlp = (

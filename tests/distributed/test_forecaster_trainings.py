@@ -27,6 +27,7 @@ MODELS = {
     "gsta_drop_path": {"translator": {"kind": "gsta", "drop_path": 0.4}, "output_frames": 3},
     "gsta_svq": {"translator": {"kind": "gsta"}, "quantizer": SVQ},
     "gsta_svq_frozen": {"translator": {"kind": "gsta"}, "quantizer": {**SVQ, "learnable": False}},
+    "gsta_vq": {"translator": {"kind": "gsta"}, "quantizer": {"kind": "vq", "codebook_size": 16}},
 }
 
 

@@ -35,7 +35,12 @@ def trained(models: dict, part: slice, share: float) -> dict[str, dict[str, torc
             out, commitment = model(x)
             loss = (out * weight[part]).sum() + (0 if commitment is None else 100 * share * commitment)
             loss.backward()
-        found[name] = {"out": out.detach(), "x": x.grad, "loss": loss.detach()[None], "uses": model.uses}
+        found[name] = {
+            "out": out.detach(),
+            "x": x.grad,
+            "loss": loss.detach()[None],
+            "uses": getattr(model, "uses", None),
+        }
         found[name] |= {f"gradient {key}": p.grad for key, p in model.named_parameters()}
         found[name] |= {f"state {key}": tensor.clone() for key, tensor in model.named_buffers()}
     return found

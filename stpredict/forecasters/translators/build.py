@@ -90,6 +90,10 @@ def _check(config: AnyTranslator, channels: int, hidden: int) -> None:
             factor, why = groups, "its groups"
         case _:
             factor, why = 1, ""
+    if isinstance(config, TauConfig) and min(channels, hidden) < 4:
+        raise UsageError(
+            f"model: translator tau needs 4 channels at least: input_frames x hid_S are {channels}, hid_T is {hidden}"
+        )
     hidden_factor = 2 * factor if isinstance(config, IncepUConfig) else factor
     if channels % factor:
         raise UsageError(

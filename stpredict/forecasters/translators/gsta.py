@@ -24,6 +24,7 @@ class Gate(nn.Module):
 
 
 def gsta_block(config: GstaConfig, channels: int, drop_path: float) -> nn.Module:
+    """``(b, channels, h, w)`` → the same."""
     mixer = LargeKernelAttention(channels, Gate(channels))
     mlp = Mlp(channels, int(channels * config.mlp_ratio), spatial=True)
     return Block(channels, BatchNorm, mixer, mlp, scale=1e-2, drop_path=drop_path).apply(he_normal)

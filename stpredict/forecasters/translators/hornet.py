@@ -35,6 +35,7 @@ class RecursiveGatedConvolution(nn.Module):
 
 
 def hornet_block(config: HorNetConfig, channels: int, drop_path: float) -> nn.Module:
+    """``(b, channels, h, w)`` → the same; channels a multiple of 8."""
     mixer = RecursiveGatedConvolution(channels).apply(he_normal)
     mlp = Mlp(channels, int(channels * config.mlp_ratio)).apply(narrow_normal)
     return Block(channels, ChannelNorm, mixer, mlp, scale=1e-6, drop_path=drop_path)

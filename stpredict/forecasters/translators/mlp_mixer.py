@@ -27,6 +27,7 @@ class TokenMixer(nn.Module):
 
 
 def mlp_mixer_block(config: MlpMixerConfig, channels: int, drop_path: float, grid: tuple[int, int]) -> nn.Module:
+    """``(b, channels, h, w)`` → the same, (h, w) being ``grid``."""
     mlp = Mlp(channels, int(channels * config.mlp_ratio))
     block = Block(channels, ChannelNorm, TokenMixer(grid, channels // 2), mlp, scale=None, drop_path=drop_path)
     return block.apply(narrow_normal)

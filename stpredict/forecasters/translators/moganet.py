@@ -74,6 +74,7 @@ class ChannelAggregation(nn.Module):
 
 
 def moganet_block(config: MogaNetConfig, channels: int, drop_path: float) -> nn.Module:
+    """``(b, channels, h, w)`` → the same; channels a multiple of 8."""
     mlp = ChannelAggregation(channels, int(channels * config.mlp_ratio))
     block = Block(channels, BatchNorm, GatedAggregation(channels), mlp, scale=1e-5, drop_path=drop_path)
     return block.apply(he_normal)

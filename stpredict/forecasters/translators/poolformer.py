@@ -19,6 +19,7 @@ class Pooling(nn.Module):
 
 
 def poolformer_block(config: PoolFormerConfig, channels: int, drop_path: float) -> nn.Module:
+    """``(b, channels, h, w)`` → the same."""
     norm = partial(nn.GroupNorm, 1)
     mlp = Mlp(channels, int(channels * config.mlp_ratio)).apply(narrow_normal)
     return Block(channels, norm, Pooling(), mlp, scale=1e-5, drop_path=drop_path)

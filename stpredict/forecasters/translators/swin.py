@@ -98,6 +98,8 @@ def _offsets(window: int) -> Tensor:
 
 
 def swin_block(config: SwinConfig, channels: int, drop_path: float, grid: tuple[int, int], shifted: bool) -> nn.Module:
+    """``(b, channels, h, w)`` → the same, (h, w) being ``grid``; channels a multiple of 8.
+    ``shifted``: by half a window."""
     window = window_side(grid)
     shift = window // 2 if shifted and min(grid) > window else 0
     mixer = WindowAttention(channels, grid, window, shift, config.masked)

@@ -33,6 +33,7 @@ class TemporalUnit(nn.Module):
 
 
 def tau_block(config: TauConfig, channels: int, drop_path: float) -> nn.Module:
+    """``(b, channels, h, w)`` → the same; 4 channels at least."""
     mixer = LargeKernelAttention(channels, TemporalUnit(channels))  # begins as torch has it, as published
     mlp = Mlp(channels, int(channels * config.mlp_ratio), spatial=True).apply(he_normal)
     return Block(channels, BatchNorm, mixer, mlp, scale=1e-2, drop_path=drop_path)

@@ -26,6 +26,7 @@ class Positioned(nn.Module):
 
 
 def uniformer_block(config: UniFormerConfig, channels: int, drop_path: float, local: bool) -> nn.Module:
+    """``(b, channels, h, w)`` → the same; channels a multiple of 8. ``local``: convolution in place of attention."""
     mlp = Mlp(channels, int(channels * config.mlp_ratio))
     if local:
         mixer = nn.Sequential(

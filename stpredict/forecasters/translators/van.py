@@ -23,6 +23,7 @@ class Weighted(nn.Module):
 
 
 def van_block(config: VanConfig, channels: int, drop_path: float) -> nn.Module:
+    """``(b, channels, h, w)`` → the same."""
     mixer = LargeKernelAttention(channels, Weighted(channels))
     mlp = Mlp(channels, int(channels * config.mlp_ratio), spatial=True)
     return Block(channels, BatchNorm, mixer, mlp, scale=1e-2, drop_path=drop_path).apply(he_normal)

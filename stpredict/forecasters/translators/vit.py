@@ -13,6 +13,7 @@ from stpredict.layers.channel_norm import ChannelNorm
 
 
 def vit_block(config: VitConfig, channels: int, drop_path: float) -> nn.Module:
+    """``(b, channels, h, w)`` → the same; channels a multiple of 8."""
     norm = partial(ChannelNorm, eps=1e-5)
     mlp = Mlp(channels, int(channels * config.mlp_ratio))
     block = Block(channels, norm, SelfAttention(channels), mlp, scale=None, drop_path=drop_path)

@@ -12,8 +12,8 @@ from tests.stpredict.forecasters.fields import SIZE, STEPS, moving_field
 MODEL = {"channels": 2, "input_frames": 2, "output_frames": 4, "size": SIZE, "hid_S": 4, "hid_T": 8, "N_S": 2, "N_T": 2}
 
 
-def make_task(shards, loss: dict | None = None) -> ForecasterTask:
-    model, data = SimVPConfig(**MODEL), ForecasterDataConfig(shards=shards)
+def make_task(shards, loss: dict | None = None, **model) -> ForecasterTask:
+    model, data = SimVPConfig(**MODEL | model), ForecasterDataConfig(shards=shards)
     torch.manual_seed(0)
     loss = ForecasterLossConfig.model_validate(loss or {})
     return ForecasterTask(model, loss, data, read_scalings(data, 2), seed=0)
@@ -79,12 +79,24 @@ def test_validation_is_in_physical_units_per_value_and_in_scaled_sums_per_frame_
     assert metrics["persistence_mae"] == pytest.approx(np.abs(copied).mean(), rel=1e-4)
 
 
-def test_a_quantizers_commitment_is_a_mean_over_clips(field_shards):
-    task = make_task(field_shards)
-    task.weights["commitment"] = 1.0
-    frames = torch.zeros(3, 2, 4, *SIZE)
-    sums = task.training_step(lambda given: Forecast(frames, torch.tensor(0.25)), batch([1, 1, 1]))
-    assert float(sums["commitment"]) / task.counts(batch([1, 1, 1]))["commitment"] == 0.25
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_quantizers_commitment_is_a_term_the_mean_over_clips_and_passes(field_shards, place):
+    quantizer = {"kind": "vq", "codebook_size": 16, "place": place}
+    task, seen = make_task(field_shards, {"commitment": 0.25}, quantizer=quantizer), batch([1, 1, 1])
+    found = []
+    task.model.quantizer.register_forward_hook(lambda *call: found.append(float(call[-1][1].detach())))
+    sums = task.training_step(task.model, seen)
+    assert task.weights == {"mse": 1, "commitment": 0.25}
+    assert len(set(found)) == 2
+    assert min(found) > 0
+    assert float(sums["commitment"]) / task.counts(seen)["commitment"] == pytest.approx(np.mean(found))
+
+
+def test_without_a_quantizer_that_commits_there_is_no_such_term(field_shards):
+    for quantizer in (None, {"kind": "svq", "codebook_size": 16}):
+        task = make_task(field_shards, {"commitment": 0.25}, quantizer=quantizer)
+        assert task.weights == {"mse": 1}
+        assert task.training_step(task.model, batch([1])).keys() == {"mse", "mae"}
 
 
 def test_a_perfect_forecast_has_no_error(field_shards):

@@ -124,3 +124,26 @@ def test_a_quantizer_stands_where_the_config_says_and_the_skip_by_passes_it(plac
         for weight in model.quantizer.parameters():
             weight.zero_()
     assert model(frames).frames.flatten(2).std(dim=-1).min() > 0  # the skip alone still tells of the frames
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_every_layer_sees_a_pixels_channels_side_by_side(channels):
+    model = small(channels=channels, output_frames=5)
+    seen = []
+
+    def look(layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        _, c, h, w = inputs[0].shape
+        seen.append(inputs[0].stride() == (c * h * w, 1, c * w, c))
+
+    for layer in model.layers():
+        layer.register_forward_pre_hook(look)
+    model(given(model))
+    assert len(seen) == 2 * len(model.layers())  # a pass after its own predictions, too
+    assert all(seen)
+
+
+def test_what_cannot_mean_what_it_says_is_refused_in_a_line():
+    with pytest.raises(ValueError, match=r"kernels \[2, 4\]: features stay in their place under odd ones alone"):
+        SimVPConfig(**SMALL, translator={"kind": "incepu", "kernels": (3, 2, 4)})
+    with pytest.raises(UsageError, match=r"tau needs 4 channels at least: input_frames x hid_S are 12, hid_T is 3"):
+        small(hid_T=3, translator={"kind": "tau"})
