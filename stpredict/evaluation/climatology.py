@@ -110,14 +110,21 @@ class Climatology:
         return sum(mean.total for mean in near) / sum(mean.count for mean in near)
 
 
-def read_climatology(shards: Location, report: Callable[[int, int], None] = lambda done, total: None) -> Climatology:
-    """From the split ``train`` of the shard set at ``shards``; calls ``report(samples done, samples)``.
+def read_climatology(
+    shards: Location,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    check: Callable[[Climatology], None] = lambda begun: None,
+) -> Climatology:
+    """From the split ``train`` of the shard set at ``shards``; calls ``report(samples done, samples)``, and ``check``
+    with what is known from the first sample on: it may raise before all are read.
 
     UsageError where there is none, or it holds no fields; UserError where no sample of a shard can be read.
     """
     opened = read_set(shards, "train")
     if opened.manifest.kind != "clips" or opened.manifest.dtype != "float32":
         raise UsageError(f"climatology: {opened.where} holds no fields (float32), but {opened.manifest.dtype}")
+    manifest = opened.manifest
+    about = {"units": list(manifest.units), "latitudes": manifest.latitudes}
     means: dict[Slot, _Mean] = {}
     timed, frames, unreadable = None, 0, 0
     first = last = None
@@ -136,6 +143,8 @@ def read_climatology(shards: Location, report: Callable[[int, int], None] = lamb
             slot = _slot(times[number], daily=True) if timed else (0, 0)
             means.setdefault(slot, _Mean()).add(values.astype(np.float64))
             frames += 1
+        if frames == len(sample["array"]):
+            check(Climatology(opened.where, list(manifest.channels), means, timed, False, frames, **about))
         if timed:
             first, last = min(first or times[0], times[0]), max(last or times[-1], times[-1])
     if unreadable:
@@ -143,8 +152,6 @@ def read_climatology(shards: Location, report: Callable[[int, int], None] = lamb
     daily = bool(timed) and last - first > timedelta(days=DAYS)
     if timed and not daily:
         means = _over_days(means)
-    manifest = opened.manifest
-    about = {"units": list(manifest.units), "latitudes": manifest.latitudes}
     return Climatology(opened.where, list(manifest.channels), means, bool(timed), daily, frames, **about)
 
 

@@ -122,8 +122,7 @@ def evaluate_forecasts(
     """
     others, index = dict(others or {}), found.index
     n, t, h, w, c = found.truth.shape
-    for name, other in others.items():
-        _check_same(found, name, other)
+    check_forecasts(found, others, lpips)
     how = _measuring(found, lpips)
     sums = _Sums()
     size = max(1, CHUNK_VALUES // (t * h * w * c))
@@ -144,20 +143,26 @@ def evaluate_forecasts(
     return evaluation, ErrorMaps(bias, np.sqrt(square))
 
 
-def _measuring(found: Forecasts, lpips: LpipsConfig | None) -> _Measuring:
-    index, (_, t, h, w, c) = found.index, found.truth.shape
-    network = None
+def check_forecasts(found: Forecasts, others: Mapping[str, Forecasts], lpips: LpipsConfig | None) -> None:
+    """What is known before anything is measured. UsageError where the others are of other samples, or LPIPS is not of
+    such frames."""
+    for name, other in others.items():
+        _check_same(found, name, other)
     if lpips:
-        if index.data == "field":
+        if found.index.data == "field":
             raise UsageError(f"lpips: of frames of video; {found.where} holds a field; leave it out")
+        _, t, h, w, c = found.truth.shape
         lpips.check_clip(ClipConfig(frames=t, size=(h, w), channels=c), "lpips")
-        network = Lpips(lpips, "lpips")
+
+
+def _measuring(found: Forecasts, lpips: LpipsConfig | None) -> _Measuring:
+    index, (h, w) = found.index, found.truth.shape[2:4]
     return _Measuring(
         index,
         images=True,
         ssim=min(h, w) >= SSIM_WINDOW,
         weights=latitude_weights(index.latitudes) if index.latitudes else None,
-        lpips=network,
+        lpips=Lpips(lpips, "lpips") if lpips else None,
         lpips_name=f"lpips_{lpips.network}" if lpips else "",
     )
 

@@ -18,7 +18,7 @@ from stpredict.config import load
 from stpredict.evaluation.charts import frame_chart
 from stpredict.evaluation.climatology import Climatology, read_climatology
 from stpredict.evaluation.forecast_charts import error_map_chart, lead_time_chart
-from stpredict.evaluation.forecast_evaluation import evaluate_forecasts
+from stpredict.evaluation.forecast_evaluation import check_forecasts, evaluate_forecasts
 from stpredict.evaluation.forecast_scores import as_csv
 from stpredict.evaluation.forecast_scores import as_text as forecast_text
 from stpredict.evaluation.forecasts import Forecasts, is_forecast, read_forecasts
@@ -71,12 +71,13 @@ def _reconstruction(config: EvaluateConfig, run: Run) -> None:
 def _forecast(config: EvaluateConfig, run: Run) -> None:
     found = read_forecasts(Run(config.generated))
     others = {name: read_forecasts(Run(path)) for name, path in config.others.items()}
-    usual = None
-    if config.climatology:
-        if found.index.data == "frames":
-            raise UsageError(f"climatology: of fields; {config.generated} forecasts video: leave it out")
-        usual = _climatology(config.climatology, run)
-    analysed = _quantizer(config, found, run) if config.quantizer_samples else None
+    if config.climatology and found.index.data == "frames":
+        raise UsageError(f"climatology: of fields; {config.generated} forecasts video: leave it out")
+    check_forecasts(found, others, config.lpips)
+    quantizing = _quantizing(config, found) if config.quantizer_samples else None
+    # A whole training split is read for it: what is quick to find out comes before.
+    usual = _climatology(config.climatology, found, run) if config.climatology else None
+    analysed = _quantizer(config, quantizing, found, run) if quantizing else None
     progress = Progress(run, len(found.truth), "sample")
     measured, maps = evaluate_forecasts(
         found, others, usual, config.lpips, lambda done, _: progress.update(done, "measured")
@@ -110,15 +111,26 @@ class _Scaled:
             self.progress.update(self.done, "quantizer")
 
 
-def _quantizer(config: EvaluateConfig, found: Forecasts, run: Run) -> QuantizerAnalysis:
-    """Of the forecaster that made the forecasts; writes quantizer.json, quantizer.png and feature_maps.png."""
+def _quantizing(config: EvaluateConfig, found: Forecasts) -> torch.nn.Module:
+    """The forecaster that made the forecasts. UsageError where it has no quantizer, or is another one by now."""
     job = load(ForecastConfig, Run(config.generated).config_path)
-    forecaster, _ = assembled(job)
+    forecaster, export = assembled(job)
     if getattr(forecaster, "quantizer", None) is None:
         raise UsageError(f"quantizer_samples: {job.forecaster} has no quantizer; leave it out")
+    if export.step != found.index.forecaster_step:
+        raise UsageError(
+            f"quantizer_samples: {job.forecaster} is of step {export.step}, {config.generated} was made when it was of "
+            f"step {found.index.forecaster_step}; run the forecast job again, or leave it out"
+        )
+    return forecaster
+
+
+def _quantizer(config: EvaluateConfig, forecaster: torch.nn.Module, found: Forecasts, run: Run) -> QuantizerAnalysis:
+    """Of the forecaster that made the forecasts; writes quantizer.json, quantizer.png and feature_maps.png."""
+    batch_size = load(ForecastConfig, Run(config.generated).config_path).batch_size
     scaling = Scaling(tuple(found.index.offset), tuple(found.index.scale))
     given = found.given[: config.quantizer_samples]
-    analysis = analyse(forecaster, _Scaled(given, scaling, job.batch_size, Progress(run, 2 * len(given), "sample")))
+    analysis = analyse(forecaster, _Scaled(given, scaling, batch_size, Progress(run, 2 * len(given), "sample")))
     write_atomically(run.path / "quantizer.json", analysis.model_dump_json(indent=1) + "\n")
     density_chart(analysis).savefig(run.path / "quantizer.png", dpi=150)
     maps = feature_maps(forecaster, scaling.scaled(torch.from_numpy(given[:1].copy()))[0])
@@ -126,6 +138,10 @@ def _quantizer(config: EvaluateConfig, found: Forecasts, run: Run) -> QuantizerA
     return analysis
 
 
-def _climatology(shards: Location, run: Run) -> Climatology:
+def _climatology(shards: Location, found: Forecasts, run: Run) -> Climatology:
     progress = Progress(run, None, "sample")
-    return read_climatology(shards, lambda done, _: progress.update(done, "climatology"))
+    return read_climatology(
+        shards,
+        lambda done, _: progress.update(done, "climatology"),
+        lambda begun: begun.check(found.truth.shape[2:], found.index),
+    )

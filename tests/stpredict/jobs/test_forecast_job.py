@@ -242,6 +242,12 @@ def test_evaluate_says_what_the_quantizer_of_the_forecaster_does(forecasts, tmp_
     assert found.activity[0].perplexity == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
     for name in ("quantizer", "feature_maps"):
         assert Image.open(run.path / f"{name}.png").size[0] > 100
+    text = (where / "config.yaml").read_text()
+    (where / "config.yaml").write_text(text.replace("step: 7", "step: 9"))
+    with pytest.raises(
+        UsageError, match=r"quantizer_samples: .*export is of step 9, .* when it was of step 7; run the"
+    ):
+        evaluate.run(EvaluateConfig(run=run.path, generated=forecast_run, quantizer_samples=2), run)
     plain = forecasts(make_forecaster(tmp_path / "plain")).where.parent
     with pytest.raises(UsageError, match=r"quantizer_samples: .*plain has no quantizer; leave it out"):
         evaluate.run(EvaluateConfig(run=run.path, generated=plain, quantizer_samples=2), run)
