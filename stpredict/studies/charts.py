@@ -4,8 +4,7 @@ Those of the fitted laws are in law_charts.py.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import product
 from statistics import mean, stdev
 
@@ -19,18 +18,17 @@ from stpredict.evaluation.forecast_charts import LINES as FORECAST_LINES
 from stpredict.studies.analysis import Group
 from stpredict.studies.compare import Cell
 from stpredict.studies.config import Role
-from stpredict.studies.forecasts import YARDSTICKS, of_trial
 from stpredict.studies.look import COUNT, FLOPS, GREY, PLAIN, Look, log_x, log_y
+from stpredict.studies.measures import MEASURES, Measure, drawn, levels
 from stpredict.studies.places import in_order, numbers_of, short
 from stpredict.studies.points import TrialPoints, without_tokens
 
-Measure = Callable[[TrialPoints], float | None]
 MANY = 40  # lines, which are thinner then
 MOST_PANELS = 6
 FEW = 3  # that are named in a legend
 MOST_NAMED = 4  # diverged runs in one chart; the table names them all
 FAINT = 0.25
-_FORECAST = {"rmse": ("rmse", "mae"), "frame_mse": ("frame_mse", "frame_mae")}  # headline → what is drawn of forecasts
+YARDSTICK_LINES = {**LINES, **FORECAST_LINES}
 
 
 def curve_chart(
@@ -201,21 +199,12 @@ def _metric(trials: Sequence[TrialPoints]) -> str:
     return next((trial.metric for trial in trials if trial.metric), "loss")
 
 
-def axis_chart(axis: str, cells: Sequence[Cell], look: Look, metric: str) -> Figure | None:
+def axis_chart(axis: str, cells: Sequence[Cell], look: Look) -> Figure | None:
     """Final loss by the value of ``axis``; beside it, where they were measured, PSNR and SSIM or errors of forecasts
     against their yardsticks, and predicted frames per second. A dot for each trial, a line through the means of each
     colour's."""
-    wanted: dict[str, Measure] = {metric: lambda trial: trial.final_loss}
-    wanted |= {
-        "PSNR (dB)": lambda trial: trial.evaluation and trial.evaluation.prediction.psnr,
-        "SSIM": lambda trial: trial.evaluation and trial.evaluation.prediction.ssim,
-        "frames/s of sampling": lambda trial: trial.speed and trial.speed.frames_per_s,
-    }
-    forecast = next((trial.forecast for cell in cells for trial in cell.trials if trial.forecast), None)
-    shown = _FORECAST[forecast.headline] if forecast else ()
-    titles = {name: f"{forecast.title(name)} of forecasts" for name in shown}
-    wanted |= {title: partial(of_trial, metric=name) for name, title in titles.items()}
-    panels = {title: of for title, of in wanted.items() if any(of(t) is not None for c in cells for t in c.trials)}
+    trials = [trial for cell in cells for trial in cell.trials]
+    panels = drawn(trials)
     if not panels:
         return None
     labels = in_order([cell.label for cell in cells], axis)
@@ -223,20 +212,19 @@ def axis_chart(axis: str, cells: Sequence[Cell], look: Look, metric: str) -> Fig
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10 if len(panels) > 2 else 4.2 * len(panels) + 1.5, 3.4), layout="constrained")
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
-        for panel, (title, of) in zip(grid, panels.items(), strict=True):
+        for panel, (name, title) in zip(grid, panels.items(), strict=True):
             if look.axis == axis:
-                _means(panel, cells, labels, numbers, of, look, GREY)
+                _means(panel, cells, labels, numbers, MEASURES[name], look, GREY)
             for colour in {} if look.axis == axis else look.labels:
                 own = [cell for cell in cells if cell.colour == colour]
-                _means(panel, own, labels, numbers, of, look, look.colours[colour])
-            _yardsticks(panel, title, cells)
-            for name in (name for name, called in titles.items() if called == title):
-                _forecast_yardsticks(panel, name, cells)
+                _means(panel, own, labels, numbers, MEASURES[name], look, look.colours[colour])
+            for method, level in levels(name, trials).items():
+                level_line(panel, method, level)
             panel.set(
                 title=title, xlabel=f"{axis} (tokens)" if numbers and "x" in labels[0].removeprefix(axis) else axis
             )
             panel.margins(x=0.1, y=0.12)
-            if title.startswith("frames/s"):
+            if name == "frames_per_s":
                 log_y(panel)
             _ticks(panel, [short(label, axis) for label in labels], numbers)
         if look.axis != axis:
@@ -269,26 +257,9 @@ def _means(
         panel.plot(*zip(*means, strict=True), color=line, linewidth=1.1)
 
 
-def _yardsticks(panel: Axes, title: str, cells: Sequence[Cell]) -> None:
-    score = {"PSNR (dB)": "psnr", "SSIM": "ssim"}.get(title)
-    found = [trial.evaluation for cell in cells for trial in cell.trials if trial.evaluation]
-    if not score or not found:
-        return
-    for name in ("repeat last frame", "reconstruction"):
-        level = mean(getattr(evaluation.methods[name], score) for evaluation in found)
-        _level(panel, name, level, LINES[name])
-
-
-def _forecast_yardsticks(panel: Axes, metric: str, cells: Sequence[Cell]) -> None:
-    for name in YARDSTICKS:
-        found = [of_trial(trial, metric, name) for cell in cells for trial in cell.trials]
-        found = [value for value in found if value is not None]
-        if found:
-            _level(panel, name, mean(found), FORECAST_LINES[name])
-
-
-def _level(panel: Axes, name: str, level: float, line: Mapping[str, str]) -> None:
-    style = {**line, "marker": ""}
+def level_line(panel: Axes, name: str, level: float) -> None:
+    """Of a yardstick, with its name."""
+    style = {**YARDSTICK_LINES[name], "marker": ""}
     panel.axhline(level, linewidth=1, **style)
     panel.annotate(
         name, (0.99, level), (0, 2), xycoords=panel.get_yaxis_transform(), textcoords="offset points",

@@ -19,14 +19,11 @@ class Cell:
     colour: str
     trials: Sequence[TrialPoints]
 
-    def mean(self, values: Sequence[float | None]) -> tuple[float | None, float | None, int]:
-        """Mean, standard deviation and number of those that are known."""
-        known = [value for value in values if value is not None]
-        return (
-            mean(known) if known else None,
-            stdev(known) if len(known) > 1 else None,
-            len(known),
-        )
+
+def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of those that are known."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None, stdev(known) if len(known) > 1 else None
 
 
 def chosen_of(analysis: Analysis) -> dict[str, bool]:
@@ -40,6 +37,13 @@ class Comparison:
 
     cells: Sequence[Cell]
     left_out: Sequence[str]
+
+    @property
+    def over(self) -> list[str]:
+        """The axes in which the trials of one cell differ: what its means are taken over."""
+        trials = [trial for cell in self.cells for trial in cell.trials]
+        axes = trials[0].at if trials else ()
+        return [axis for axis in axes if any(len({t.at[axis] for t in cell.trials}) > 1 for cell in self.cells)]
 
 
 def comparison_of(

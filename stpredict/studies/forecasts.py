@@ -3,10 +3,9 @@ every cell of a comparison, as papers print them, beside the yardsticks. Torch-f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 
 from stpredict.evaluation.forecast_scores import OWN_NAMES, PREDICTION, ForecastEvaluation
-from stpredict.studies.compare import Cell
+from stpredict.studies.compare import Cell, spread
 from stpredict.studies.points import TrialPoints
 
 MEASURED = ("mse", "mae", "rmse", "frame_mse", "frame_mae", "ssim", "psnr")
@@ -46,14 +45,9 @@ def forecast_table(cells: Sequence[Cell], several_colours: bool) -> ForecastTabl
     for cell in cells:
         own = [trial for trial in cell.trials if trial.forecast]
         name = f"{cell.label}, {cell.colour}" if several_colours and cell.colour != cell.label else cell.label
-        rows.append(Row(name, len(own), [cell.mean([of_trial(trial, m) for trial in own])[:2] for m in metrics]))
+        rows.append(Row(name, len(own), [spread([of_trial(t, m) for t in own]) for m in metrics]))
     for method in YARDSTICKS:
         own = [trial for trial in trials if method in trial.forecast.methods]
         if own:
-            rows.append(Row(method, len(own), [_spread([of_trial(t, m, method) for t in own]) for m in metrics]))
+            rows.append(Row(method, len(own), [spread([of_trial(t, m, method) for t in own]) for m in metrics]))
     return ForecastTable([first.title(name) for name in metrics], rows)
-
-
-def _spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None, stdev(known) if len(known) > 1 else None

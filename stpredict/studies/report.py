@@ -19,9 +19,10 @@ from stpredict.evaluation.page import render
 from stpredict.evaluation.units import count, power
 from stpredict.jobs.config import StudyReportConfig
 from stpredict.run import write_atomically
-from stpredict.studies import charts, law_charts
+from stpredict.studies import cell_charts, charts, law_charts
 from stpredict.studies.analyse import analyse
 from stpredict.studies.analysis import Analysis, Estimate, Group
+from stpredict.studies.cells import cell_table, crossed, places_of
 from stpredict.studies.compare import chosen_of, comparison_of, to_compare
 from stpredict.studies.config import Role
 from stpredict.studies.forecasts import forecast_table
@@ -31,7 +32,9 @@ from stpredict.studies.points import TrialPoints, read_trial
 from stpredict.studies.tables import tables_of, why
 
 # What the names of charts begin with.
-CHARTS = ("curves", "final_losses", "laws", "joint_law", "frontier", "optimum", "learning_rates", "by_", "quality_")
+CHARTS = (
+    "curves", "final_losses", "laws", "joint_law", "frontier", "optimum", "learning_rates", "by_", "quality_", "cells",
+)  # fmt: skip
 STATES = ("done", "running", "pending", "preempted", "failed", "diverged", "not started")
 
 
@@ -51,6 +54,7 @@ def write_study_report(config: StudyReportConfig, folder: Path) -> Path:
         table.write(folder / f"{name}.csv")
     write_atomically(folder / "analysis.json", analysis.model_dump_json(indent=1) + "\n")
     drawn = _Charts(folder)
+    places, axes = places_of(trials, config.axes, look), crossed(trials, config.axes)
     result, good = headline(trials, config.axes, look, chosen)
     page = render(
         "study.html.j2",
@@ -71,6 +75,8 @@ def write_study_report(config: StudyReportConfig, folder: Path) -> Path:
         comparisons=[
             _comparison(drawn, axis, trials, config.axes, look, chosen) for axis in to_compare(config.axes, trials)
         ],
+        cells=cell_table(places, axes),
+        cells_chart=drawn.add("cells", cell_charts.cell_chart(places, axes, look)),
         unfinished=[(trial, why(trial)) for trial in trials if trial.state != "done" or trial.problems],
         tables=tables,
         run=shlex.quote(str(folder.parent)),
@@ -173,11 +179,11 @@ def _comparison(
     chosen: Mapping[str, bool],
 ) -> dict[str, Any]:
     found = comparison_of(axis, trials, axes, look, chosen)
-    metric = next((trial.metric for trial in trials if trial.metric), "loss")
     return {
         "axis": axis,
         "left_out": found.left_out,
-        "chart": drawn.add(f"by_{axis}", charts.axis_chart(axis, found.cells, look, metric)),
+        "over": found.over,
+        "chart": drawn.add(f"by_{axis}", charts.axis_chart(axis, found.cells, look)),
         "forecasts": forecast_table(found.cells, look.axis != axis),
         "speed": drawn.add(f"quality_and_speed_by_{axis}", charts.speed_chart(axis, found.cells, look)),
     }

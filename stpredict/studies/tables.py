@@ -6,23 +6,35 @@ Numbers are written with all their digits, what is not known as nothing.
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.disk import renamed
 from stpredict.studies.analysis import Analysis, Estimate
-from stpredict.studies.compare import comparison_of, to_compare
+from stpredict.studies.cells import places_of, yardsticks_of
+from stpredict.studies.compare import comparison_of, spread, to_compare
 from stpredict.studies.config import Role
 from stpredict.studies.forecasts import MEASURED, of_trial
 from stpredict.studies.look import Look
+from stpredict.studies.measures import MEASURES
 from stpredict.studies.points import TrialPoints
+
+SPREADS = [f"{name}{end}" for name in MEASURES for end in ("", "_sd")]
 
 
 @dataclass(frozen=True)
 class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+
+    @classmethod
+    def by(
+        cls, axes: Iterable[str], columns: Sequence[str], rows: Sequence[Sequence[Any]], first: Sequence[str]
+    ) -> "Table":
+        """Rows of ``first``, the place on each of ``axes``, then ``columns``: an axis that is called as one of these
+        (a study may compare losses) is axis_NAME."""
+        others = (*first, *columns)
+        return cls([*first, *(f"axis_{axis}" if axis in others else axis for axis in axes), *columns], rows)
 
     def write(self, path: Path) -> None:
         with renamed(path) as temporary, temporary.open("w", newline="") as file:
@@ -43,6 +55,7 @@ def tables_of(
         "runs": runs_table(trials, axes),
         "validations": _validations(trials, axes),
         "comparisons": _comparisons(trials, axes, look, chosen),
+        "cells": _cells(trials, axes, look),
         "learning_rates": _learning_rates(analysis),
         "fits": _fits(analysis),
         "fit_points": _fit_points(analysis),
@@ -54,9 +67,10 @@ def tables_of(
 
 def runs_table(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> Table:
     """One line for each trial."""
-    return Table(
+    return Table.by(
+        axes,
         [
-            *("trial", *axes, "state", "why", "parameters", "embedding_parameters", "learning_rate", "step", "tokens"),
+            *("state", "why", "parameters", "embedding_parameters", "learning_rate", "step", "tokens"),
             *("flops", "metric", "loss", "training_s", "memory_gb", "block_tokens", "psnr", "ssim", "frames_per_s"),
             *("frames_per_s_with_tokenizer", *(f"forecast_{name}" for name in MEASURED), "run"),
         ],
@@ -73,6 +87,7 @@ def runs_table(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> Table
             ]
             for trial in trials
         ],
+        first=["trial"],
     )
 
 
@@ -93,26 +108,34 @@ def _validations(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> Tab
             tokens = step * trial.scale.tokens_per_step
             place = [trial.at[axis] for axis in axes]
             rows.append([trial.name, *place, trial.scale.parameters, step, tokens, flops, loss])
-    return Table(["trial", *axes, "parameters", "step", "tokens", "flops", "loss"], rows)
+    return Table.by(axes, ["parameters", "step", "tokens", "flops", "loss"], rows, first=["trial"])
 
 
 def _comparisons(
     trials: Sequence[TrialPoints], axes: Mapping[str, Role], look: Look, chosen: Mapping[str, bool]
 ) -> Table:
     """Means over what shares a value of an axis to compare and a colour of the charts; sd: between them."""
-    measured = {
-        "loss": lambda trial: trial.final_loss,
-        "psnr": lambda trial: trial.evaluation and trial.evaluation.prediction.psnr,
-        "ssim": lambda trial: trial.evaluation and trial.evaluation.prediction.ssim,
-        "frames_per_s": lambda trial: trial.speed and trial.speed.frames_per_s,
-        **{f"forecast_{name}": partial(of_trial, metric=name) for name in MEASURED},
-    }
     rows = []
     for axis in to_compare(axes, trials):
         for cell in comparison_of(axis, trials, axes, look, chosen).cells:
-            found = [cell.mean([of(trial) for trial in cell.trials])[:2] for of in measured.values()]
-            rows.append([axis, cell.label, cell.colour, len(cell.trials), *(value for pair in found for value in pair)])
-    return Table(["axis", "value", look.axis, "trials", *(f"{m}{end}" for m in measured for end in ("", "_sd"))], rows)
+            rows.append([axis, cell.label, cell.colour, len(cell.trials), *_spreads(cell.trials)])
+    return Table.by([look.axis], ["trials", *SPREADS], rows, first=["axis", "value"])
+
+
+def _spreads(trials: Sequence[TrialPoints]) -> list[float | None]:
+    found = [spread([of(trial) for trial in trials]) for of in MEASURES.values()]
+    return [value for pair in found for value in pair]
+
+
+def _cells(trials: Sequence[TrialPoints], axes: Mapping[str, Role], look: Look) -> Table:
+    """One line for each place on all axes but the seed, then one for each yardstick; sd: between trials, those of a
+    place being its seeds."""
+    places = places_of(trials, axes, look)
+    others = [axis for axis, role in axes.items() if role != "seed"]
+    rows = [["prediction", *p.at.values(), p.planned, len(p.trials), p.evaluated, *_spreads(p.trials)] for p in places]
+    for method, n, values in yardsticks_of([trial for place in places for trial in place.trials], list(MEASURES)):
+        rows.append([method, *[None] * len(others), None, n, n, *(value for pair in values for value in pair)])
+    return Table.by(others, ["planned", "trials", "evaluated", *SPREADS], rows, first=["method"])
 
 
 def _learning_rates(analysis: Analysis) -> Table:

@@ -1,7 +1,7 @@
 """Run directories of a study as its trainings leave them, of losses that follow a known law: nothing is trained."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -109,14 +109,23 @@ def write_blocks(folder: Path, seconds: Mapping[str, float]) -> StudyReportConfi
 def write_translators(folder: Path, rmse: Mapping[str, float]) -> StudyReportConfig:
     """A study of translators (label → RMSE of forecasts), each with two seeds 0.2 apart; persistence's is 3 K,
     climatology's 2 K, and MAEs are half of the RMSEs."""
+    cells = {(translator,): value for translator, value in rmse.items()}
+    return write_forecasters(folder, ["translator"], cells, [-0.1, 0.1])
+
+
+def write_forecasters(
+    folder: Path, axes: Sequence[str], rmse: Mapping[tuple[str, ...], float], seeds: Sequence[float]
+) -> StudyReportConfig:
+    """A study of forecasters at places on ``axes`` (labels → RMSE of forecasts), each with a seed for each of
+    ``seeds``, what it adds to the RMSE, and a tenth of it to the loss; yardsticks as in ``write_translators``."""
     trials = {}
-    for translator, middle in rmse.items():
-        for seed in (0, 1):
-            name = f"{translator}-seed{seed}"
-            write_training(folder / f"{name}-prior", 100_000, tokens=0)
+    for labels, middle in rmse.items():
+        for seed, more in enumerate(seeds):
+            name = "-".join([*labels, f"seed{seed}"])
+            write_training(folder / f"{name}-prior", 100_000, penalty=more / 10, tokens=0)
             evaluated = Run(folder / f"{name}-evaluation")
             evaluated.update_status(kind="evaluate", state="done")
-            methods = {"prediction": middle + 0.2 * (seed - 0.5), "persistence": 3.0, "climatology": 2.0}
+            methods = {"prediction": middle + more, "persistence": 3.0, "climatology": 2.0}
             evaluation = ForecastEvaluation(
                 data="field", samples=9, input_frames=2, output_frames=2, channels=["t2m"], units=["K"],
                 leads_h=[1, 2], headline="rmse", differences=[_against(method) for method in list(methods)[1:]],
@@ -124,8 +133,9 @@ def write_translators(folder: Path, rmse: Mapping[str, float]) -> StudyReportCon
             )  # fmt: skip
             (evaluated.path / "metrics.json").write_text(evaluation.model_dump_json())
             runs = {job: folder / f"{name}-{job}" for job in ("prior", "evaluation")}
-            trials[name] = {"at": {"translator": translator, "seed": f"seed{seed}"}, "runs": runs}
-    return StudyReportConfig(run=folder / "report", axes={"translator": "other", "seed": "seed"}, trials=trials)
+            trials[name] = {"at": {**dict(zip(axes, labels, strict=True)), "seed": f"seed{seed}"}, "runs": runs}
+    roles = {**dict.fromkeys(axes, "other"), "seed": "seed"}
+    return StudyReportConfig(run=folder / "report", axes=roles, trials=trials)
 
 
 def _errors(rmse: float) -> MethodScores:

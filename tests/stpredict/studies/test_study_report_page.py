@@ -251,7 +251,7 @@ def test_forecasts_are_compared_as_papers_print_them_beside_their_yardsticks(tmp
 
 def test_the_chart_of_forecasts_has_the_levels_of_their_yardsticks(tmp_path, monkeypatch):
     levels = []
-    monkeypatch.setattr(charts, "_level", lambda panel, name, level, line: levels.append((name, level)))
+    monkeypatch.setattr(charts, "level_line", lambda panel, name, level: levels.append((name, level)))
     write_study_report(write_translators(tmp_path, {"gsta": 1.5, "incepu": 2.5}), tmp_path / "report")
     assert levels == [("persistence", 3), ("climatology", 2), ("persistence", 1.5), ("climatology", 1)]  # RMSE, MAE
 
