@@ -99,3 +99,11 @@ def _crop_field(field: np.ndarray, config: ClipConfig, plan: Plan) -> np.ndarray
         )
     top, left = round(top), round(left)
     return field[:, top : top + rows, left : left + columns]
+
+
+def centre_rows(height: int, config: ClipConfig) -> slice:
+    """Which of a field's rows a clip has, cut from the centre: those of ``cut_array``."""
+    rows, columns = config.size
+    unresized = config.short_side or columns  # a field's width, as far as it matters to the rows
+    _, top, _, _ = cut_box(height, unresized, config, Plan(start=0, top=0.5, left=0.5, mirror=0))
+    return slice(round(top), round(top) + rows)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipeline.arrays import centre_rows
 from data_pipeline.config import ClipConfig, ClipDataConfig, StreamConfig
 from data_pipeline.disk import check_space
 from data_pipeline.errors import UsageError
@@ -84,7 +85,8 @@ def run(config: ForecastConfig, run: Run) -> None:
         found = {row: of_row for part in ranks.gather(found) for row, of_row in part.items()}
         if ranks.is_main:
             seconds = watch.seconds["forecasting"] / timed if timed else None
-            about = {"split": split, "seconds_per_sample": seconds}
+            latitudes = manifest.latitudes and manifest.latitudes[centre_rows(len(manifest.latitudes), data.clip)]
+            about = {"split": split, "seconds_per_sample": seconds, "latitudes": latitudes}
             arrays = {name: np.load(file.path, mmap_mode="r") for name, file in files.items()}
             _finish(config, run, arrays, dict(sorted(found.items())), export, manifest, scaling, model, about)
         ranks.barrier()
@@ -189,7 +191,6 @@ def _finish(
         units=list(manifest.units) or [""] * len(names),
         offset=list(scaling.offset),
         scale=list(scaling.scale),
-        latitudes=manifest.latitudes,
         **_times(f"{config.data.shards}/{about['split']}", keys, minutes, model.input_frames),
         forecaster=_name(model),
         forecaster_step=export.step,

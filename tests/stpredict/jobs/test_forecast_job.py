@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from data_pipeline.errors import UsageError
 from stpredict.config import as_yaml
 from stpredict.evaluation.forecast_evaluation import evaluate_forecasts
-from stpredict.evaluation.forecast_scores import as_text
+from stpredict.evaluation.forecast_scores import as_text, read_forecast_metrics
 from stpredict.evaluation.forecasts import read_forecasts
 from stpredict.evaluation.quantizer_results import QuantizerAnalysis
 from stpredict.exports import ForecasterExport, load_forecaster
@@ -171,6 +171,28 @@ def test_what_does_not_fit_the_forecaster_is_refused_in_a_line(forecasts, tmp_pa
     config.write_text(config.read_text().replace("- damp", "- dry"))
     with pytest.raises(UsageError, match=r"holds warm, damp; .*export was trained on warm, dry"):
         forecasts(where)
+
+
+@pytest.mark.parametrize(("size", "short_side"), [((8, 12), 12), ((9, 12), 12), ((7, 10), 12), ((12, 10), None)])
+def test_a_cropped_field_keeps_the_latitudes_of_its_rows(size, short_side, forecasts, tmp_path, field_shards):
+    shards, latitudes = tmp_path / "on_a_globe", [60.0 - 5 * row for row in range(SIZE[0])]
+    shutil.copytree(field_shards, shards)
+    manifest = shards / "val" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"latitudes": latitudes}))
+    clip = {"size": size, "resize": "crop", "short_side": short_side}
+    made = forecasts(make_forecaster(tmp_path / "export", size=size, clip=clip), data={"shards": shards})
+    matching = [
+        top
+        for top in range(SIZE[0] - size[0] + 1)
+        for left in range(SIZE[1] - size[1] + 1)
+        if any((made.truth[0] == one[2:5, top : top + size[0], left : left + size[1]]).all() for one in HELD_OUT)
+    ]
+    assert [latitudes[top : top + size[0]] for top in matching] == [made.index.latitudes]
+    run = Run(tmp_path / "evaluation")
+    run.update_status(kind="evaluate")
+    evaluate.run(EvaluateConfig(run=run.path, generated=made.where.parent), run)
+    metrics = read_forecast_metrics(run.path / "metrics.json")
+    assert "latitude_rmse" in metrics.methods["prediction"].channels["warm"]
 
 
 def test_shards_in_other_units_than_those_of_the_training_are_refused(forecasts, tmp_path):
