@@ -1,6 +1,8 @@
 """Files that are whole or absent, and room for them. Torch-free."""
 
+import errno
 import json
+import resource
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -9,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
+
+_MOST_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # that may be open at once, ``ulimit -n``
+#: Files that a process keeps open to read them again: a quarter of those, as netCDF 3 takes two each, and no more than
+#: fit in memory.
+OPEN_FILES = 1024 if _MOST_FILES == resource.RLIM_INFINITY else min(1024, _MOST_FILES // 4)
 
 
 def temporary_path(path: Path) -> Path:
@@ -37,6 +44,17 @@ def write_json(path: Path, value: Any) -> None:
     """Readers see the old file or the new one; equal values give equal bytes."""
     with renamed(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+@contextmanager
+def no_room_said(folder: Path) -> Iterator[None]:
+    """A full disk is a UserError, not a sample that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{folder}: {error.strerror}; free some space or choose another run directory") from None
 
 
 def check_space(folder: Path, needed: int) -> None:

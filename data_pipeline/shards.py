@@ -8,9 +8,10 @@ Every sample is read and looked into once, in a process that it may bring down; 
 """
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce
 from itertools import islice
@@ -122,10 +123,21 @@ def write_shards(folder: str | Path, plans: Sequence[ShardPlan], *, workers: int
     if not todo:
         return
     clear(folder, [plan.index for plan in todo], todo[0].shards)
-    items = [(plan.source, sample) for plan in todo for sample in plan.samples]
-    with closing(isolated(look, items, workers=min(workers, len(items)), timeout_s=timeout_s)) as looks:
-        for plan in todo:
-            _write_shard(folder, plan, islice(looks, len(plan.samples)))
+    with _removed(folder / f".unpacked-{plans[0].index:06d}") as scratch:
+        items = [(plan.source, sample, scratch) for plan in todo for sample in plan.samples]
+        with closing(isolated(look, items, workers=min(workers, len(items)), timeout_s=timeout_s)) as looks:
+            for plan in todo:
+                _write_shard(folder, plan, islice(looks, len(plan.samples)))
+
+
+@contextmanager
+def _removed(scratch: Path) -> Iterator[Path]:
+    """``scratch``, should it be made, is gone after the block; and before it, what a killed process left of it."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -138,8 +150,8 @@ class Look:
     moments: Moments | None = None
 
 
-def look(item: tuple[Source, SourceSample]) -> Look | Failure:
-    """Reads a sample and makes sure that it can be decoded."""
+def look(item: tuple[Source, SourceSample, Path]) -> Look | Failure:
+    """Reads a sample, with a folder for what many samples share, and makes sure that it can be decoded."""
     try:
         extension, data = read(*item)
         if extension != "npy":

@@ -1,9 +1,11 @@
 """Arrays in .npy and .npz files → samples (t, h, w, c): videos in uint8, or physical fields in float32. Torch-free.
 
 A sample is one entry along the axis n, a whole file where there is no such axis, or some steps of its time.
-An .npy is mapped into memory; the member of an .npz is loaded once per process. Nothing is ever unpickled.
+An .npy is mapped into memory, and so is the member of an .npz, unpacked once for all processes that write one share of
+shards; but where a file is a sample, it is loaded. Nothing is ever unpickled.
 """
 
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from einops import rearrange
 from data_pipeline.arrays import npy_bytes, read_npy_header
 from data_pipeline.config import ArraysSource
 from data_pipeline.decoders import one_line
+from data_pipeline.disk import OPEN_FILES, no_room_said, renamed
 from data_pipeline.errors import DecodeError, UsageError
 from data_pipeline.manifest import Description
 from data_pipeline.sources.cuts import as_index, splits_in_time
@@ -65,11 +68,15 @@ def describe(config: ArraysSource, samples: Sequence[SourceSample]) -> Descripti
     )
 
 
-def read(config: ArraysSource, sample: SourceSample) -> tuple[str, bytes]:
+def read(config: ArraysSource, sample: SourceSample, scratch: Path | None = None) -> tuple[str, bytes]:
     """An .npy (t, h, w, c) of the set's type. DecodeError where the file is damaged, or values are infinite or not a
-    number."""
+    number; UserError where ``scratch`` has no room. ``scratch`` is as in ``kept_array``, or nothing is kept."""
+    several = config.frame_steps or "n" in config.axes.split()
     try:
-        array = _kept(sample.path, config.member)
+        if scratch and several:
+            array = kept_array(sample.path, config.member, scratch)
+        else:
+            array = open_array(sample.path, config.member)
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DecodeError(f"its array cannot be read: {one_line(error)}") from None
     axes, item = config.axes.split(), sample.item
@@ -180,4 +187,23 @@ def open_array(path: Path, member: str | None) -> np.ndarray:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-_kept = lru_cache(maxsize=1)(open_array)
+@lru_cache(maxsize=OPEN_FILES)
+def kept_array(path: Path, member: str | None, scratch: Path) -> np.ndarray:
+    """An array as memory, kept open: an .npz is unpacked into the folder ``scratch`` by the first process that asks for
+    it, others that ask meanwhile wait. UserError where there is no room."""
+    if path.suffix == ".npz":
+        path, member = _unpacked(path, member, scratch), None
+    return open_array(path, member)
+
+
+def _unpacked(path: Path, member: str | None, scratch: Path) -> Path:
+    from filelock import FileLock
+
+    unpacked = scratch / f"{make_key(f'{path}/{member}')}.npy"
+    with no_room_said(scratch):
+        scratch.mkdir(exist_ok=True)
+        with FileLock(unpacked.with_suffix(".lock")):
+            if not unpacked.exists():
+                with zipfile.ZipFile(path) as archive, renamed(unpacked) as temporary, temporary.open("wb") as file:
+                    shutil.copyfileobj(archive.open(_member(path, archive, member)), file, 2**20)
+    return unpacked

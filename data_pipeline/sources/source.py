@@ -95,13 +95,16 @@ def describe(config: Source, samples: Sequence[SourceSample]) -> Description:
             return Description(kind="clips", classes=labels(samples))
 
 
-def read(config: Source, sample: SourceSample) -> tuple[str, bytes]:
-    """The sample's member of the shard: its extension and its bytes. OSError or DecodeError if it cannot be read."""
+def read(config: Source, sample: SourceSample, scratch: Path | None = None) -> tuple[str, bytes]:
+    """The sample's member of the shard: its extension and its bytes. What is unpacked once for many samples is kept in
+    the folder ``scratch``, which need not be there yet; without it nothing is kept.
+
+    OSError or DecodeError if it cannot be read; UserError where ``scratch`` has no room."""
     from data_pipeline.sources import arrays, moving_digits, netcdf, taxibj
 
     match config:
         case ArraysSource():
-            return arrays.read(config, sample)
+            return arrays.read(config, sample, scratch)
         case NetcdfSource():
             return netcdf.read(config, sample)
         case TaxiBjSource():

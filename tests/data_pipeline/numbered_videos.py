@@ -43,7 +43,7 @@ def make_shards(videos: Path, out: Path, shards: int, window_bytes: int = 2**24)
 
 def touchy_look(item):
     """Hangs on one video and dies of another, as decoders do: ``data_pipeline.shards.look`` for tests."""
-    _, sample = item
+    _, sample, _ = item
     if sample.path.stem == "video003":
         time.sleep(60)
     if sample.path.stem == "video005":

@@ -1,3 +1,4 @@
+import errno
 import io
 import itertools
 import json
@@ -10,8 +11,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from data_pipeline import shards
 from data_pipeline.config import ArraysSource
-from data_pipeline.errors import DecodeError, UsageError
+from data_pipeline.errors import DecodeError, UsageError, UserError
 from data_pipeline.manifest import merge
 from data_pipeline.shards import plan_shards, write_shards
 from data_pipeline.sources.source import describe, read, walk
@@ -396,3 +398,79 @@ def test_cuts_that_make_no_sense_are_refused(changes, message):
 def test_keys_that_are_left_out_leave_configs_of_earlier_versions_what_they_were():
     saved = ArraysSource(path="a.npy").model_dump()
     assert not {"offsets", "every", "test"} & set(saved)
+
+
+def compressed(folder: Path, *names: str, shape=(6, 4, 40, 40)) -> ArraysSource:
+    """Files .npz of ``shape`` n t h w, whose values say which file and sample they are of."""
+    folder.mkdir()
+    for number, name in enumerate(names):
+        values = np.broadcast_to(10 * number + np.arange(shape[0], dtype=np.uint8)[:, None, None, None], shape)
+        np.savez_compressed(folder / name, frames=values)
+    return ArraysSource(path=folder, axes="n t h w", validation_fraction=0)
+
+
+def test_an_npz_is_unpacked_once_however_its_samples_are_shuffled(tmp_path):
+    config, scratch = compressed(tmp_path / "arrays", "a", "b", "c"), tmp_path / "scratch"
+    samples = walk(config)
+    for first in samples[::6]:
+        read(config, first, scratch)
+        first.path.unlink()
+    for sample in sorted(samples, key=lambda sample: sample.item["first"]):
+        number, index = "abc".index(sample.path.stem), sample.item["first"]
+        _, data = read(config, sample, scratch)
+        assert (np.load(io.BytesIO(data)) == 10 * number + index).all()
+
+
+def test_an_npz_takes_no_more_memory_than_a_sample(tmp_path):
+    config = compressed(tmp_path / "arrays", "a", shape=(400, 4, 100, 100))  # 16 MB
+    sample = walk(config)[77]
+    tracemalloc.start()
+    read(config, sample, tmp_path / "scratch")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6_000_000
+
+
+def test_files_that_are_one_sample_each_are_not_unpacked_to_disk(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", numbers("t h w"))
+    config = ArraysSource(path=tmp_path / "a.npz", axes="t h w", validation_fraction=0)
+    (sample,) = walk(config)
+    read(config, sample, tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_what_is_unpacked_for_a_set_is_shared_by_the_workers_and_gone_in_the_end(tmp_path, monkeypatch):
+    config, folder = compressed(tmp_path / "arrays", "a", "b"), tmp_path / "shards"
+    samples = walk(config)
+    seen, left = set(), folder / ".unpacked-000000"
+    left.mkdir(parents=True)
+    (left / "of_a_killed_process.npy").touch()
+
+    def watched(folder, plan, looks):
+        def each():
+            for look in looks:
+                seen.update(path.name for path in left.glob("*"))
+                yield look
+
+        write_shard(folder, plan, each())
+
+    write_shard = shards._write_shard
+    monkeypatch.setattr(shards, "_write_shard", watched)
+    about = {"shards": 2, "window_bytes": 2**20, "seed": 0}
+    write_shards(folder, plan_shards(config, samples, describe(config, samples), **about), workers=2)
+    assert merge(folder).samples == 12
+    assert len({name for name in seen if name.endswith(".npy") and not name.startswith(".")}) == 2
+    assert "of_a_killed_process.npy" not in seen
+    assert not left.exists()
+
+
+def test_a_full_disk_ends_the_job_instead_of_leaving_samples_out(tmp_path, monkeypatch):
+    config = compressed(tmp_path / "arrays", "a")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("data_pipeline.sources.arrays.shutil.copyfileobj", full)
+    with pytest.raises(UserError, match="scratch: No space left on device; free some space or choose") as caught:
+        read(config, walk(config)[0], tmp_path / "scratch")
+    assert not isinstance(caught.value, DecodeError)
