@@ -15,12 +15,11 @@ import numpy as np
 
 from data_pipeline.config import AxisNames, NetcdfSource
 from data_pipeline.decoders import one_line
+from data_pipeline.disk import OPEN_FILES
 from data_pipeline.errors import DecodeError, UsageError
 
 if TYPE_CHECKING:
     import xarray as xr
-
-OPEN_FILES = 32  # per process; samples come shuffled, and opening a file takes longer than reading a window of it
 
 _ENGINES = {b"CDF\x01": "scipy", b"CDF\x02": "scipy", b"\x89HDF": "h5netcdf"}  # by how files begin
 
@@ -56,7 +55,13 @@ def open_file(path: Path) -> "xr.Dataset":
             raise UsageError(f"{path}: {one_line(error).partition('. Try')[0]}; {_CALENDARS}") from None
 
 
-kept_open = lru_cache(maxsize=OPEN_FILES)(open_file)
+@lru_cache(maxsize=OPEN_FILES)
+def kept_open(path: Path) -> "xr.Dataset":
+    """Like ``open_file``, but left open: samples come shuffled, and opening one takes longer than reading a window."""
+    import xarray as xr
+
+    xr.set_options(file_cache_maxsize=OPEN_FILES)  # xarray closes files by itself, beyond 128
+    return open_file(path)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import tracemalloc
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 import xarray as xr
 from pydantic import ValidationError
@@ -542,3 +543,21 @@ def test_configs_that_make_no_sense_are_refused(changes, message):
 
 def test_years_that_yaml_takes_for_numbers_are_years():
     assert NetcdfSource(path="a", variables=("a",), sequence=4, train=(2010, 2015)).train == ("2010", "2015")
+
+
+def test_as_many_files_stay_open_as_weatherbench_has_so_that_each_is_opened_once(tmp_path):
+    days = [np.datetime64("2010-01-01") + day for day in range(160)]  # M: four variables of 40 years
+    for day in days:
+        with netcdf_file(tmp_path / f"{day}.nc", "w") as file:
+            for axis, values in {"time": np.arange(2), "lat": [1.0, 0.0], "lon": [0.0, 1.0]}.items():
+                file.createDimension(axis, 2)
+                file.createVariable(axis, "f8", (axis,))[:] = values
+            file.variables["time"].units = f"hours since {day}"
+            file.createVariable("t2m", "f4", ("time", "lat", "lon"))[:] = (day - days[0]).astype(int)
+    config = NetcdfSource(path=tmp_path, variables=("t2m",), sequence=2, validation_fraction=0)
+    samples = walk(config)
+    kept_open.cache_clear()
+    for sample in samples + samples[::-1]:
+        read(config, sample)
+    assert kept_open.cache_info().misses == len(samples) == 160
+    assert len({file.path for file in psutil.Process().open_files()} & {str(sample.path) for sample in samples}) == 160
