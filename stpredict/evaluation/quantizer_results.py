@@ -1,6 +1,10 @@
 """What is found of a forecaster's quantizer (quantizer_analysis.py): quantizer.json. Torch-free."""
 
-from pydantic import BaseModel, Field
+from pathlib import Path
+
+from pydantic import BaseModel, Field, ValidationError
+
+from data_pipeline.errors import UsageError
 
 
 class Distribution(BaseModel):
@@ -62,3 +66,13 @@ class QuantizerAnalysis(BaseModel):
             if len(self.uses) > 1:
                 said += f"means of {len(self.uses)} stages, "
         return said + f"kurtosis of latents {self.before.kurtosis:.2f} before, {self.after.kurtosis:.2f} after"
+
+
+def read_quantizer_analysis(path: Path) -> QuantizerAnalysis:
+    """UsageError where quantizer.json is missing or damaged."""
+    try:
+        return QuantizerAnalysis.model_validate_json(path.read_bytes())
+    except OSError:
+        raise UsageError(f"{path}: not there; evaluate the forecasts with quantizer_samples") from None
+    except ValidationError:
+        raise UsageError(f"{path}: damaged; run the evaluate job again") from None

@@ -17,6 +17,7 @@ from data_pipeline.manifest import Manifest, read_manifest
 from stpredict.evaluation.forecast_scores import ForecastEvaluation, read_forecast_metrics
 from stpredict.evaluation.forecasts import ForecastIndex, read_forecast_index
 from stpredict.evaluation.generated import Index, read_index
+from stpredict.evaluation.quantizer_results import QuantizerAnalysis, read_quantizer_analysis
 from stpredict.evaluation.reconstructed import (
     ReconstructedIndex,
     Reconstruction,
@@ -47,6 +48,7 @@ class RunFacts:
     evaluation: Evaluation | None = None  # of an evaluate run, or
     reconstruction: Reconstruction | None = None  # or
     forecast: ForecastEvaluation | None = None
+    quantizer: QuantizerAnalysis | None = None  # of its forecaster, where that was asked for
 
     @property
     def wall_s(self) -> float | None:
@@ -118,6 +120,8 @@ def _read_work(facts: RunFacts) -> None:
             facts.reconstruction, facts.forecast = read_metrics(path), read_forecast_metrics(path)
             if not facts.reconstruction and not facts.forecast:
                 facts.evaluation = _attempt(facts, read_evaluation, path)
+            if (path := run.path / "quantizer.json").exists():
+                facts.quantizer = _attempt(facts, read_quantizer_analysis, path)
 
 
 def _read_training(facts: RunFacts) -> None:

@@ -26,7 +26,7 @@ def cell_chart(places: Sequence[Place], axes: Sequence[str], look: Look) -> Figu
     or there are too many places."""
     trials = [trial for place in places for trial in place.trials]
     panels = drawn(trials)
-    if not axes or not panels or len(places) > MOST:
+    if len(axes) < 2 or not panels or len(places) > MOST:
         return None
     others = [axis for axis in axes if axis != look.axis]
     groups: dict[str, list[Place]] = {}

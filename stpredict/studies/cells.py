@@ -41,9 +41,8 @@ def places_of(trials: Sequence[TrialPoints], axes: Mapping[str, Role], look: Loo
 
 
 def crossed(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> list[str]:
-    """The axes of several values but the seed, where there are at least two: with one, a cell is one of its values."""
-    several = [axis for axis, role in axes.items() if role != "seed" and len({trial.at[axis] for trial in trials}) > 1]
-    return several if len(several) > 1 else []
+    """The axes of several values but the seed."""
+    return [axis for axis, role in axes.items() if role != "seed" and len({trial.at[axis] for trial in trials}) > 1]
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,11 @@ class CellTable:
 
 
 def cell_table(places: Sequence[Place], axes: Sequence[str]) -> CellTable | None:
-    """A row for each place, by ``axes``, those that are ``crossed``; None where there are none, or nothing is done."""
+    """A row for each place, by ``axes``, those that are ``crossed``; None where these are not two or more
+    (with one, a cell is one of its values), or nothing is done."""
     trials = [trial for place in places for trial in place.trials]
     measures = measured(trials)
-    if not axes or not measures:
+    if len(axes) < 2 or not measures:
         return None
     some_evaluated = any(place.evaluated for place in places)
     rows = [

@@ -16,6 +16,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.manifest import find_manifest
 from stpredict.evaluation.forecast_scores import ForecastEvaluation
 from stpredict.evaluation.generated import Index, Speed
+from stpredict.evaluation.quantizer_results import QuantizerAnalysis
 from stpredict.evaluation.results import Evaluation
 from stpredict.evaluation.run_facts import TRAINING, RunFacts, read_facts
 from stpredict.run import Run, Status
@@ -111,6 +112,10 @@ class TrialPoints:
     @property
     def forecast(self) -> ForecastEvaluation | None:
         return next((job.forecast for job in self.jobs.values() if job.forecast), None)
+
+    @property
+    def quantizer(self) -> QuantizerAnalysis | None:
+        return next((job.quantizer for job in self.jobs.values() if job.quantizer), None)
 
     @property
     def speed(self) -> Speed | None:

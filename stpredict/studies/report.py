@@ -23,6 +23,7 @@ from stpredict.studies import cell_charts, charts, law_charts
 from stpredict.studies.analyse import analyse
 from stpredict.studies.analysis import Analysis, Estimate, Group
 from stpredict.studies.cells import cell_table, crossed, places_of
+from stpredict.studies.codes import code_table
 from stpredict.studies.compare import chosen_of, comparison_of, to_compare
 from stpredict.studies.config import Role
 from stpredict.studies.forecasts import forecast_table
@@ -77,6 +78,7 @@ def write_study_report(config: StudyReportConfig, folder: Path) -> Path:
         ],
         cells=cell_table(places, axes),
         cells_chart=drawn.add("cells", cell_charts.cell_chart(places, axes, look)),
+        codes=code_table(places, axes),
         unfinished=[(trial, why(trial)) for trial in trials if trial.state != "done" or trial.problems],
         tables=tables,
         run=shlex.quote(str(folder.parent)),

@@ -12,6 +12,7 @@ from typing import Any
 from data_pipeline.disk import renamed
 from stpredict.studies.analysis import Analysis, Estimate
 from stpredict.studies.cells import places_of, yardsticks_of
+from stpredict.studies.codes import CODES
 from stpredict.studies.compare import comparison_of, spread, to_compare
 from stpredict.studies.config import Role
 from stpredict.studies.forecasts import MEASURED, of_trial
@@ -19,7 +20,8 @@ from stpredict.studies.look import Look
 from stpredict.studies.measures import MEASURES
 from stpredict.studies.points import TrialPoints
 
-SPREADS = [f"{name}{end}" for name in MEASURES for end in ("", "_sd")]
+ALL = {**MEASURES, **{name: of for name, (_, of) in CODES.items()}}
+SPREADS = [f"{name}{end}" for name in ALL for end in ("", "_sd")]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def runs_table(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> Table
         [
             *("state", "why", "parameters", "embedding_parameters", "learning_rate", "step", "tokens"),
             *("flops", "metric", "loss", "training_s", "memory_gb", "block_tokens", "psnr", "ssim", "frames_per_s"),
-            *("frames_per_s_with_tokenizer", *(f"forecast_{name}" for name in MEASURED), "run"),
+            *("frames_per_s_with_tokenizer", *(f"forecast_{name}" for name in MEASURED), *CODES, "run"),
         ],
         [
             [
@@ -83,6 +85,7 @@ def runs_table(trials: Sequence[TrialPoints], axes: Mapping[str, Role]) -> Table
                 *((e.prediction.psnr, e.prediction.ssim) if (e := trial.evaluation) else (None, None)),
                 *((s.frames_per_s, s.frames_per_s_whole) if (s := trial.speed) else (None, None)),
                 *(of_trial(trial, name) for name in MEASURED),
+                *(of(trial) for _, of in CODES.values()),
                 str(trial.run.path),
             ]
             for trial in trials
@@ -123,7 +126,7 @@ def _comparisons(
 
 
 def _spreads(trials: Sequence[TrialPoints]) -> list[float | None]:
-    found = [spread([of(trial) for trial in trials]) for of in MEASURES.values()]
+    found = [spread([of(trial) for trial in trials]) for of in ALL.values()]
     return [value for pair in found for value in pair]
 
 
@@ -133,7 +136,7 @@ def _cells(trials: Sequence[TrialPoints], axes: Mapping[str, Role], look: Look) 
     places = places_of(trials, axes, look)
     others = [axis for axis, role in axes.items() if role != "seed"]
     rows = [["prediction", *p.at.values(), p.planned, len(p.trials), p.evaluated, *_spreads(p.trials)] for p in places]
-    for method, n, values in yardsticks_of([trial for place in places for trial in place.trials], list(MEASURES)):
+    for method, n, values in yardsticks_of([trial for place in places for trial in place.trials], list(ALL)):
         rows.append([method, *[None] * len(others), None, n, n, *(value for pair in values for value in pair)])
     return Table.by(others, ["planned", "trials", "evaluated", *SPREADS], rows, first=["method"])
 
