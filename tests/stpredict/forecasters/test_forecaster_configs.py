@@ -184,7 +184,7 @@ def test_with_svq_only_what_the_paper_changes_is_another(name):
     quantizer = training.model.quantizer
     codes = 1_000 if "tiny" in name else 6_000 if name.startswith(("kth", "kitti")) else 10_000
     assert (quantizer.codebook_size, quantizer.hidden, quantizer.learnable) == (codes, 128, True)
-    init = "normal" if "t2m_gsta" in name else "kaiming_uniform"
+    init = "normal" if "t2m" in name else "kaiming_uniform"
     assert (quantizer.init, quantizer.place) == (init, "before")
     assert training.training.optimizer.lr == SVQ_RATES.get(name, without.training.optimizer.lr)
 
