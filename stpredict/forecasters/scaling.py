@@ -9,8 +9,9 @@ from torch import Tensor
 
 from data_pipeline.config import Location
 from data_pipeline.errors import UsageError
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import Manifest, find_manifest
 from data_pipeline.shard_set import read_set
+from data_pipeline.storage import child, expand
 from stpredict.forecasters.config import (
     AffineScaling,
     AnyScaling,
@@ -109,7 +110,7 @@ def read_scalings(data: ForecasterDataConfig, channels: int) -> tuple[Scaling, S
 
 def read_manifest_of(shards: Location | Path, split: str, made_with: str | None) -> Manifest:
     """UsageError, which says how such shards are made where that is known, where there are none."""
-    try:
-        return read_set(shards, split).manifest
-    except UsageError as error:
-        raise UsageError(f"{error}; {made_with}" if made_with else str(error)) from None
+    where = child(shards, split)
+    if made_with and split != "test" and any(find_manifest(folder) is None for folder in expand(where)):
+        raise UsageError(f"{where}: no shard set here; {made_with}")
+    return read_set(shards, split).manifest

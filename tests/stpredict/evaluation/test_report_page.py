@@ -187,6 +187,7 @@ def test_the_page_shows_forecasts_their_table_their_curves_and_their_maps(foreca
                 assert f'<td class="number">{found.of("persistence", channel)[metric].overall:.4g}</td>' in page
     assert "12.3 ms per sample" in page
     assert "RMSE (m)" in page
+    assert page.count("Wrapped PSNR, which is wrong") == 1  # of video alone
     assert "<b>z" not in page
     assert "no generate" not in page
     assert "no evaluate" not in page

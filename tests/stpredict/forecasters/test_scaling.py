@@ -86,5 +86,5 @@ def test_what_does_not_fit_the_shards_is_refused_in_a_line(field_shards, video_s
         with pytest.raises(UsageError, match=message):
             scaling_of(config, channels, "x", manifest)
     missing = ForecasterDataConfig(shards="nowhere", made_with="make them with `stpredict shard field.yaml`")
-    with pytest.raises(UsageError, match=r"nowhere.train: no shard set here.*make them with `stpredict shard field"):
+    with pytest.raises(UsageError, match=r"nowhere.train: no shard set here; make them with `stpredict shard field"):
         read_scalings(missing, 2)
