@@ -84,8 +84,9 @@ def test_a_quantizers_commitment_is_a_term_the_mean_over_clips_and_passes(field_
     quantizer = {"kind": "vq", "codebook_size": 16, "place": place}
     task, seen = make_task(field_shards, {"commitment": 0.25}, quantizer=quantizer), batch([1, 1, 1])
     found = []
-    task.model.quantizer.register_forward_hook(lambda *call: found.append(float(call[-1][1].detach())))
-    sums = task.training_step(task.model, seen)
+    task.model.quantizer.register_forward_hook(lambda *call: found.append(float(call[-1][1])))
+    with torch.no_grad():
+        sums = task.training_step(task.model, seen)
     assert task.weights == {"mse": 1, "commitment": 0.25}
     assert len(set(found)) == 2
     assert min(found) > 0
