@@ -77,7 +77,7 @@ def _forecast(config: EvaluateConfig, run: Run) -> None:
     quantizing = _quantizing(config, found) if config.quantizer_samples else None
     # A whole training split is read for it: what is quick to find out comes before.
     usual = _climatology(config.climatology, found, run) if config.climatology else None
-    analysed = _quantizer(config, quantizing, found, run) if quantizing else None
+    analysed = _quantizer(config, *quantizing, found, run) if quantizing else None
     progress = Progress(run, len(found.truth), "sample")
     measured, maps = evaluate_forecasts(
         found, others, usual, config.lpips, lambda done, _: progress.update(done, "measured")
@@ -111,8 +111,9 @@ class _Scaled:
             self.progress.update(self.done, "quantizer")
 
 
-def _quantizing(config: EvaluateConfig, found: Forecasts) -> torch.nn.Module:
-    """The forecaster that made the forecasts. UsageError where it has no quantizer, or is another one by now."""
+def _quantizing(config: EvaluateConfig, found: Forecasts) -> tuple[torch.nn.Module, int]:
+    """The forecaster that made the forecasts, and samples of a batch. UsageError where it has no
+    quantizer, or is another one by now."""
     job = load(ForecastConfig, Run(config.generated).config_path)
     forecaster, export = assembled(job)
     if getattr(forecaster, "quantizer", None) is None:
@@ -122,12 +123,13 @@ def _quantizing(config: EvaluateConfig, found: Forecasts) -> torch.nn.Module:
             f"quantizer_samples: {job.forecaster} is of step {export.step}, {config.generated} was made when it was of "
             f"step {found.index.forecaster_step}; run the forecast job again, or leave it out"
         )
-    return forecaster
+    return forecaster, job.batch_size
 
 
-def _quantizer(config: EvaluateConfig, forecaster: torch.nn.Module, found: Forecasts, run: Run) -> QuantizerAnalysis:
+def _quantizer(
+    config: EvaluateConfig, forecaster: torch.nn.Module, batch_size: int, found: Forecasts, run: Run
+) -> QuantizerAnalysis:
     """Of the forecaster that made the forecasts; writes quantizer.json, quantizer.png and feature_maps.png."""
-    batch_size = load(ForecastConfig, Run(config.generated).config_path).batch_size
     scaling = Scaling(tuple(found.index.offset), tuple(found.index.scale))
     given = found.given[: config.quantizer_samples]
     analysis = analyse(forecaster, _Scaled(given, scaling, batch_size, Progress(run, 2 * len(given), "sample")))
